@@ -57,7 +57,7 @@ def mark_only_prefix_as_trainable(model: nn.Module, also_train: Iterable[str] = 
     Args:
         model: any module that contains prefix modules.
         also_train: names of the modules to train beside the prefix, e.g. ``("classifier",)``. A name stands for every
-            module whose qualified name is that name or ends in ``"." + name``. They replace the heads of an earlier call.
+            module whose qualified name is that name or ends in ``"." + name``. Heads of an earlier call are forgotten.
 
     Returns:
         The names of the parameters that now require a gradient.
@@ -142,8 +142,8 @@ def read_prefix_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The strings stored in a file of :func:`save_prefix`, without reading its tensors.
 
     Returns:
-        ``prefix_kernels_format``, ``kind`` (class names of the prefix modules), ``num_prefix_tokens`` (comma-separated if
-        they differ), ``heads`` (JSON list of qualified names) and whatever was given as ``metadata``.
+        ``prefix_kernels_format``, ``kind`` (class names of the prefix modules), ``num_prefix_tokens`` (comma-separated
+        if they differ), ``heads`` (JSON list of qualified names) and whatever was given as ``metadata``.
 
     Raises:
         ValueError: ``path`` is not such a file, or was written by a newer format.
@@ -175,8 +175,8 @@ def load_prefix(
     Args:
         model: any module that contains prefix modules of the same names and shapes.
         source: a file of :func:`save_prefix`, or the result of :func:`prefix_state_dict`.
-        also_load: heads in ``source``, named as in :func:`mark_only_prefix_as_trainable`. A file lists its own, and heads
-            already marked in ``model`` are expected without being named.
+        also_load: heads in ``source``, named as in :func:`mark_only_prefix_as_trainable`. A file lists its own, and
+            heads already marked in ``model`` are expected without being named.
         cast: convert to the dtype of the model where it differs from the stored one. Default: refuse.
 
     Raises:
@@ -268,7 +268,7 @@ def _warn_of_shared_heads(model: nn.Module, heads: Mapping[str, nn.Module]) -> N
         head = in_heads.get(id(parameter))
         if head is not None and not any(_canonical(name).startswith(h + ".") for h in heads):
             warnings.warn(
-                f"also_train: {head} shares a parameter with {_canonical(name)}, which is therefore trained and stored too",
+                f"also_train: {head} shares a parameter with {_canonical(name)}, which is then trained and stored too",
                 stacklevel=3,
             )
 

@@ -38,8 +38,8 @@ class PrefixEncoder(nn.Module):
         table: the trained table, a parameter ``[P, 2 L, H, D]``, or None while it is generated.
 
     Raises:
-        ValueError: a size below 1, a dropout outside ``[0, 1]``, a wrong number of ``init_std``, or ``embedding_dim`` or
-            ``hidden_size`` without ``projection``.
+        ValueError: a size below 1, a dropout outside ``[0, 1]``, a wrong number of ``init_std``, or ``embedding_dim``
+            or ``hidden_size`` without ``projection``.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class PrefixEncoder(nn.Module):
             self.table *= self.table.new_tensor(stds).repeat_interleave(2)[:, None, None]
             return
         generated = self._generate().unflatten(1, (self.num_layers, 2))
-        factors = generated.new_tensor(stds) / generated.std(dim=(0, 2, 3, 4))
+        factors = generated.new_tensor(stds) / generated.square().mean(dim=(0, 2, 3, 4)).sqrt()
         last = self.transform[-1]
         rows = factors.repeat_interleave(last.out_features // self.num_layers)
         last.weight *= rows[:, None]
@@ -137,7 +137,7 @@ class PrefixEncoder(nn.Module):
         """The prefixes of this step.
 
         Returns:
-            ``(prefix_key, prefix_value)`` of each layer, each ``[H, P, D]`` with ``stride(-1) == 1``: views of one tensor.
+            ``(prefix_key, prefix_value)`` of each layer: ``[H, P, D]`` with ``stride(-1) == 1``, views of one tensor.
         """
         table = self._generate() if self.projection else self.table
         table = F.dropout(table, self.dropout, self.training)
@@ -146,10 +146,10 @@ class PrefixEncoder(nn.Module):
         return list(zip(prefixes[0::2], prefixes[1::2], strict=True))
 
     def fold(self) -> PrefixEncoder:
-        """Replace, in place, the embedding and its network by the table that they generate; a folded encoder stays as it is.
+        """Replace, in place, the embedding and its network by the table that they generate.
 
-        The outputs stay the same and the parameters become ``2 L P H D``. The table is trainable if anything that
-        generated it was. An optimizer still refers to the parameters that are gone: fold once training ends.
+        The outputs stay the same and the parameters become ``2 L P H D``; an encoder without a network stays as it is.
+        The table is trainable if anything that generated it was. An optimizer still refers to the parameters that are gone: fold once training ends.
 
         Returns:
             This encoder.
