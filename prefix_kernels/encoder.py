@@ -149,7 +149,8 @@ class PrefixEncoder(nn.Module):
         """Replace, in place, the embedding and its network by the table that they generate.
 
         The outputs stay the same and the parameters become ``2 L P H D``; an encoder without a network stays as it is.
-        The table is trainable if anything that generated it was. An optimizer still refers to the parameters that are gone: fold once training ends.
+        The table is trainable if anything that generated it was. An optimizer still refers to the parameters that are
+        gone: fold once training ends.
 
         Returns:
             This encoder.
