@@ -1,0 +1,32 @@
+"""What makes the extension module, and which PyTorch the built package asks for; the rest is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+
+from build_environment import TORCH_REQUIREMENT, find_torch
+from build_extension import BuildKernelExtension, KernelExtension
+
+TORCH_SOURCES = [
+    "csrc/module.cpp",
+    "csrc/ops.cpp",
+    "csrc/validate.cpp",
+    "csrc/cpu/api.cpp",
+]
+KERNEL_SOURCES = [
+    "csrc/cpu/kernels_backward.cpp",
+    "csrc/cpu/kernels_forward.cpp",
+]
+CUDA_SOURCES: list[str] = []
+
+# A source distribution is made without torch; compiling without one is refused by the build_ext command.
+torch = find_torch()
+
+setup(
+    ext_modules=[KernelExtension("prefix_kernels._C", TORCH_SOURCES, KERNEL_SOURCES, CUDA_SOURCES)],
+    cmdclass={"build_ext": BuildKernelExtension},
+    install_requires=[torch.requirement if torch else TORCH_REQUIREMENT, "safetensors>=0.4"],
+)
