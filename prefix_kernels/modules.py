@@ -37,7 +37,7 @@ class PrefixTuningAttention(nn.Module):
         prefix: parameter ``[prefix_len, d_model]``, drawn from N(0, 1), the scale of a normalised input.
 
     Raises:
-        ValueError: ``n_heads`` does not divide ``d_model``, ``prefix_len`` is negative, or ``dropout`` is no probability.
+        ValueError: ``n_heads`` does not divide ``d_model``, ``prefix_len`` is negative, ``dropout`` is no probability.
     """
 
     def __init__(

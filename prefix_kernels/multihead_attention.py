@@ -23,9 +23,9 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     (Li and Liang, 2021: "Prefix-Tuning: Optimizing Continuous Prompts for Generation"). The concatenation is never
     built. The prefix is seen by every query: masks speak of the sequence alone.
 
-    Constructor, ``forward``, results and state-dict keys are those of ``torch.nn.MultiheadAttention``, so that it can take
-    its place, also inside ``nn.TransformerEncoderLayer``, ``nn.TransformerDecoderLayer`` and ``nn.Transformer``; it is a
-    subclass, so that what looks for attention modules by type (initialisers, sharding policies) finds it. With
+    Constructor, ``forward``, results and state-dict keys are those of ``torch.nn.MultiheadAttention``, so that it can
+    take its place, also inside ``nn.TransformerEncoderLayer``, ``nn.TransformerDecoderLayer``, ``nn.Transformer``; it
+    is a subclass, so that what looks for attention modules by type (initialisers, sharding policies) finds it. With
     ``num_prefix_tokens=0`` it computes the same function. It differs in this:
 
     - The state dict has ``prefix_key`` and ``prefix_value`` too. A plain module's loads with ``strict=False``.
@@ -34,8 +34,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     - A query that sees no key gives zeros (and weights of zero), not NaN.
     - ``is_causal=True`` is trusted when the weights are not asked for: ``attn_mask``, which must be given, is then not
       read, also together with ``key_padding_mask``; ``bias_k`` and the zero key stay visible.
-    - A nested tensor is accepted where ``nn.TransformerEncoder`` makes one of a padded batch: as the query, key and value
-      of self-attention with ``batch_first=True`` and no mask. It is padded for the attention.
+    - A nested tensor is accepted where ``nn.TransformerEncoder`` makes one of a padded batch: as the query, key and
+      value of self-attention with ``batch_first=True`` and no mask. It is padded for the attention.
     - It has no fused inference path: ``nn.TransformerEncoderLayer`` runs its unfused one.
 
     Args:
@@ -44,7 +44,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         num_prefix_tokens: ``P``, the number of prefix positions.
 
     Attributes:
-        prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None when ``P`` is 0.
+        prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None if ``P`` is 0.
 
     Raises:
         ValueError: ``num_prefix_tokens`` is negative.
@@ -84,8 +84,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     def _reset_prefix(self) -> None:
         for name in self.prefix_parameter_names():
             nn.init.normal_(self.get_parameter(name), std=_INITIAL_PREFIX_STD)
-        # nn.TransformerEncoderLayer (in eval mode) and nn.TransformerEncoder (when constructed) ask this flag whether their
-        # fused kernel, which reads in_proj_weight and never calls this module, may replace it.
+        # nn.TransformerEncoderLayer (in eval mode) and nn.TransformerEncoder (when constructed) ask this flag whether
+        # their fused kernel, which reads in_proj_weight and never calls this module, may replace it.
         self._qkv_same_embed_dim = self.in_proj_weight is not None and self.num_prefix_tokens == 0
 
     def _reset_parameters(self) -> None:
@@ -169,8 +169,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             is_causal: ``attn_mask`` is the causal mask: query ``i`` sees key ``j`` when ``j <= i``.
 
         Returns:
-            ``output``, shaped like ``query``, and ``weights [N, L, P + S]`` or ``[N, num_heads, L, P + S]`` (without ``N``
-            for unbatched input) or None. ``add_bias_kv`` and ``add_zero_attn`` each add a column at the end.
+            ``output``, shaped like ``query``, and ``weights [N, L, P + S]`` or ``[N, num_heads, L, P + S]`` (without
+            ``N`` for unbatched input) or None. ``add_bias_kv`` and ``add_zero_attn`` each add a column at the end.
 
         Raises:
             ValueError: shapes that do not fit, ``is_causal`` without ``attn_mask``, unsupported nested input.
@@ -223,9 +223,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query: expected {expected}, got {list(query.shape)}")
         for name, tensor, features in (("key", key, self.kdim), ("value", value, self.vdim)):
             if tensor.dim() != query.dim() or tensor.shape[-1] != features:
-                raise ValueError(
-                    f"{name}: expected {query.dim()}-D like the query, with {features} features, got {list(tensor.shape)}"
-                )
+                expected = f"{query.dim()}-D like the query, with {features} features"
+                raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"value: expected {[*key.shape[:-1], self.vdim]} to fit the key, got {list(value.shape)}")
         batch_dim = 0 if self.batch_first else 1
@@ -242,8 +241,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         embed_dim, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         b_q, b_kv = (None, None) if bias is None else bias.split([embed_dim, 2 * embed_dim])
         if weight is not None and key is value:
-            # One product for both, but not for the query too: where only the prefix asks for gradients, the query alone is
-            # kept, and it must not be a view that keeps keys and values alive.
+            # One product for both, but not for the query too: where only the prefix asks for gradients, the query alone
+            # is kept, and it must not be a view that keeps keys and values alive.
             w_q, w_kv = weight.split([embed_dim, 2 * embed_dim])
             k, v = F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
         else:
@@ -320,7 +319,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
 
 
 def split_heads(x: Tensor, num_heads: int, *, sequence_first: bool) -> Tensor:
-    """``[S, N, E]`` (``sequence_first``), ``[N, S, E]`` or ``[S, E]`` as a view ``[N, num_heads, S, E / num_heads]``."""
+    """View ``[S, N, E]`` (``sequence_first``), ``[N, S, E]`` or ``[S, E]`` as ``[N, num_heads, S, E / num_heads]``."""
     x = x.unflatten(-1, (num_heads, -1))
     if x.dim() == 3:
         x = x.unsqueeze(0)
