@@ -1,0 +1,191 @@
+"""Prefix tuning of Hugging Face Transformers models on the kernels of this package.
+
+    from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
+
+    model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+    model = get_prefix_model(model, PrefixTuningConfig(num_virtual_tokens=20))
+    Trainer(model, ...).train()
+    save_prefix_model(model, "task.safetensors")
+
+The model stays the object it was: ``Trainer``, ``generate``, ``save_pretrained`` and activation checkpointing work as
+before. It gains a submodule ``prefix_encoder``, two hooks and an attention implementation registered through Transformers'
+``AttentionInterface``; no code of a model is replaced. The prefix is given to each attention call and never enters a
+key/value cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
+from prefix_kernels.encoder import PrefixEncoder
+from prefix_kernels.integrations.attention import PREFIX_LAYER_ATTRIBUTE, implementation_name, register
+from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.families import find_attention, find_heads, refuse_unsupported
+from prefix_kernels.integrations.hooks import BackboneHook, first_layer_hook
+
+__all__ = ["PrefixTuningConfig", "get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
+
+_CONFIG_KEY = "prefix_tuning_config"
+_PREPARED = "_prefix_preparation"
+
+register()
+
+
+def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None = None) -> PreTrainedModel:
+    """Prepare ``model``, in place, for training a prefix in every attention layer.
+
+    Everything but the prefix and ``config.modules_to_save`` is frozen. The prefix is ``model.prefix_encoder``, in
+    float32 whatever the model's dtype; ``model.prefix_tuning_config`` is the config. With equal prefixes and
+    ``position_offset="peft"`` the outputs and the prefix gradients are those of PEFT's prefix tuning. The model gets a
+    copy of its own config, so that another model built from the same config object is not affected.
+
+    Args:
+        model: a model of the BERT, RoBERTa, GPT-2 or Llama family, with any head.
+        config: default ``PrefixTuningConfig()``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a Transformers model.
+        ValueError: the model is not supported (the message says why), has a prefix already, or lacks a module named in
+            ``config.modules_to_save``.
+    """
+    config = PrefixTuningConfig() if config is None else config
+    if hasattr(model, _PREPARED):
+        raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
+    refuse_unsupported(model)
+    attention = find_attention(model)
+    heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
+    _check_names(model, heads)
+
+    width = attention.num_kv_heads * attention.head_dim
+    projection = config.prefix_projection and not config.inference_mode
+    model.prefix_encoder = PrefixEncoder(
+        config.num_virtual_tokens,
+        len(attention.modules),
+        attention.num_kv_heads,
+        attention.head_dim,
+        projection=projection,
+        embedding_dim=width if projection else None,
+        hidden_size=(config.encoder_hidden_size or width) if projection else None,
+        dropout=config.prefix_dropout,
+        init_std=config.init_std,
+        device=model.device,
+    )
+    model.prefix_encoder.train(model.training)
+    model.prefix_tuning_config = copy.deepcopy(config)
+
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    mark_only_prefix_as_trainable(model, also_train=heads)
+    if config.inference_mode:
+        model.requires_grad_(False)
+
+    _give_own_config(model)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(implementation_name(config.attention))
+    for layer, module in enumerate(attention.modules):
+        setattr(module, PREFIX_LAYER_ATTRIBUTE, layer)
+    hooks = [
+        model.base_model.register_forward_pre_hook(BackboneHook(model, config, attention.layers), with_kwargs=True),
+        attention.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True),
+    ]
+    setattr(model, _PREPARED, {"hooks": hooks, "attn_implementation": previous, "trainable": trainable})
+    return model
+
+
+def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`get_prefix_model`: no prefix, and the attention and trainable parameters from before.
+
+    Trained heads keep their weights.
+
+    Raises:
+        ValueError: ``model`` has no prefix.
+    """
+    _expect_prepared(model)
+    preparation = getattr(model, _PREPARED)
+    for hook in preparation["hooks"]:
+        hook.remove()
+    for module in model.modules():
+        if hasattr(module, PREFIX_LAYER_ATTRIBUTE):
+            delattr(module, PREFIX_LAYER_ATTRIBUTE)
+    del model.prefix_encoder, model.prefix_tuning_config
+    delattr(model, _PREPARED)
+    model.set_attn_implementation(preparation["attn_implementation"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(preparation["trainable"][name])
+    return model
+
+
+def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: bool = True) -> None:
+    """Store the task that ``model`` was trained for as one safetensors file: prefix, heads and config.
+
+    Args:
+        model: a model prepared by :func:`get_prefix_model`.
+        path: the file to write.
+        fold: store the prefix that a projection generates in place of the projection.
+
+    Raises:
+        ValueError: ``model`` has no prefix.
+    """
+    _expect_prepared(model)
+    config = model.prefix_tuning_config
+    if fold and config.prefix_projection:
+        config = PrefixTuningConfig.from_dict(
+            config.to_dict() | {"prefix_projection": False, "encoder_hidden_size": None}
+        )
+    save_prefix(model, path, fold=fold, metadata={_CONFIG_KEY: config.to_json()})
+
+
+def load_prefix_model(
+    model: PreTrainedModel, path: str | os.PathLike, *, config: PrefixTuningConfig | None = None
+) -> PreTrainedModel:
+    """Prepare a fresh ``model`` for the task stored by :func:`save_prefix_model`, and load it.
+
+    Args:
+        model: a model of the same shape as the one that was trained, without a prefix.
+        path: the stored file.
+        config: default: the stored one. Give one to choose another ``attention`` or ``inference_mode``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the file was not written by :func:`save_prefix_model`, or does not fit the model.
+    """
+    metadata = read_prefix_metadata(path)
+    if config is None:
+        if _CONFIG_KEY not in metadata:
+            raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
+        config = PrefixTuningConfig.from_json(metadata[_CONFIG_KEY])
+    get_prefix_model(model, config)
+    load_prefix(model, path)
+    return model
+
+
+def _expect_prepared(model: nn.Module) -> None:
+    if not hasattr(model, _PREPARED):
+        raise ValueError(f"model: expected a model prepared by get_prefix_model, got a plain {type(model).__name__}")
+
+
+def _check_names(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(model, name, None), nn.Module):
+            raise ValueError(
+                f"modules_to_save: expected names among {[n for n, _ in model.named_children()]}, got {name!r}"
+            )
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """Replace, in all submodules, the model's config and those inside it by one copy."""
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
