@@ -35,7 +35,9 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     - ``is_causal=True`` is trusted when the weights are not asked for: ``attn_mask``, which must be given, is then not
       read, also together with ``key_padding_mask``; ``bias_k`` and the zero key stay visible.
     - A nested tensor is accepted where ``nn.TransformerEncoder`` makes one of a padded batch: as the query, key and
-      value of self-attention with ``batch_first=True`` and no mask. It is padded for the attention.
+      value of self-attention with ``batch_first=True`` and no mask. It is padded for the attention. Where plain layers
+      follow in that encoder, evaluate without gradients or set its ``use_nested_tensor`` to False: they refuse nested
+      tensors that require gradients.
     - It has no fused inference path: ``nn.TransformerEncoderLayer`` runs its unfused one.
 
     Args:
