@@ -1,0 +1,160 @@
+#include "api.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+
+#include "kernels.h"
+
+namespace prefix_kernels::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool supported;
+  CpuKernels kernels;
+};
+
+#define PREFIX_KERNELS_TABLE(isa)                                                                       \
+  CpuKernels {                                                                                          \
+    isa::attention_forward<float>, isa::attention_forward<double>, isa::attention_backward<float>,      \
+        isa::attention_backward<double>                                                                 \
+  }
+
+const Isa& chosen_isa() {
+  static const Isa chosen = [] {
+    // Best first.
+    const Isa compiled[] = {
+#if defined(PREFIX_KERNELS_WITH_X86)
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq"),
+         PREFIX_KERNELS_TABLE(avx512)},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), PREFIX_KERNELS_TABLE(avx2)},
+#endif
+        {"portable", true, PREFIX_KERNELS_TABLE(portable)},
+    };
+    const char* wanted = std::getenv("PREFIX_KERNELS_CPU_ISA");
+    std::string names;
+    for (const Isa& isa : compiled) {
+      if (!isa.supported) continue;
+      if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == isa.name) return isa;
+      names += std::string(names.empty() ? "" : ", ") + isa.name;
+    }
+    TORCH_CHECK_VALUE(false, "PREFIX_KERNELS_CPU_ISA: expected one of ", names, " on this processor, got ", wanted);
+  }();
+  return chosen;
+}
+
+void run_workers(int workers, void (*body)(void* argument, int worker), void* argument) {
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(argument, static_cast<int>(i));
+  });
+}
+
+// Integer tensors in the kernels' own form, kept alive for the call.
+struct HostIntegers {
+  at::Tensor ids, lens, offsets;
+
+  void attach(const AttentionArguments& args, AttentionParams& p) {
+    const auto to_int64 = [](const at::Tensor& x) { return x.to(at::kLong).contiguous(); };
+    if (args.prefix_ids.has_value() && p.prefix_slots > 0) {
+      ids = to_int64(*args.prefix_ids);
+      check_range("prefix_ids", ids, -1, p.num_prefixes - 1);
+      p.prefix_ids = ids.const_data_ptr<int64_t>();
+    }
+    if (args.prefix_lens.has_value() && p.prefix_slots > 0) {
+      lens = to_int64(*args.prefix_lens);
+      check_range("prefix_lens", lens, 0, p.prefix_len);
+      p.prefix_lens = lens.const_data_ptr<int64_t>();
+    }
+    if (args.query_offsets.has_value()) {
+      offsets = to_int64(*args.query_offsets);
+      p.query_offsets = offsets.const_data_ptr<int64_t>();
+    }
+    if (p.dropout_threshold > 0) p.dropout_seed = static_cast<uint64_t>(*args.dropout_seed->const_data_ptr<int64_t>());
+  }
+
+ private:
+  static void check_range(const char* name, const at::Tensor& x, int64_t least, int64_t most) {
+    const int64_t* data = x.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < x.numel(); ++i)
+      TORCH_CHECK_INDEX(data[i] >= least && data[i] <= most, name, ": expected values from ", least, " to ", most, ", got ",
+                        data[i], " at flat index ", i);
+  }
+};
+
+bool is_double(const at::Tensor& query) { return query.scalar_type() == at::kDouble; }
+
+// A dense tensor with the strides of its input where the kernels can write them.
+at::Tensor empty_gradient(const at::Tensor& input) {
+  at::Tensor gradient = at::empty_like(input);
+  return input.size(-1) > 1 && gradient.stride(-1) != 1 ? at::empty_like(input, {}, at::MemoryFormat::Contiguous) : gradient;
+}
+
+at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
+
+}  // namespace
+
+std::string isa() { return chosen_isa().name; }
+
+std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
+  validate_forward(args);
+  const at::Tensor& query = args.query;
+  AttentionParams p = make_params(args, args.key->size(2));
+  HostIntegers integers;
+  integers.attach(args, p);
+
+  // Laid out [B, Sq, Hq, D], so that merging the heads afterwards is free.
+  at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
+  at::Tensor lse = at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(is_double(query) ? at::kDouble : at::kFloat));
+  p.out = make_operand(out);
+  p.lse = lse.mutable_data_ptr();
+  const CpuKernels& kernels = chosen_isa().kernels;
+  (is_double(query) ? kernels.forward_double : kernels.forward_float)(p, at::get_num_threads(), run_workers);
+  return {out, lse};
+}
+
+std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
+                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
+                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs) {
+  validate_backward(args, dout, dlse, out, lse, key_len);
+  const at::Tensor& query = args.query;
+  BackwardParams b;
+  b.forward = make_params(args, key_len);
+  AttentionParams& p = b.forward;
+  HostIntegers integers;
+  integers.attach(args, p);
+
+  const at::Tensor dense_dout = with_unit_stride(dout);
+  const at::Tensor dense_lse = lse.contiguous();
+  const at::Tensor dense_dlse = dlse.has_value() ? dlse->to(lse.scalar_type()).contiguous() : at::Tensor();
+  b.dout = make_operand(dense_dout);
+  if (out.has_value()) p.out = make_operand(*out);
+  p.lse = const_cast<void*>(dense_lse.const_data_ptr());
+  if (dlse.has_value()) b.dlse = dense_dlse.const_data_ptr();
+
+  const at::Tensor* inputs[kNumGradients] = {&query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
+                                             args.prefix_key ? &*args.prefix_key : nullptr,
+                                             args.prefix_value ? &*args.prefix_value : nullptr};
+  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its twin.
+  const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
+  std::vector<at::Tensor> gradients;
+  for (int i = 0; i < kNumGradients; ++i) {
+    if (!needs[i]) continue;
+    const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
+    TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
+    gradients.push_back(empty_gradient(*like));
+    b.gradients[i] = make_operand(gradients.back());
+    if (p.batch == 0 || p.q_len == 0) gradients.back().zero_();
+  }
+  if (p.batch == 0 || p.q_len == 0) return gradients;
+  const CpuKernels& kernels = chosen_isa().kernels;
+  (is_double(query) ? kernels.backward_double : kernels.backward_float)(b, at::get_num_threads(), run_workers);
+  return gradients;
+}
+
+}  // namespace prefix_kernels::cpu

@@ -1,0 +1,25 @@
+// The CPU's entry points: tensors in, tensors out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../validate.h"
+
+namespace prefix_kernels::cpu {
+
+// The ISA of the kernels in use: PREFIX_KERNELS_CPU_ISA where set, else the best that this processor runs.
+std::string isa();
+
+std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args);
+
+// The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
+std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
+                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
+                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs);
+
+}  // namespace prefix_kernels::cpu

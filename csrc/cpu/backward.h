@@ -1,0 +1,237 @@
+// The gradients of attention over [prefix ; sequence], only those asked for.
+//
+//   delta = rowsum(dout * out) - dlse      P = exp(S - lse)      dS = P * (dout V'^T - delta)
+//   dV' = P^T dout        dK' = scale dS^T Q        dQ = scale dS K'
+//
+// One task walks the tiles of keys of one head; a tile's dK', dV' stay in cache while the blocks of queries pass:
+//   S^T = K Q^T,  dP^T = V dO^T      [rows][lanes], as in the forward pass
+//   dV += P^T dO,  dK += dS^T Q      [rows][head_dim], P^T and dS^T broadcast from their tiles, dO and Q in the lanes
+//   dQ^T += K^T dS^T                 [head_dim][lanes], kept for the whole range of queries
+// When prefix gradients alone are asked for, only prefix tiles are visited; when ds is not wanted, V and dP are not read.
+#pragma once
+
+#include "backward_plan.h"
+#include "forward.h"
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+template <class T>
+struct BlockState {
+  QueryBlock block;
+  bool ready;
+  T *query, *dout;            // [head_dim][kBlockQ], scaled as S and dP need them
+  T *query_copy, *dout_copy;  // [kBlockQ][padded_depth], used when the natural rows cannot be read in place
+  Rows<T> query_rows, dout_rows;
+  T* dquery;  // [head_dim][kBlockQ]
+  alignas(64) T lse[kBlockQ];    // in units of log2; +infinity for a row that sees nothing
+  alignas(64) T delta[kBlockQ];
+};
+
+template <class T>
+class BackwardTask {
+ public:
+  BackwardTask(const BackwardPlan<T>& plan, Workspace& workspace) : plan_(plan), p_(plan.params.forward) {
+    const int64_t blocks = ceil_div(plan.partition.count, plan.splits);
+    const size_t panel = p_.head_dim * kBlockQ, rows = kBlockQ * plan.padded_depth;
+    const size_t tile = kBlockK * kBlockQ, keys = kBlockK * p_.head_dim, sums = kBlockK * plan.padded_depth;
+    workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) +
+                      blocks * (3 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(rows)) +
+                      4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(keys) +
+                      2 * Workspace::bytes_for<T>(sums) + Workspace::bytes_for<uint16_t>(tile));
+    const Needs& needs = plan.needs;
+    states_ = workspace.take<BlockState<T>>(blocks);
+    for (int64_t i = 0; i < blocks; ++i) {
+      BlockState<T>& state = states_[i];
+      state.query = workspace.take<T>(panel);
+      state.dout = needs.any_ds() ? workspace.take<T>(panel) : nullptr;
+      state.dquery = needs.dquery ? workspace.take<T>(panel) : nullptr;
+      state.query_copy = needs.any_key() ? workspace.take<T>(rows) : nullptr;
+      state.dout_copy = needs.any_value() ? workspace.take<T>(rows) : nullptr;
+    }
+    scores_ = workspace.take<T>(tile);
+    dp_ = workspace.take<T>(tile);
+    bias_ = workspace.take<T>(tile);
+    capped_ = workspace.take<T>(tile);
+    key_ = workspace.take<T>(keys);
+    value_ = workspace.take<T>(keys);
+    dkey_ = workspace.take<T>(sums);
+    dvalue_ = workspace.take<T>(sums);
+    bits_ = workspace.take<uint16_t>(tile);
+  }
+
+  void run(int64_t chunk, const Task& task) {
+    const KeyRange range = plan_.blocks(task.split);
+    blocks_ = range.end - range.begin;
+    for (int64_t i = 0; i < blocks_; ++i) {
+      BlockState<T>& state = states_[i];
+      new (&state.block) QueryBlock(p_, plan_.partition, task.batch, task.kv_head, range.begin + i);
+      state.ready = false;
+      if (plan_.needs.dquery) fill_zero(state.dquery, p_.head_dim * kBlockQ);
+    }
+    int64_t prefix_start = 0;
+    for (int64_t s = 0; s < num_segments(p_); ++s) {
+      const Segment segment = make_segment(p_, task.batch, task.kv_head, s, prefix_start);
+      if (segment.is_prefix()) prefix_start += segment.length;
+      if (!plan_.needs.visits(segment)) continue;
+      for (int64_t first = 0; first < segment.length; first += kBlockK) {
+        const int64_t left = segment.length - first;
+        key_tile(chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
+      }
+    }
+    if (plan_.needs.dquery) write_dquery();
+  }
+
+ private:
+  // Packs a block when the first tile meets it.
+  void prepare(BlockState<T>& state) {
+    state.ready = true;
+    const QueryBlock& block = state.block;
+    const Needs& needs = plan_.needs;
+    pack_queries<T>(p_.query, block, query_factor<T>(p_), state.query);
+    if (needs.any_key()) state.query_rows = query_rows<T>(p_.query, block, plan_.padded_depth, state.query_copy);
+    if (needs.any_value())
+      state.dout_rows = query_rows<T>(plan_.params.dout, block, plan_.padded_depth, state.dout_copy);
+    if (needs.any_ds()) {
+      pack_queries<T>(plan_.params.dout, block, static_cast<T>(dropout_rescale(p_.dropout_threshold)), state.dout);
+      row_dot<T>(plan_.params.dout, p_.out, block, state.delta);
+    }
+    const T* lse = static_cast<const T*>(p_.lse);
+    const T* dlse = static_cast<const T*>(plan_.params.dlse);
+    for (int l = 0; l < kBlockQ; ++l) {
+      state.lse[l] = std::numeric_limits<T>::infinity();
+      if (l >= block.count) {
+        state.delta[l] = 0;
+        continue;
+      }
+      const int64_t row = (block.batch * p_.q_heads + block.head(l)) * p_.q_len + block.query(l);
+      if (lse[row] != -std::numeric_limits<T>::infinity()) state.lse[l] = lse[row] * static_cast<T>(kLog2e);
+      if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
+    }
+  }
+
+  // Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sum, or scratch.
+  T* sums(const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk, const Task& task,
+          const Segment& segment, int64_t first, int count) {
+    const int64_t depth = plan_.padded_depth;
+    if (segment.is_prefix())
+      return prefix.data() + plan_.prefix_tile(chunk, task.kv_head, segment.prefix) * plan_.prefix_tile_size() +
+             first * depth;
+    T* target = plan_.splits > 1 ? sequence.data() + plan_.sequence_offset(task) + first * depth : scratch;
+    fill_zero(target, count * depth);
+    return target;
+  }
+
+  // Rows [first, first + count) of a segment against every block of the task that may see them.
+  void key_tile(int64_t chunk, const Task& task, const Segment& segment, int64_t first, int count) {
+    const Needs& needs = plan_.needs;
+    T* dkey = nullptr;
+    T* dvalue = nullptr;
+    if (needs.key(segment))
+      dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
+    if (needs.value(segment))
+      dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
+
+    const Rows<T> key = segment_rows<T>(segment.key, first, count, p_.head_dim, key_);
+    Rows<T> value{};
+    if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
+    for (int64_t i = 0; i < blocks_; ++i) {
+      const KeyRange hull = states_[i].block.hull(segment);
+      if (hull.begin >= first + count || hull.end <= first || hull.begin >= hull.end) continue;
+      step(states_[i], segment, first, count, key, value, dkey, dvalue);
+    }
+
+    if (segment.is_prefix() || plan_.splits > 1) return;
+    if (dkey != nullptr)
+      write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), dkey);
+    if (dvalue != nullptr)
+      write_rows(plan_.params.gradients[kDValue], task, first, count,
+                 static_cast<T>(dropout_rescale(p_.dropout_threshold)), dvalue);
+  }
+
+  // One tile against one block.
+  void step(BlockState<T>& state, const Segment& segment, int64_t tile_first, int tile_count, const Rows<T>& key,
+            const Rows<T>& value, T* dkey, T* dvalue) {
+    constexpr int kN = kLanes<T>;
+    const QueryBlock& block = state.block;
+    const bool ds = plan_.needs.ds(segment);
+    const int64_t depth = p_.head_dim, padded = plan_.padded_depth;
+
+    const TileBias<T> bias(block, segment, tile_first, tile_count, bias_);
+    if (bias.count == 0) return;
+    const TilePlan<T> plan(block, segment, bias.first, bias.count);
+    if (!state.ready) prepare(state);
+    const int64_t skipped = bias.first - tile_first;
+
+    // S^T = K Q^T,  dP^T = V dO^T
+    for (int g = 0; g < plan.num_groups; ++g) {
+      const auto& group = plan.groups[g];
+      const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
+      const int64_t row = skipped + group.row_begin, at = group.row_begin * kBlockQ + group.vector_begin * kN;
+      gemm<ALayout::kRowMajor, T>(rows, columns, depth, key.data + row * key.stride, key.stride,
+                                  state.query + group.vector_begin * kN, kBlockQ, scores_ + at, kBlockQ, false);
+      if (ds)
+        gemm<ALayout::kRowMajor, T>(rows, columns, depth, value.data + row * value.stride, value.stride,
+                                    state.dout + group.vector_begin * kN, kBlockQ, dp_ + at, kBlockQ, false);
+    }
+    finish_scores<T>(block, segment, bias.first, plan, bias, scores_, capped_);
+
+    // P^T and dS^T, in place
+    const bool dropout = p_.dropout_threshold > 0;
+    if (dropout) dropout_bits(block, segment, bias.first, bias.count, bits_);
+    const auto softmax = dropout ? softmax_backward<T, true> : softmax_backward<T, false>;
+    for (int v = 0; v < plan.vectors; ++v) {
+      const auto& rows = plan.rows[v];
+      softmax(scores_ + v * kN, ds ? dp_ + v * kN : nullptr, rows.begin, rows.end, bits_ + v * kN,
+              p_.dropout_threshold, load(state.lse + v * kN), load(state.delta + v * kN));
+      if (ds && p_.softcap > 0) {
+        for (int r = rows.begin; r < rows.end; ++r) {
+          const Vec<T> t = load(capped_ + r * kBlockQ + v * kN);
+          T* out = dp_ + r * kBlockQ + v * kN;
+          store(out, load(out) * (1 - t * t));
+        }
+      }
+    }
+
+    // dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+    for (int g = 0; g < plan.num_groups; ++g) {
+      const auto& group = plan.groups[g];
+      const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
+      const int64_t row = skipped + group.row_begin, at = group.row_begin * kBlockQ + group.vector_begin * kN;
+      const int lane = group.vector_begin * kN;
+      const int lane_end = group.vector_end * kN < block.count ? group.vector_end * kN : block.count;
+      if (dvalue != nullptr)
+        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, scores_ + at, kBlockQ,
+                                    state.dout_rows.data + lane * state.dout_rows.stride, state.dout_rows.stride,
+                                    dvalue + row * padded, padded, true);
+      if (dkey != nullptr)
+        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ,
+                                    state.query_rows.data + lane * state.query_rows.stride, state.query_rows.stride,
+                                    dkey + row * padded, padded, true);
+      if (plan_.needs.dquery)
+        gemm<ALayout::kTransposed, T>(depth, columns, rows, key.data + row * key.stride, key.stride, dp_ + at, kBlockQ,
+                                      state.dquery + lane, kBlockQ, true);
+    }
+  }
+
+  void write_dquery() {
+    T factor[kBlockQ];
+    for (int l = 0; l < kBlockQ; ++l) factor[l] = static_cast<T>(p_.scale);
+    for (int64_t i = 0; i < blocks_; ++i)
+      unpack_queries<T>(plan_.params.gradients[kDQuery], states_[i].block, factor, states_[i].dquery);
+  }
+
+  void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
+    const Operand head = head_of(gradient, task.batch, task.kv_head);
+    for (int r = 0; r < count; ++r)
+      write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth);
+  }
+
+  const BackwardPlan<T>& plan_;
+  const AttentionParams& p_;
+  BlockState<T>* states_;
+  int64_t blocks_ = 0;
+  T *scores_, *dp_, *bias_, *capped_, *key_, *value_, *dkey_, *dvalue_;
+  uint16_t* bits_;
+};
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -1,0 +1,143 @@
+// How the backward pass is divided, and where its partial sums live.
+//
+// A task is one (kv head, batch row, range of query blocks); tasks in this order are cut into chunks, which threads take
+// as they become free. A chunk adds the prefix gradients of its tasks into partial tiles of its own, one per (prefix, kv
+// head) that it meets: heads change slowest, so that most partial tiles have one owner and no copy per batch row exists.
+// A second pass sums the partial tiles in chunk order, so the result does not depend on which thread ran what.
+#pragma once
+
+#include "tiles.h"
+#include "workspace.h"
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+// An array that lives as long as the call.
+template <class U>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  void allocate(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<U*>(std::aligned_alloc(64, Workspace::bytes_for<U>(count)));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  U* data() const { return data_; }
+  U& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  U* data_ = nullptr;
+};
+
+struct Needs {
+  bool dquery, dkey, dvalue, dprefix_key, dprefix_value;
+
+  explicit Needs(const BackwardParams& p)
+      : dquery(p.needs(kDQuery)),
+        dkey(p.needs(kDKey)),
+        dvalue(p.needs(kDValue)),
+        dprefix_key(p.needs(kDPrefixKey)),
+        dprefix_value(p.needs(kDPrefixValue)) {}
+
+  bool prefix() const { return dprefix_key || dprefix_value; }
+  // What a segment must be visited for, and whether ds is wanted there.
+  bool key(const Segment& s) const { return s.is_prefix() ? dprefix_key : dkey; }
+  bool value(const Segment& s) const { return s.is_prefix() ? dprefix_value : dvalue; }
+  bool ds(const Segment& s) const { return dquery || key(s); }
+  bool visits(const Segment& s) const { return ds(s) || value(s); }
+  bool any_ds() const { return dquery || dkey || dprefix_key; }
+  bool any_key() const { return dkey || dprefix_key; }
+  bool any_value() const { return dvalue || dprefix_value; }
+};
+
+struct Task {
+  int64_t kv_head, batch, split;
+};
+
+template <class T>
+struct BackwardPlan {
+  const BackwardParams& params;
+  Needs needs;
+  BlockPartition partition;
+  int64_t padded_depth;  // head_dim in whole vectors: the row stride of every partial tile
+  int64_t splits = 1;    // ranges that the query blocks of one head fall into
+  int64_t tasks = 0;
+  int64_t chunks = 0;
+  int64_t prefix_tiles = 0;
+
+  Buffer<int32_t> tile_of;         // [chunks][kv_heads * num_prefixes] -> partial tile, or -1
+  Buffer<int64_t> first_tile;      // [chunks + 1]: chunk c owns the partial tiles [first_tile[c], first_tile[c + 1])
+  Buffer<T> dprefix_key, dprefix_value;  // [prefix_tiles][prefix_len][padded_depth]
+  Buffer<T> dkey, dvalue;          // [splits][batch * kv_heads][k_len][padded_depth] when splits > 1
+
+  BackwardPlan(const BackwardParams& backward, int threads)
+      : params(backward),
+        needs(backward),
+        partition(backward.forward),
+        padded_depth(ceil_div(backward.forward.head_dim, kLanes<T>) * kLanes<T>) {
+    constexpr int64_t kTasksPerThread = 4;
+    constexpr int64_t kMaxBlocksPerTask = 128;  // bounds a thread's scratch memory
+    const AttentionParams& p = params.forward;
+    const int64_t heads = p.batch * p.kv_heads;
+    if (heads == 0 || partition.count == 0) return;
+    const int64_t wanted = kTasksPerThread * threads;
+    splits = heads < wanted ? ceil_div(wanted, heads) : 1;
+    const int64_t least = ceil_div(partition.count, kMaxBlocksPerTask);
+    if (splits < least) splits = least;
+    if (splits > partition.count) splits = partition.count;
+    tasks = heads * splits;
+    chunks = tasks < wanted ? tasks : wanted;
+    if (needs.prefix()) assign_prefix_tiles();
+    if (splits > 1) {
+      const int64_t size = splits * heads * p.k_len * padded_depth;
+      if (needs.dkey) dkey.allocate(size);
+      if (needs.dvalue) dvalue.allocate(size);
+    }
+  }
+
+  Task task(int64_t index) const {
+    const int64_t batch = params.forward.batch;
+    return {index / splits / batch, index / splits % batch, index % splits};
+  }
+  int64_t chunk_begin(int64_t chunk) const { return tasks * chunk / chunks; }
+  KeyRange blocks(int64_t split) const {
+    return {partition.count * split / splits, partition.count * (split + 1) / splits};
+  }
+  int64_t prefix_tile_size() const { return params.forward.prefix_len * padded_depth; }
+  int32_t prefix_tile(int64_t chunk, int64_t kv_head, int64_t prefix) const {
+    return tile_of[(chunk * params.forward.kv_heads + kv_head) * params.forward.num_prefixes + prefix];
+  }
+  int64_t sequence_offset(const Task& t) const {
+    const AttentionParams& p = params.forward;
+    return ((t.split * p.batch + t.batch) * p.kv_heads + t.kv_head) * p.k_len * padded_depth;
+  }
+
+ private:
+  void assign_prefix_tiles() {
+    const AttentionParams& p = params.forward;
+    const int64_t pairs = p.kv_heads * p.num_prefixes;
+    tile_of.allocate(chunks * pairs);
+    first_tile.allocate(chunks + 1);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      first_tile[chunk] = prefix_tiles;
+      for (int64_t i = 0; i < pairs; ++i) tile_of[chunk * pairs + i] = -1;
+      for (int64_t i = chunk_begin(chunk); i < chunk_begin(chunk + 1); ++i) {
+        const Task t = task(i);
+        for (int64_t m = 0; m < p.prefix_slots; ++m) {
+          const int64_t n = prefix_of_row(p, t.batch, m);
+          if (n < 0) continue;
+          int32_t& tile = tile_of[chunk * pairs + t.kv_head * p.num_prefixes + n];
+          if (tile < 0) tile = static_cast<int32_t>(prefix_tiles++);
+        }
+      }
+    }
+    first_tile[chunks] = prefix_tiles;
+    if (needs.dprefix_key) dprefix_key.allocate(prefix_tiles * prefix_tile_size());
+    if (needs.dprefix_value) dprefix_value.allocate(prefix_tiles * prefix_tile_size());
+  }
+};
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -1,0 +1,151 @@
+// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][kBlockQ] with
+// queries in the lanes.
+#pragma once
+
+#include <type_traits>
+
+#include "tiles.h"
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+// dst[d][lane] = factor * row_of(lane)[d]; the lanes up to the next whole vector become 0. dst has kBlockQ columns.
+template <class T, class Src, class RowOf>
+void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst) {
+  constexpr int kN = kLanes<T>;
+  for (int l0 = 0; l0 < count; l0 += kN) {
+    const Src* row[kN];
+    for (int l = 0; l < kN; ++l) row[l] = l0 + l < count ? row_of(l0 + l) : nullptr;
+    const bool full = l0 + kN <= count;
+    int64_t d = 0;
+    for (; d + kN <= depth; d += kN) {
+      Vec<T> tile[kN];
+      for (int l = 0; l < kN; ++l) tile[l] = full || row[l] != nullptr ? load_as<T, Src>(row[l] + d) : Vec<T>{};
+      transpose<T>(tile);
+      for (int i = 0; i < kN; ++i) store(dst + (d + i) * kBlockQ + l0, tile[i] * factor);
+    }
+    for (; d < depth; ++d)
+      for (int l = 0; l < kN; ++l)
+        dst[d * kBlockQ + l0 + l] = row[l] != nullptr ? static_cast<T>(to_float(row[l][d])) * factor : T(0);
+  }
+}
+
+// row_of(lane)[d] = factor[lane] * src[d][lane], converted.
+template <class T, class Dst, class RowOf>
+void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const T* src) {
+  constexpr int kN = kLanes<T>;
+  for (int l0 = 0; l0 < count; l0 += kN) {
+    const int lanes = count - l0 < kN ? count - l0 : kN;
+    const Vec<T> scale = load(factor + l0);
+    int64_t d = 0;
+    for (; d + kN <= depth; d += kN) {
+      Vec<T> tile[kN];
+      for (int i = 0; i < kN; ++i) tile[i] = load(src + (d + i) * kBlockQ + l0) * scale;
+      transpose<T>(tile);
+      for (int l = 0; l < lanes; ++l) store_as<T, Dst>(row_of(l0 + l) + d, tile[l]);
+    }
+    for (; d < depth; ++d)
+      for (int l = 0; l < lanes; ++l) row_of(l0 + l)[d] = from_float<Dst>(src[d * kBlockQ + l0 + l] * factor[l0 + l]);
+  }
+}
+
+// The address of a lane's row in a [batch, q_heads, q_len, head_dim] operand.
+template <class U>
+PREFIX_KERNELS_INLINE U* lane_row(const Operand& x, const QueryBlock& block, int lane) {
+  return static_cast<U*>(x.data) + block.batch * x.batch_stride + block.head(lane) * x.head_stride +
+         block.query(lane) * x.row_stride;
+}
+
+template <class T>
+void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst) {
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    const auto row_of = [&](int lane) { return static_cast<const Src*>(lane_row<Src>(x, block, lane)); };
+    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst);
+  });
+}
+
+// x = factor * src, one factor per lane.
+template <class T>
+void unpack_queries(const Operand& x, const QueryBlock& block, const T* factor, const T* src) {
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Dst = std::remove_pointer_t<decltype(tag)>;
+    const auto row_of = [&](int lane) { return lane_row<Dst>(x, block, lane); };
+    unpack_lanes<T, Dst>(block.count, block.params->head_dim, factor, row_of, src);
+  });
+}
+
+template <class T, class Src>
+PREFIX_KERNELS_INLINE void convert_row(const Src* src, int64_t depth, T* dst) {
+  int64_t d = 0;
+  for (; d + kLanes<T> <= depth; d += kLanes<T>) store(dst + d, load_as<T, Src>(src + d));
+  for (; d < depth; ++d) dst[d] = static_cast<T>(to_float(src[d]));
+}
+
+// A view of rows in the compute type.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// Rows [first, first + count) of a segment's keys or values: in place where the dtype allows, else converted to scratch.
+template <class T>
+Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
+  if (x.dtype == kComputeDType<T>) return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    const Src* src = static_cast<const Src*>(x.data) + first * x.row_stride;
+    for (int r = 0; r < count; ++r) convert_row<T, Src>(src + r * x.row_stride, depth, scratch + r * depth);
+  });
+  return {scratch, depth};
+}
+
+// The block's queries as rows whose length is a whole number of vectors: in place where possible, else copied.
+template <class T>
+Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded_depth, T* scratch) {
+  const int64_t depth = block.params->head_dim;
+  if (x.dtype == kComputeDType<T> && depth == padded_depth && block.one_head)
+    return {lane_row<T>(x, block, 0), x.row_stride};
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    for (int l = 0; l < block.count; ++l) {
+      T* row = scratch + l * padded_depth;
+      convert_row<T, Src>(lane_row<Src>(x, block, l), depth, row);
+      for (int64_t d = depth; d < padded_depth; ++d) row[d] = 0;
+    }
+  });
+  return {scratch, padded_depth};
+}
+
+// Row `row` of a gradient = factor * sum, converted.
+template <class T>
+void write_gradient_row(const Operand& gradient, int64_t row, int64_t depth, T factor, const T* sum) {
+  dispatch_dtype(gradient.dtype, [&](auto* tag) {
+    using Dst = std::remove_pointer_t<decltype(tag)>;
+    Dst* dst = static_cast<Dst*>(gradient.data) + row * gradient.row_stride;
+    int64_t d = 0;
+    for (; d + kLanes<T> <= depth; d += kLanes<T>) store_as<T, Dst>(dst + d, load(sum + d) * factor);
+    for (; d < depth; ++d) dst[d] = from_float<Dst>(sum[d] * factor);
+  });
+}
+
+// sum[lane] = sum_d x[lane][d] * y[lane][d]
+template <class T>
+void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum) {
+  const int64_t depth = block.params->head_dim;
+  dispatch_dtype(x.dtype, [&](auto* x_tag) {
+    using X = std::remove_pointer_t<decltype(x_tag)>;  // out and dout share the query's dtype
+    for (int l = 0; l < block.count; ++l) {
+      const X* a = lane_row<X>(x, block, l);
+      const X* b = lane_row<X>(y, block, l);
+      Vec<T> acc{};
+      int64_t d = 0;
+      for (; d + kLanes<T> <= depth; d += kLanes<T>) acc += load_as<T, X>(a + d) * load_as<T, X>(b + d);
+      T total = horizontal_sum<T>(acc);
+      for (; d < depth; ++d) total += static_cast<T>(to_float(a[d])) * static_cast<T>(to_float(b[d]));
+      sum[l] = total;
+    }
+  });
+}
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA

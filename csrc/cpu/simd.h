@@ -1,0 +1,342 @@
+// Vectors of the widest registers of the ISA that this translation unit is compiled for, through the compiler's vector
+// extensions: one source for every ISA. Only the half-precision conversions need intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../attention_params.h"
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+#define PREFIX_KERNELS_INLINE inline __attribute__((always_inline))
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct SimdTypes;
+template <>
+struct SimdTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Uint __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits per lane
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float kMinExponent = -126.0f;
+  static constexpr int kExpDegree = 7;
+};
+template <>
+struct SimdTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Uint __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 4)));
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kRoundShift = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMinExponent = -1022.0;
+  static constexpr int kExpDegree = 14;
+};
+
+template <class T>
+using Vec = typename SimdTypes<T>::Vec;
+template <class T>
+using Int = typename SimdTypes<T>::Int;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class V, class P>
+PREFIX_KERNELS_INLINE V load_bits(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> load(const T* p) {
+  return load_bits<Vec<T>>(p);
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// Whether a comparison held in some lane.
+template <class T>
+PREFIX_KERNELS_INLINE bool any_lane(Int<T> mask) {
+  constexpr int kWords = kVectorBytes / 8;
+  uint64_t words[kWords], any = 0;
+  std::memcpy(words, &mask, sizeof(words));
+  for (int i = 0; i < kWords; ++i) any |= words[i];
+  return any != 0;
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE T horizontal_sum(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+// ---- one element -------------------------------------------------------------------------------------------------
+
+PREFIX_KERNELS_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+
+PREFIX_KERNELS_INLINE float to_float(Half x) {
+  // Shift the exponent into place and rescale by 2^112, which also normalises subnormals; infinity and NaN apart.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  uint32_t bits = magnitude;
+  float f;
+  if (magnitude >= 0x0f800000u) {
+    bits = magnitude | 0x7f800000u;
+    std::memcpy(&f, &bits, sizeof(f));
+  } else {
+    std::memcpy(&f, &bits, sizeof(f));
+    f *= 5.192296858534828e33f;
+  }
+  return (x.bits & 0x8000) != 0 ? -f : f;
+}
+
+PREFIX_KERNELS_INLINE float to_float(float x) { return x; }
+PREFIX_KERNELS_INLINE double to_float(double x) { return x; }
+
+template <class Dst>
+PREFIX_KERNELS_INLINE Dst from_float(double x);
+
+template <>
+PREFIX_KERNELS_INLINE double from_float<double>(double x) {
+  return x;
+}
+template <>
+PREFIX_KERNELS_INLINE float from_float<float>(double x) {
+  return static_cast<float>(x);
+}
+template <>
+PREFIX_KERNELS_INLINE BFloat16 from_float<BFloat16>(double x) {
+  const float f = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof(bits));
+  if (f != f) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+PREFIX_KERNELS_INLINE Half from_float<Half>(double x) {
+  const float f = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof(bits));
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (bits < 0x38800000) {                                                // subnormal: let a float addition round
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return {static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13))};
+}
+
+// ---- one vector of any storage type ------------------------------------------------------------------------------
+
+template <class T, class Src>
+PREFIX_KERNELS_INLINE Vec<T> load_as(const Src* p) {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(to_float(p[i]));
+  return v;
+}
+
+template <class T, class Dst>
+PREFIX_KERNELS_INLINE void store_as(Dst* p, Vec<T> v) {
+  for (int i = 0; i < kLanes<T>; ++i) p[i] = from_float<Dst>(v[i]);
+}
+
+template <>
+PREFIX_KERNELS_INLINE Vec<float> load_as<float, float>(const float* p) {
+  return load(p);
+}
+template <>
+PREFIX_KERNELS_INLINE Vec<double> load_as<double, double>(const double* p) {
+  return load(p);
+}
+template <>
+PREFIX_KERNELS_INLINE void store_as<float, float>(float* p, Vec<float> v) {
+  store(p, v);
+}
+template <>
+PREFIX_KERNELS_INLINE void store_as<double, double>(double* p, Vec<double> v) {
+  store(p, v);
+}
+
+template <>
+PREFIX_KERNELS_INLINE Vec<float> load_as<float, BFloat16>(const BFloat16* p) {
+  using Uint = SimdTypes<float>::Uint;
+  const Uint bits = __builtin_convertvector(load_bits<SimdTypes<float>::Packed>(p), Uint) << 16;
+  return reinterpret_cast<Vec<float>>(bits);
+}
+template <>
+PREFIX_KERNELS_INLINE void store_as<float, BFloat16>(BFloat16* p, Vec<float> v) {
+  using Uint = SimdTypes<float>::Uint;
+  const Uint bits = reinterpret_cast<Uint>(v);
+  const Uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Uint quiet_nan = Uint{} + 0x7fc0;
+  const auto packed = __builtin_convertvector(v != v ? quiet_nan : rounded, SimdTypes<float>::Packed);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+
+#if defined(__AVX512F__)
+template <>
+PREFIX_KERNELS_INLINE Vec<float> load_as<float, Half>(const Half* p) {
+  return (Vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
+}
+template <>
+PREFIX_KERNELS_INLINE void store_as<float, Half>(Half* p, Vec<float> v) {
+  const __m256i packed = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+#elif defined(__F16C__)
+template <>
+PREFIX_KERNELS_INLINE Vec<float> load_as<float, Half>(const Half* p) {
+  return (Vec<float>)_mm256_cvtph_ps(load_bits<__m128i>(p));
+}
+template <>
+PREFIX_KERNELS_INLINE void store_as<float, Half>(Half* p, Vec<float> v) {
+  const __m128i packed = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+#endif
+
+// Calls f with a null pointer of the storage type that dtype names.
+template <class F>
+PREFIX_KERNELS_INLINE void dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      f(static_cast<double*>(nullptr));
+      break;
+    case DType::kFloat32:
+      f(static_cast<float*>(nullptr));
+      break;
+    case DType::kBFloat16:
+      f(static_cast<BFloat16*>(nullptr));
+      break;
+    case DType::kFloat16:
+      f(static_cast<Half*>(nullptr));
+      break;
+  }
+}
+
+template <class T>
+inline constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// ---- functions ---------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ExpSeries {
+  // ln2^k / k!: the Taylor series of 2^f, which for |f| <= 1/2 is exact to the last bit at this degree.
+  static constexpr int kDegree = SimdTypes<T>::kExpDegree;
+  T coefficient[kDegree + 1];
+  constexpr ExpSeries() : coefficient{} {
+    double term = 1.0;
+    for (int k = 0; k <= kDegree; ++k) {
+      coefficient[k] = static_cast<T>(term);
+      term *= 0.693147180559945309417232121458 / (k + 1);
+    }
+  }
+};
+template <class T>
+inline constexpr ExpSeries<T> kExpSeries{};
+
+// 2^x for x below the largest exponent; exactly 0 where the result would be subnormal, and for -infinity.
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> exp2(Vec<T> x) {
+  using S = SimdTypes<T>;
+  using Int = typename S::Int;
+  const Vec<T> shifted = x + S::kRoundShift;
+  const Vec<T> f = x - (shifted - S::kRoundShift);
+  Vec<T> p = broadcast<T>(kExpSeries<T>.coefficient[S::kExpDegree]);
+  for (int k = S::kExpDegree - 1; k >= 0; --k) p = p * f + kExpSeries<T>.coefficient[k];
+  const Int scaled = reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(shifted) << S::kMantissaBits);
+  return x < S::kMinExponent ? Vec<T>{} : reinterpret_cast<Vec<T>>(scaled);
+}
+
+// tanh through expm1 of twice the magnitude, with full relative accuracy near zero.
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> tanh(Vec<T> x) {
+  using S = SimdTypes<T>;
+  using Int = typename S::Int;
+  constexpr T kTwoLog2e = static_cast<T>(2.885390081777926814719849362);
+  constexpr T kSaturated = 60;  // 2^-60 is below the last bit of 1 in either type
+  const Vec<T> magnitude = x < 0 ? -x : x;
+  Vec<T> y = magnitude * kTwoLog2e;
+  y = y > kSaturated ? broadcast<T>(kSaturated) : y;
+  const Vec<T> shifted = y + S::kRoundShift;
+  const Vec<T> f = y - (shifted - S::kRoundShift);
+  Vec<T> p = broadcast<T>(kExpSeries<T>.coefficient[S::kExpDegree]);
+  for (int k = S::kExpDegree - 1; k >= 1; --k) p = p * f + kExpSeries<T>.coefficient[k];
+  p = p * f;  // 2^f - 1
+  const Vec<T> one = broadcast<T>(1);
+  const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<Int>(one) + (reinterpret_cast<Int>(shifted) << S::kMantissaBits));
+  const Vec<T> expm1 = power * p + (power - 1);
+  const Vec<T> t = expm1 / (expm1 + 2);
+  const Vec<T> signed_t = x < 0 ? -t : t;
+  return x != x ? x : signed_t;
+}
+
+// Transposes kLanes x kLanes elements held as rows: each round interleaves row i with row i + kLanes / 2.
+template <class T>
+PREFIX_KERNELS_INLINE void transpose(Vec<T> (&row)[kLanes<T>]) {
+  using Int = typename SimdTypes<T>::Int;
+  constexpr int kN = kLanes<T>;
+  Int low, high;
+  for (int i = 0; i < kN; ++i) {
+    low[i] = i / 2 + (i % 2) * kN;
+    high[i] = low[i] + kN / 2;
+  }
+  for (int stride = 1; stride < kN; stride *= 2) {
+    Vec<T> next[kN];
+#pragma GCC unroll 16
+    for (int i = 0; i < kN / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(row[i], row[i + kN / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + kN / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) row[i] = next[i];
+  }
+}
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -1,0 +1,68 @@
+// Scratch memory of one thread, kept between calls: faulting fresh pages in would cost more than a short attention.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(data_); }
+
+  // Starts over with room for at least `bytes`; what take() returned before is gone.
+  void reserve(size_t bytes) {
+    used_ = 0;
+    if (bytes <= capacity_) return;
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+    data_ = static_cast<char*>(std::aligned_alloc(kAlignment, round_up(bytes)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    capacity_ = round_up(bytes);
+  }
+
+  // Returns the memory of an unusually large call.
+  void trim() {
+    if (capacity_ <= kKeptBytes) return;
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+
+  template <class U>
+  U* take(size_t count) {
+    U* p = reinterpret_cast<U*>(data_ + used_);
+    used_ += round_up(count * sizeof(U));
+    return p;
+  }
+
+  template <class U>
+  static constexpr size_t bytes_for(size_t count) {
+    return round_up(count * sizeof(U));
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kKeptBytes = size_t{16} << 20;
+  static constexpr size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  char* data_ = nullptr;
+  size_t used_ = 0;
+  size_t capacity_ = 0;
+};
+
+template <class U>
+void fill_zero(U* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+// How many of the threads have something to do.
+inline int workers(int threads, int64_t tasks) { return tasks < threads ? static_cast<int>(tasks) : threads; }
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA

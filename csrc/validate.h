@@ -1,0 +1,48 @@
+// Every check of shape, dtype, device and stride, once, for all devices.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "attention_params.h"
+
+namespace prefix_kernels {
+
+// The operators' arguments as torch gives them. The backward pass leaves out what its gradients do not need.
+struct AttentionArguments {
+  const at::Tensor& query;                         // [B, Hq, Sq, D]
+  const std::optional<at::Tensor>& key;            // [B, Hkv, Sk, D]
+  const std::optional<at::Tensor>& value;          // [B, Hkv, Sk, D]
+  const std::optional<at::Tensor>& prefix_key;     // [Hkv, P, D] or [N, Hkv, P, D]
+  const std::optional<at::Tensor>& prefix_value;   // like prefix_key
+  const std::optional<at::Tensor>& attn_mask;      // broadcastable to [B, Hq, Sq, Sk] or [B, Hq, Sq, M * P + Sk]
+  const std::optional<at::Tensor>& prefix_ids;     // [B] or [B, M]
+  const std::optional<at::Tensor>& prefix_lens;    // [N]
+  const std::optional<at::Tensor>& query_offsets;  // [B]
+  const std::optional<at::Tensor>& dropout_seed;   // [1]
+  double dropout_p;
+  bool is_causal;
+  std::optional<double> scale;
+  std::optional<int64_t> query_offset;
+  int64_t window_left;
+  int64_t window_right;
+  bool window_includes_prefix;
+  double softcap;
+};
+
+// Checks the arguments of the forward pass and throws what a user should read.
+void validate_forward(const AttentionArguments& args);
+
+// Checks the arguments of the backward pass, which only this package calls.
+void validate_backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                       const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len);
+
+// The arguments, already validated, as the kernels take them; the integer tensors and the seed are left to the device.
+AttentionParams make_params(const AttentionArguments& args, int64_t key_len);
+
+Operand make_operand(const at::Tensor& tensor);
+
+DType dtype_of(const at::Tensor& tensor);
+
+}  // namespace prefix_kernels

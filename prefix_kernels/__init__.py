@@ -1,0 +1,1 @@
+from prefix_kernels.functional import prefix_attention

@@ -1,0 +1,1 @@
+from prefix_kernels.reference import prefix_attention_reference as prefix_attention
