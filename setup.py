@@ -28,5 +28,6 @@ torch = find_torch()
 setup(
     ext_modules=[KernelExtension("prefix_kernels._C", TORCH_SOURCES, KERNEL_SOURCES, CUDA_SOURCES)],
     cmdclass={"build_ext": BuildKernelExtension},
-    install_requires=[torch.requirement if torch else TORCH_REQUIREMENT, "safetensors>=0.4"],
+    # safetensors writes torch tensors by way of numpy, which it does not ask for itself.
+    install_requires=[torch.requirement if torch else TORCH_REQUIREMENT, "numpy", "safetensors>=0.4"],
 )

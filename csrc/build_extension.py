@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -115,6 +116,9 @@ class BuildKernelExtension(build_ext):
     def build_extension(self, extension: KernelExtension) -> None:
         torch, compiler = require_torch(find_torch()), find_compiler()
         cuda = plan_cuda(torch, find_cuda_toolkit(), extension.cuda_sources)
+        if self.editable_mode:
+            # setuptools would use a folder that it deletes, and compile everything anew after every change.
+            self.build_temp = str(Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         print(f"prefix_kernels: compiling against PyTorch {torch.version} in {torch.folder}; {cuda.reason}.")
         torch_units = self._torch_units(extension, compiler, torch, cuda)
         kernel_units = self._kernel_units(extension, compiler)
@@ -174,7 +178,7 @@ class BuildKernelExtension(build_ext):
             *[*compiler, "-shared", "-fopenmp", *shlex.split(environ.get("LDFLAGS", ""))],
             *[str(unit.object) for unit in units],
             # No run path: importing torch has loaded these libraries before this module is.
-            *[f"-L{torch.library_folder}", "-ltorch", "-ltorch_cpu", "-lc10"],
+            *[f"-L{torch.library_folder}", "-ltorch_cpu", "-lc10"],
             *["-o", str(module)],
         ]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

@@ -8,39 +8,6 @@ namespace py = pybind11;
 
 namespace {
 
-#define PREFIX_KERNELS_STRING(x) #x
-#define PREFIX_KERNELS_EXPAND_STRING(x) PREFIX_KERNELS_STRING(x)
-
-constexpr const char* kCompiler =
-#if defined(__clang__)
-    "clang " PREFIX_KERNELS_EXPAND_STRING(__clang_major__) "." PREFIX_KERNELS_EXPAND_STRING(
-        __clang_minor__) "." PREFIX_KERNELS_EXPAND_STRING(__clang_patchlevel__);
-#elif defined(__GNUC__)
-    "gcc " PREFIX_KERNELS_EXPAND_STRING(__GNUC__) "." PREFIX_KERNELS_EXPAND_STRING(
-        __GNUC_MINOR__) "." PREFIX_KERNELS_EXPAND_STRING(__GNUC_PATCHLEVEL__);
-#else
-    "unknown";
-#endif
-
-constexpr const char* kAbi =
-#if defined(__GXX_ABI_VERSION)
-    "cxxabi " PREFIX_KERNELS_EXPAND_STRING(__GXX_ABI_VERSION) ", _GLIBCXX_USE_CXX11_ABI="
-#if defined(_GLIBCXX_USE_CXX11_ABI)
-    PREFIX_KERNELS_EXPAND_STRING(_GLIBCXX_USE_CXX11_ABI);
-#else
-    "undefined";
-#endif
-#else
-    "unknown";
-#endif
-
-constexpr bool kOpenMP =
-#if defined(_OPENMP)
-    true;
-#else
-    false;
-#endif
-
 // The entries of a list that the build passes as one string, separated by semicolons.
 py::list split(const std::string& entries) {
   py::list result;
@@ -55,10 +22,18 @@ py::list split(const std::string& entries) {
 py::dict build_info() {
   py::dict info;
   info["torch"] = PREFIX_KERNELS_TORCH_VERSION;
-  info["compiler"] = kCompiler;
+#if defined(__clang__)
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
   info["cxx_standard"] = static_cast<long>(__cplusplus);
-  info["openmp"] = kOpenMP;
-  info["abi"] = kAbi;
+  info["abi"] = "GXX " + std::to_string(__GXX_ABI_VERSION) + (_GLIBCXX_USE_CXX11_ABI ? ", C++11" : ", before C++11");
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   info["cpu_isas"] = split(PREFIX_KERNELS_CPU_ISAS);
   info["cuda_architectures"] = split(PREFIX_KERNELS_CUDA_ARCHITECTURES);
 #if defined(PREFIX_KERNELS_CUDA_TOOLKIT)
@@ -73,6 +48,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
-        "What this module was compiled with: torch, compiler, cxx_standard, openmp, abi, cpu_isas,\n"
-        "cuda_architectures, cuda_toolkit (None without one).");
+        "What this module was compiled with: torch, compiler, cxx_standard, abi, openmp, cpu_isas,\n"
+        "cuda_architectures, and cuda_toolkit, None without one.");
 }
