@@ -1,0 +1,51 @@
+"""Settings of the whole suite; they must be made before torch starts its thread pool."""
+
+import os
+
+# Waiting threads must not spin: pytest-xdist runs one process per core, each with a pool of its own.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+CHECKOUT = Path(__file__).parent.parent
+
+# `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one.
+elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != CHECKOUT]
+if PathFinder.find_spec("prefix_kernels", elsewhere):
+    sys.path[:] = elsewhere
+
+# The baselines of the benchmarks are tested too.
+sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.register_profile(
+    "explore", max_examples=2000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random numbers, alone or in company."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """Every tensor that the operator allocates without initialising it is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,187 @@
+"""Bad input is refused with the argument's name, what was expected and what came; nothing is guessed."""
+
+import math
+
+import pytest
+import torch
+from helpers import make_call
+
+from prefix_kernels import prefix_attention
+
+ERRORS = (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError)
+
+f32, f64, bf16, i64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
+
+
+def zeros(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# Every case changes some arguments of a good call: query [2, 8, 6, 16], key and value [2, 4, 9, 16], prefix [4, 5, 16].
+# argument that the message must name; what it must say was expected; what it must say came; the changed arguments.
+CASES: dict[str, tuple[str, str, str, dict]] = {
+    # ranks
+    "query rank 3": ("query", "[B, Hq, Sq, D]", "[8, 6, 16]", {"query": zeros(8, 6, 16)}),
+    "query rank 5": ("query", "[B, Hq, Sq, D]", "[1, 2, 8, 6, 16]", {"query": zeros(1, 2, 8, 6, 16)}),
+    "key rank 3": ("key", "", "[4, 9, 16]", {"key": zeros(4, 9, 16)}),
+    "value rank 2": ("value", "", "[9, 16]", {"value": zeros(9, 16)}),
+    "prefix_key rank 2": ("prefix_key", "[4, P, 16]", "[5, 16]", {"prefix_key": zeros(5, 16)}),
+    "prefix_key rank 5": ("prefix_key", "[4, P, 16]", "[1, 1, 4, 5, 16]", {"prefix_key": zeros(1, 1, 4, 5, 16)}),
+    # shapes
+    "key of another batch": ("key", "2", "[3, 4, 9, 16]", {"key": zeros(3, 4, 9, 16)}),
+    "key of another head_dim": ("key", "16", "[2, 4, 9, 8]", {"key": zeros(2, 4, 9, 8)}),
+    "value of another length": ("value", "[2, 4, 9, 16]", "[2, 4, 8, 16]", {"value": zeros(2, 4, 8, 16)}),
+    "value of other heads": ("value", "[2, 4, 9, 16]", "[2, 8, 9, 16]", {"value": zeros(2, 8, 9, 16)}),
+    "value of another head_dim": ("value", "[2, 4, 9, 16]", "[2, 4, 9, 32]", {"value": zeros(2, 4, 9, 32)}),
+    "query heads not a multiple": ("query", "multiple", "8", {"key": zeros(2, 3, 9, 16), "value": zeros(2, 3, 9, 16)}),
+    "fewer query heads than key heads": ("query", "multiple", "2", {"query": zeros(2, 2, 6, 16)}),
+    "no key heads": ("key", "", "0", {"key": zeros(2, 0, 9, 16), "value": zeros(2, 0, 9, 16)}),
+    "prefix_key of other heads": ("prefix_key", "[4, P, 16] or [N, 4, P, 16]", "[8, 5, 16]", {"prefix_key": zeros(8, 5, 16)}),
+    "prefix_key of another head_dim": ("prefix_key", "[4, P, 16]", "[4, 5, 32]", {"prefix_key": zeros(4, 5, 32)}),
+    "prefix_value of another length": ("prefix_value", "[4, 5, 16]", "[4, 6, 16]", {"prefix_value": zeros(4, 6, 16)}),
+    "prefix_value of another rank": ("prefix_value", "[4, 5, 16]", "[1, 4, 5, 16]", {"prefix_value": zeros(1, 4, 5, 16)}),
+    "bank without ids of another size": (
+        "prefix_key", "2", "3", {"prefix_key": zeros(3, 4, 5, 16), "prefix_value": zeros(3, 4, 5, 16)},
+    ),
+    "head_dim 0": (
+        "query", "", "0",
+        {name: zeros(*shape, 0) for name, shape in {"query": (2, 8, 6), "key": (2, 4, 9), "value": (2, 4, 9)}.items()}
+        | {"prefix_key": None, "prefix_value": None},
+    ),
+    "head_dim 257": (
+        "query", "256", "257",
+        {name: zeros(*shape, 257) for name, shape in {"query": (2, 8, 6), "key": (2, 4, 9), "value": (2, 4, 9)}.items()}
+        | {"prefix_key": None, "prefix_value": None},
+    ),
+    # dtypes
+    "query of integers": ("query", "float", "(Long|int64)", {"query": zeros(2, 8, 6, 16, dtype=i64)}),
+    "query of complex numbers": ("query", "float", "[Cc]omplex", {"query": zeros(2, 8, 6, 16, dtype=torch.complex64)}),
+    "query of bools": ("query", "float", "[Bb]ool", {"query": zeros(2, 8, 6, 16, dtype=torch.bool)}),
+    "key of another dtype": ("key", "[Ff]loat", "(BFloat16|bfloat16)", {"key": zeros(2, 4, 9, 16, dtype=bf16)}),
+    "value of another dtype": ("value", "[Ff]loat", "(Double|float64)", {"value": zeros(2, 4, 9, 16, dtype=f64)}),
+    "prefix_key of integers": ("prefix_key", "float", "(Int|int32)", {"prefix_key": zeros(4, 5, 16, dtype=torch.int32)}),
+    "prefix_value of another dtype than prefix_key": (
+        "prefix_value", "[Ff]loat", "(BFloat16|bfloat16)", {"prefix_value": zeros(4, 5, 16, dtype=bf16)},
+    ),
+    # devices, layouts and strides
+    "key on another device": ("key", "cpu", "meta", {"key": torch.zeros(2, 4, 9, 16, device="meta")}),
+    "prefix_key on another device": ("prefix_key", "cpu", "meta", {"prefix_key": torch.zeros(4, 5, 16, device="meta")}),
+    "mask on another device": ("attn_mask", "cpu", "meta", {"attn_mask": torch.zeros(9, device="meta")}),
+    "query with strided columns": ("query", "stride", "2", {"query": zeros(2, 8, 6, 32)[..., ::2]}),
+    "key with strided columns": ("key", "stride", "9", {"key": zeros(2, 4, 16, 9).transpose(-1, -2)}),
+    "prefix_key with strided columns": ("prefix_key", "stride", "5", {"prefix_key": zeros(4, 16, 5).transpose(-1, -2)}),
+    "sparse query": ("query", "(strided|dense)", "[Ss]parse", {"query": zeros(2, 8, 6, 16).to_sparse()}),
+    # a prefix and what belongs to it
+    "prefix_key alone": ("prefix_value", "prefix_key", "None", {"prefix_value": None}),
+    "prefix_value alone": ("prefix_key", "prefix_value", "None", {"prefix_key": None}),
+    "ids without a prefix": (
+        "prefix_ids", "prefix_key", "None", {"prefix_key": None, "prefix_value": None, "prefix_ids": zeros(2, dtype=i64)},
+    ),
+    "lens without a prefix": (
+        "prefix_lens", "prefix_key", "None", {"prefix_key": None, "prefix_value": None, "prefix_lens": zeros(1, dtype=i64)},
+    ),
+    "ids of another batch": ("prefix_ids", "2", "[3]", {"prefix_ids": zeros(3, dtype=i64)}),
+    "ids of rank 3": ("prefix_ids", "[B, M]", "[2, 1, 1]", {"prefix_ids": zeros(2, 1, 1, dtype=i64)}),
+    "ids of floats": ("prefix_ids", "int", "[Ff]loat", {"prefix_ids": zeros(2)}),
+    "ids on one prefix for all": ("prefix_ids", "[N, 4, P, 16]", "[4, 5, 16]", {"prefix_ids": zeros(2, dtype=i64)}),
+    "id too large": ("prefix_ids", "3", "3", {"bank": 3, "prefix_ids": torch.tensor([0, 3])}),
+    "id too small": ("prefix_ids", "-1", "-2", {"bank": 3, "prefix_ids": torch.tensor([-2, 0])}),
+    "id too large in a second slot": ("prefix_ids", "3", "7", {"bank": 3, "prefix_ids": torch.tensor([[0, 1], [2, 7]])}),
+    "lens of another number": ("prefix_lens", "3", "[2]", {"bank": 3, "prefix_lens": zeros(2, dtype=i64), "ids": True}),
+    "lens of rank 2": ("prefix_lens", "3", "[3, 1]", {"bank": 3, "prefix_lens": zeros(3, 1, dtype=i64), "ids": True}),
+    "lens of floats": ("prefix_lens", "int", "[Ff]loat", {"bank": 3, "prefix_lens": zeros(3), "ids": True}),
+    "length too large": ("prefix_lens", "5", "6", {"bank": 3, "prefix_lens": torch.tensor([5, 6, 0]), "ids": True}),
+    "length below zero": ("prefix_lens", "0", "-1", {"bank": 3, "prefix_lens": torch.tensor([5, -1, 0]), "ids": True}),
+    # masks
+    "mask of other columns": ("attn_mask", "9", "[7]", {"attn_mask": zeros(7)}),
+    "mask over the prefix alone": ("attn_mask", "14", "[6, 5]", {"attn_mask": zeros(6, 5)}),
+    "mask of other rows": ("attn_mask", "6", "[5, 9]", {"attn_mask": zeros(5, 9)}),
+    "mask of other heads": ("attn_mask", "8", "[1, 4, 6, 9]", {"attn_mask": zeros(1, 4, 6, 9)}),
+    "mask of another batch": ("attn_mask", "2", "[3, 1, 1, 9]", {"attn_mask": zeros(3, 1, 1, 9)}),
+    "mask of rank 5": ("attn_mask", "", "[1, 1, 1, 1, 9]", {"attn_mask": zeros(1, 1, 1, 1, 9)}),
+    "mask of integers": ("attn_mask", "bool", "(Long|int64)", {"attn_mask": zeros(9, dtype=i64)}),
+    "mask that asks for a gradient": ("attn_mask", "gradient", "", {"attn_mask": zeros(9).requires_grad_()}),
+    # numbers
+    "dropout below zero": ("dropout_p", "[0, 1]", "-0.1", {"dropout_p": -0.1}),
+    "dropout above one": ("dropout_p", "[0, 1]", "1.5", {"dropout_p": 1.5}),
+    "dropout that is not a number": ("dropout_p", "[0, 1]", "nan", {"dropout_p": math.nan}),
+    "softcap below zero": ("softcap", "0", "-1", {"softcap": -1.0}),
+    "softcap that is not a number": ("softcap", "", "nan", {"softcap": math.nan}),
+    "infinite softcap": ("softcap", "finite", "inf", {"softcap": math.inf}),
+    "scale that is not a number": ("scale", "finite", "nan", {"scale": math.nan}),
+    "infinite scale": ("scale", "finite", "inf", {"scale": math.inf}),
+    "window below minus one": ("window_size", "-1", "-2", {"window_size": (-2, 3)}),
+    "window below minus one on the right": ("window_size", "-1", "-5", {"window_size": (3, -5)}),
+    "window of one number": ("window_size", "", "3", {"window_size": (3,)}),
+    "window that is a number": ("window_size", "", "3", {"window_size": 3}),
+    "offsets of another batch": ("query_offset", "[2]", "[3]", {"query_offset": zeros(3, dtype=i64), "is_causal": True}),
+    "offsets of rank 2": ("query_offset", "[2]", "[2, 1]", {"query_offset": zeros(2, 1, dtype=i64), "is_causal": True}),
+    "offsets of floats": ("query_offset", "int", "[Ff]loat", {"query_offset": zeros(2), "is_causal": True}),
+    "offset that is a float": ("query_offset", "int", "1.5", {"query_offset": 1.5, "is_causal": True}),
+    "seed of two numbers": ("dropout_seed", "[1]", "[2]", {"dropout_seed": zeros(2, dtype=i64), "dropout_p": 0.1}),
+    "seed of floats": ("dropout_seed", "int64", "[Ff]loat", {"dropout_seed": zeros(1), "dropout_p": 0.1}),
+    "seed that is a number": ("dropout_seed", "", "3", {"dropout_seed": 3, "dropout_p": 0.1}),
+    # not tensors
+    "query that is a list": ("query", "Tensor", "list", {"query": [[[[1.0]]]]}),
+    "prefix_key that is a number": ("prefix_key", "Tensor", "int", {"prefix_key": 3}),
+    "mask that is a string": ("attn_mask", "Tensor", "str", {"attn_mask": "causal"}),
+}  # fmt: skip
+
+
+def arguments(changes: dict) -> dict:
+    """A good call with the changes; ``bank`` makes the prefix a bank of so many and ``ids`` names valid ids."""
+    changes = dict(changes)
+    bank, with_ids = changes.pop("bank", None), changes.pop("ids", False)
+    call = make_call(q_heads=8, kv_heads=4, q_len=6, k_len=9, num_prefixes=bank, layout="contiguous")
+    if with_ids:
+        changes["prefix_ids"] = torch.tensor([0, 2])
+    return {**call.inputs, **changes}
+
+
+def test_the_call_that_every_case_changes_is_good():
+    prefix_attention(**arguments({}))
+    prefix_attention(**arguments({"bank": 3, "ids": True}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_by_name_with_expected_and_got(name):
+    argument, expected, got, changes = CASES[name]
+    with pytest.raises(ERRORS) as raised:
+        prefix_attention(**arguments(changes))
+    message = str(raised.value).splitlines()[0]
+    assert message.startswith(f"{argument}: "), message
+    assert pattern(expected, message), f"expected {expected!r} to be named in: {message}"
+    assert pattern(got, message.rpartition("got")[2] or message), f"got {got!r} to be named in: {message}"
+
+
+def pattern(fragment: str, message: str) -> bool:
+    """Fragments with a choice in round brackets or a character class of letters are patterns, the rest is literal."""
+    import re
+
+    is_pattern = "|" in fragment or re.match(r"\[[A-Za-z]{2}\]", fragment)
+    return re.search(fragment if is_pattern else re.escape(fragment), message) is not None
+
+
+@pytest.mark.parametrize("changes", [{"query": zeros(2, 8, 6, 16, dtype=i64)}, {"key": zeros(2, 4, 9, 16, dtype=bf16)}], ids=str)
+def test_a_wrong_dtype_is_a_type_error(changes):
+    with pytest.raises(TypeError):
+        prefix_attention(**arguments(changes))
+
+
+@pytest.mark.parametrize("changes", [{"key": zeros(4, 9, 16)}, {"softcap": -1.0}, {"attn_mask": zeros(7)}], ids=str)
+def test_a_wrong_shape_or_number_is_a_value_error(changes):
+    with pytest.raises(ValueError):
+        prefix_attention(**arguments(changes))
+
+
+@pytest.mark.parametrize("name", ["query of integers", "value of another length", "mask of other columns", "head_dim 257"])
+def test_fake_tensors_are_checked_in_the_same_way(name):
+    """A wrong call fails while it is compiled, with the message that it fails with when it runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with pytest.raises(ERRORS) as real:
+        prefix_attention(**arguments(CASES[name][3]))
+    with FakeTensorMode() as mode, pytest.raises(ERRORS) as fake:
+        fakes = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments(CASES[name][3]).items()}
+        prefix_attention(**fakes)
+    assert str(fake.value).splitlines()[0] == str(real.value).splitlines()[0]

@@ -1,0 +1,62 @@
+"""The kernels of every instruction set that this machine has, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+LEVELS = ["portable", "avx2", "avx512"]
+AVAILABLE = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
+
+CHECKS = """
+import itertools, sys
+import torch
+from helpers import check, make_call
+
+isa = torch.ops.prefix_kernels.cpu_isa()
+assert isa == sys.argv[1], isa
+dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+seed = torch.tensor([3])
+options = [
+    {}, {"is_causal": True}, {"window_size": (20, 3)}, {"attn_mask": torch.arange(150) < 99, "softcap": 2.0},
+    {"is_causal": True, "dropout_p": 0.2, "dropout_seed": seed},
+]
+for dtype, head_dim, each in itertools.product(dtypes, [20, 32, 64, 128], options):
+    check(make_call(q_heads=4, kv_heads=2, q_len=141, k_len=150, prefix_len=20, head_dim=head_dim, dtype=dtype, **each))
+for dtype, prefix_dtype in itertools.product(dtypes, dtypes):
+    shape = dict(q_len=17, k_len=33, prefix_len=129, head_dim=33, dtype=dtype, prefix_dtype=prefix_dtype)
+    check(make_call(**shape))
+    check(make_call(**shape), needs=("prefix_key", "prefix_value"))
+for length in [0, 1, 15, 16, 17, 127, 128, 129]:
+    check(make_call(q_len=length, k_len=40, prefix_len=20, head_dim=32))
+    check(make_call(q_len=40, k_len=length, prefix_len=20, head_dim=32))
+    check(make_call(q_len=40, k_len=40, prefix_len=length, head_dim=32, is_causal=True))
+"""
+
+
+def run_in_process(script: str, isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PREFIX_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("isa", LEVELS[:AVAILABLE])
+def test_kernels_of_every_instruction_set_match_the_oracle(isa):
+    done = run_in_process(CHECKS, isa, isa)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    done = run_in_process("import prefix_kernels; prefix_kernels.prefix_attention", "sse9")
+    assert done.returncode != 0
+    message = done.stderr.splitlines()[-1]
+    assert "PREFIX_KERNELS_CPU_ISA" in message and "sse9" in message and "avx2" in message, message
+
+
+def test_the_best_instruction_set_is_chosen_without_being_told():
+    if "PREFIX_KERNELS_CPU_ISA" in os.environ:
+        pytest.skip("the environment chooses")
+    assert torch.ops.prefix_kernels.cpu_isa() == LEVELS[AVAILABLE - 1]
