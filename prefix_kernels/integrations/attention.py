@@ -135,7 +135,9 @@ def torch_attention_forward(
     """
     _refuse(module, kwargs)
     if softcap:
-        raise ValueError('attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"')
+        raise ValueError(
+            'attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"'
+        )
     mask, causal, (left, right) = _visibility(module, attention_mask, is_causal, sliding_window)
     q_len, k_len = query.shape[2], key.shape[2]
     if (causal and q_len > 1) or left >= 0 or right >= 0:

@@ -164,7 +164,11 @@ def load_prefix_model(
             raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
         config = PrefixTuningConfig.from_json(metadata[_CONFIG_KEY])
     get_prefix_model(model, config)
-    load_prefix(model, path)
+    try:
+        load_prefix(model, path)
+    except Exception:
+        remove_prefix(model)
+        raise
     return model
 
 
