@@ -57,14 +57,21 @@ def build_environment() -> ModuleType:
 
 
 @pytest.fixture
-def bare_python(tmp_path: Path) -> tuple[str, dict[str, str]]:
+def tools(tmp_path: Path) -> Path:
+    """A folder that holds setuptools and nothing else, as the environment of an isolated build does."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    packages = Path(sysconfig.get_path("purelib"))
+    for part in [*packages.glob("setuptools*"), packages / "_distutils_hack"]:
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path, tools: Path) -> tuple[str, dict[str, str]]:
     """A Python with setuptools and nothing else, and the environment variables it needs."""
     home = tmp_path / "bare"
     venv.create(home, with_pip=False)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("setuptools", "_distutils_hack"):
-        (tools / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
     return str(home / "bin" / "python"), {"PYTHONPATH": str(tools)}
 
 
@@ -109,9 +116,9 @@ def test_building_without_torch_says_to_install_it(bare_python, tmp_path):
     assert _is_one_sentence(run.stderr.strip())
 
 
-def test_building_with_an_old_torch_says_to_upgrade_it(bare_python, tmp_path):
+def test_building_with_an_old_torch_says_to_upgrade_it(bare_python, tools, tmp_path):
     python, environment = bare_python
-    _write_torch(tmp_path / "tools", "2.10.0")
+    _write_torch(tools, "2.10.0")
     run = _build(tmp_path, python, **environment)
     assert run.returncode != 0
     assert "PyTorch 2.10.0 in" in run.stderr
@@ -130,12 +137,8 @@ def _write_torch(folder: Path, version: str, cuda: str | None = None) -> Path:
 REQUIREMENTS = "import build_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
 
 
-def test_an_isolated_build_uses_the_torch_of_the_target_environment(tmp_path):
+def test_an_isolated_build_uses_the_torch_of_the_target_environment(tools):
     """pip hides the target's packages from the build, as ``-S`` does here; the backend then asks for no torch."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("setuptools", "_distutils_hack"):
-        (tools / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
     path = os.pathsep.join([str(CHECKOUT / "csrc"), str(tools)])
     run = _python("-S", "-c", REQUIREMENTS, PYTHONPATH=path, PYTHONNOUSERSITE="1")
     assert run.stdout.strip() == "[] []", run.stderr
