@@ -249,13 +249,13 @@ def test_nothing_of_the_size_of_the_batch_is_made_of_the_prefix_and_no_score_mat
 
 
 def test_weights_sum_to_one_and_show_the_attention_to_the_prefix():
-    module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX)
-    x = torch.randn(Q_LEN, BATCH, EMBED)
+    module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX, dtype=torch.float64)
+    x = torch.randn(Q_LEN, BATCH, EMBED, dtype=torch.float64)
     with torch.no_grad():
         module.prefix_key[:, 1] = 1e3 * torch.randn(HEADS, HEAD_DIM)
     weights = module(x, x, x, average_attn_weights=False)[1]
     assert weights.shape == (BATCH, HEADS, Q_LEN, PREFIX + Q_LEN)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, Q_LEN))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, Q_LEN, dtype=torch.float64))
     assert ((weights[..., 1] > 0.99) | (weights[..., 1] < 0.01)).all()
 
 
