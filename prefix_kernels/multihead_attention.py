@@ -32,6 +32,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     - Returned weights cover the prefix's columns followed by the sequence's. They are the probabilities before dropout,
       where ``torch.nn.MultiheadAttention`` returns them with entries dropped.
     - A query that sees no key gives zeros (and weights of zero), not NaN.
+    - A floating-point mask that requires a gradient is refused.
     - ``is_causal=True`` is trusted when the weights are not asked for: ``attn_mask``, which must be given, is then not
       read, also together with ``key_padding_mask``; ``bias_k`` and the zero key stay visible.
     - A nested tensor is accepted where ``nn.TransformerEncoder`` makes one of a padded batch: as the query, key and
@@ -175,7 +176,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             ``N`` for unbatched input) or None. ``add_bias_kv`` and ``add_zero_attn`` each add a column at the end.
 
         Raises:
-            ValueError: shapes that do not fit, ``is_causal`` without ``attn_mask``, unsupported nested input.
+            ValueError: shapes that do not fit, ``is_causal`` without ``attn_mask``, a mask that requires a gradient,
+                unsupported nested input.
             TypeError: a mask that is neither bool nor floating point.
         """
         if query.is_nested or key.is_nested or value.is_nested:

@@ -284,6 +284,15 @@ def test_attention_dropout_acts_in_training_on_the_output_and_not_on_the_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_sum_to_one_as_closely_as_their_own_rounding_allows(dtype):
+    """Large scores, so that scores rounded to the module's dtype would not do."""
+    module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX).to(dtype)
+    x = 10 * torch.randn(Q_LEN, BATCH, EMBED).to(dtype)
+    weights = module(x, x, x, average_attn_weights=False)[1]
+    torch.testing.assert_close(weights.float().sum(-1), torch.ones(BATCH, HEADS, Q_LEN), rtol=0, atol=0.004)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_modules_stay_near_float64(dtype):
     module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX).to(dtype)
     x = torch.randn(Q_LEN, BATCH, EMBED).to(dtype)
@@ -457,6 +466,7 @@ X = torch.zeros(Q_LEN, BATCH, EMBED)
         ((X, X, X[:2]), {}, ValueError, r"value: expected \[4, 3, 12\] to fit the key, got \[2, 3, 12\]"),
         ((X, X[:, :1], X[:, :1]), {}, ValueError, r"key: expected a batch of 3 in dimension 1.*got \[4, 1, 12\]"),
         ((X, X, X), {"is_causal": True}, ValueError, "attn_mask: expected the causal mask"),
+        ((X, X, X), {"attn_mask": torch.zeros(4, 4, requires_grad=True)}, ValueError, "attn_mask: .* detach"),
         ((X, X, X), {"attn_mask": torch.zeros(4, 5)}, ValueError, r"attn_mask: expected \[4, 4\] or \[6, 4, 4\], got"),
         ((X, X, X), {"attn_mask": torch.zeros(3, 4, 4)}, ValueError, r"got \[3, 4, 4\]"),
         ((X, X, X), {"key_padding_mask": torch.zeros(4, 3)}, ValueError, r"key_padding_mask: expected \[3, 4\], got"),
