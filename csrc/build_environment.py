@@ -6,6 +6,7 @@ the build with one sentence that says what to run.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -56,7 +57,11 @@ class Torch:
     @property
     def include_folders(self) -> list[Path]:
         include = self.folder / "include"
-        return [include, include / "torch" / "csrc" / "api" / "include"]
+        folders = [include, include / "torch" / "csrc" / "api" / "include"]
+        if self.cuda:
+            # The CUDA libraries' own headers, some of which torch's include and a toolkit may lack.
+            folders.append(self.folder.parent / "nvidia" / f"cu{self.cuda.split('.')[0]}" / "include")
+        return folders
 
     @property
     def library_folder(self) -> Path:
@@ -87,6 +92,7 @@ def _torch_of_interpreter() -> Path | None:
     return Path(answer.stdout).parent if answer.returncode == 0 and answer.stdout else None
 
 
+@functools.cache
 def find_torch() -> Torch | None:
     """The torch of the target environment, else the one that the front end installed for this build, else None."""
     folder = _torch_of_interpreter()
@@ -144,6 +150,17 @@ class CudaPlan:
     toolkit: CudaToolkit | None = None
     architectures: tuple[str, ...] = ()
 
+    @property
+    def gencode_flags(self) -> list[str]:
+        """nvcc's flags for ``architectures``, in the notation of TORCH_CUDA_ARCH_LIST: "9.0a", "8.6+PTX"."""
+        flags = []
+        for architecture in self.architectures:
+            number = architecture.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if architecture.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
 
 def plan_cuda(
     torch: Torch, toolkit: CudaToolkit | None, sources: Sequence[str], environ: Mapping[str, str] = os.environ
@@ -164,7 +181,7 @@ def plan_cuda(
     if wish not in ("", "0", "1"):
         raise BuildError(f"PREFIX_KERNELS_CUDA: expected 0, 1 or unset, got {wish!r}.")
     if wish == "0":
-        return CudaPlan("CPU kernels only, as PREFIX_KERNELS_CUDA=0 asks")
+        return CudaPlan("no CUDA kernels: PREFIX_KERNELS_CUDA is 0")
 
     cuda_build = f"`{sys.executable} -m pip install` a CUDA build of PyTorch"
     if not sources:
@@ -183,7 +200,7 @@ def plan_cuda(
 
     if wish == "1":
         raise BuildError(f"PREFIX_KERNELS_CUDA=1 cannot be honoured, because {obstacle}: {remedy}.")
-    return CudaPlan(f"CPU kernels only: {obstacle}")
+    return CudaPlan(f"no CUDA kernels: {obstacle}")
 
 
 def cpu_isas(machine: str | None = None) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ from build_environment import (
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-_COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-DNDEBUG"]
+_CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-DNDEBUG"]
+_CUDA_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 _TORCH_FLAGS = ["-O2", "-DTORCH_EXTENSION_NAME=_C", "-D_GLIBCXX_USE_CXX11_ABI=1"]
 # Results must not depend on -march=native: the flags name what each ISA has, tuned for no particular processor.
 _KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -53,7 +54,7 @@ class KernelExtension(Extension):
         name: dotted name of the module.
         torch_sources: the files that include torch headers.
         kernel_sources: the files compiled with ``PREFIX_KERNELS_ISA`` and ``PREFIX_KERNELS_SCALAR`` defined.
-        cuda_sources: the CUDA kernels; empty in a version without any.
+        cuda_sources: ``.cu`` kernels and the ``.cpp`` files that call them; empty in a version without any.
     """
 
     def __init__(
@@ -103,6 +104,12 @@ def define(name: str, text: str) -> str:
     return f'-D{name}="{text}"'
 
 
+def cxx_flags() -> list[str]:
+    """The flags of every C++ file. The user's come first: some environments ask for -O2 or an -march of their own."""
+    users = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+    return [*users, *_CXX_FLAGS]
+
+
 class BuildKernelExtension(build_ext):
     """``build_ext`` for `KernelExtension`; leaves beside the module which torch it was compiled against."""
 
@@ -120,22 +127,25 @@ class BuildKernelExtension(build_ext):
             # setuptools would use a folder that it deletes, and compile everything anew after every change.
             self.build_temp = str(Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         print(f"prefix_kernels: compiling against PyTorch {torch.version} in {torch.folder}; {cuda.reason}.")
-        torch_units = self._torch_units(extension, compiler, torch, cuda)
-        kernel_units = self._kernel_units(extension, compiler)
-        self._compile([*torch_units, *kernel_units])
-        self._link(extension, compiler, torch, [*torch_units, *kernel_units])
+        units = [
+            *self._torch_units(extension, compiler, torch, cuda),
+            *self._kernel_units(extension, compiler),
+            *self._cuda_units(extension, compiler, cuda),
+        ]
+        self._compile(units)
+        self._link(extension, compiler, torch, cuda, units)
 
     def _unit(self, source: str, folder: str, compiler: list[str], flags: list[str], suffix: str = "") -> Unit:
-        # Not with_suffix: torch-including and kernel files may share a stem with a different ending.
+        # Not with_suffix: files of different languages may share a stem.
         target = Path(self.build_temp) / folder / (source.removeprefix("csrc/").replace("/", "_") + suffix + ".o")
         dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
-        own = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
-        command = [*compiler, *_COMMON_FLAGS, *flags, *own, *dependencies, "-c", source, "-o", str(target)]
+        command = [*compiler, *flags, *dependencies, "-c", source, "-o", str(target)]
         return Unit(source, target, tuple(command))
 
     def _torch_units(self, extension: KernelExtension, compiler: list[str], torch: Torch, cuda: CudaPlan) -> list[Unit]:
         isas = cpu_isas()
         flags = [
+            *cxx_flags(),
             *_TORCH_FLAGS,
             define("PREFIX_KERNELS_TORCH_VERSION", torch.version),
             define("PREFIX_KERNELS_CPU_ISAS", ";".join(isas)),
@@ -143,17 +153,22 @@ class BuildKernelExtension(build_ext):
         ]
         if "avx2" in isas:
             flags.append("-DPREFIX_KERNELS_WITH_X86=1")
+        folders = [*torch.include_folders, Path(sysconfig.get_path("include"))]
+        sources = [*extension.torch_sources]
         if cuda.toolkit:
-            flags.append(define("PREFIX_KERNELS_CUDA_TOOLKIT", cuda.toolkit.version))
-        for folder in [*torch.include_folders, Path(sysconfig.get_path("include"))]:
+            flags += ["-DPREFIX_KERNELS_WITH_CUDA=1", define("PREFIX_KERNELS_CUDA_TOOLKIT", cuda.toolkit.version)]
+            folders.append(cuda.toolkit.home / "include")
+            sources += [source for source in extension.cuda_sources if not source.endswith(".cu")]
+        for folder in folders:
             # -isystem keeps the warnings of other people's headers out of ours.
             flags += ["-isystem", str(folder)]
-        return [self._unit(source, "torch", compiler, flags) for source in extension.torch_sources]
+        return [self._unit(source, "torch", compiler, flags) for source in sources]
 
     def _kernel_units(self, extension: KernelExtension, compiler: list[str]) -> list[Unit]:
         def unit(source: str, isa: str, scalar: str) -> Unit:
             which = [f"-DPREFIX_KERNELS_ISA={isa}", f"-DPREFIX_KERNELS_SCALAR={scalar}"]
-            return self._unit(source, isa, compiler, [*_KERNEL_FLAGS, *_ISA_FLAGS[isa], *which], f".{scalar}")
+            flags = [*cxx_flags(), *_KERNEL_FLAGS, *_ISA_FLAGS[isa], *which]
+            return self._unit(source, isa, compiler, flags, f".{scalar}")
 
         # The portable objects come first, here and therefore at link time. An inline function of the standard library
         # that several objects define is taken from the first: code that any processor can run.
@@ -164,6 +179,13 @@ class BuildKernelExtension(build_ext):
             for scalar in _SCALARS
         ]
 
+    def _cuda_units(self, extension: KernelExtension, compiler: list[str], cuda: CudaPlan) -> list[Unit]:
+        if not cuda.toolkit:
+            return []
+        nvcc = [str(cuda.toolkit.home / "bin" / "nvcc"), "-ccbin", compiler[0]]
+        flags = [*_CUDA_FLAGS, *cuda.gencode_flags]
+        return [self._unit(source, "cuda", nvcc, flags) for source in extension.cuda_sources if source.endswith(".cu")]
+
     @staticmethod
     def _compile(units: list[Unit]) -> None:
         stop = threading.Event()
@@ -171,15 +193,19 @@ class BuildKernelExtension(build_ext):
             for finished in [pool.submit(unit.compile, stop) for unit in units]:
                 finished.result()
 
-    def _link(self, extension: KernelExtension, compiler: list[str], torch: Torch, units: list[Unit]) -> None:
+    def _link(
+        self, extension: KernelExtension, compiler: list[str], torch: Torch, cuda: CudaPlan, units: list[Unit]
+    ) -> None:
         module = Path(self.get_ext_fullpath(extension.name))
         module.parent.mkdir(parents=True, exist_ok=True)
+        # No run path: importing torch has loaded these libraries before this module is.
+        libraries = [f"-L{torch.library_folder}", "-ltorch_cpu", "-lc10"]
+        if cuda.toolkit:
+            libraries += ["-ltorch_cuda", "-lc10_cuda", f"-L{cuda.toolkit.home / 'lib64'}", "-lcudart"]
         command = [
             *[*compiler, "-shared", "-fopenmp", *shlex.split(environ.get("LDFLAGS", ""))],
             *[str(unit.object) for unit in units],
-            # No run path: importing torch has loaded these libraries before this module is.
-            *[f"-L{torch.library_folder}", "-ltorch_cpu", "-lc10"],
-            *["-o", str(module)],
+            *[*libraries, "-o", str(module)],
         ]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         print(run.stdout, end="")

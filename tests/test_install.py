@@ -163,6 +163,7 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
     for file in files:
         (tree / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / file, tree / file)
+    (tree / "prefix_kernels" / "_compiled_torch.py").write_text('VERSION = "of this machine"')
     make = f"import os; os.chdir({str(tree)!r}); import build_backend; print(build_backend.build_sdist('.'))"
     path = os.pathsep.join([str(tree / "csrc"), environment["PYTHONPATH"]])
     run = _python("-c", make, executable=python, PYTHONPATH=path)
@@ -170,6 +171,7 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
     with tarfile.open(tree / run.stdout.split()[-1]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert set(files) <= held, set(files) - held
+    assert "prefix_kernels/_compiled_torch.py" not in held
 
 
 def _plan(build_environment, torch_version, cuda, toolkit_version, sources=("kernel.cu",), **environ):
@@ -182,8 +184,10 @@ def test_cuda_kernels_are_built_where_toolkit_and_torch_agree(build_environment)
     plan = _plan(build_environment, CUDA_TORCH, "13.0", "13.1")
     assert plan.architectures == ("8.0", "9.0a")
     assert plan.reason == "CUDA 13.1 kernels"
+    assert plan.gencode_flags == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")]
     plan = _plan(build_environment, CUDA_TORCH, "13.0", "13.0", TORCH_CUDA_ARCH_LIST="8.6; 9.0+PTX")
     assert plan.architectures == ("8.6", "9.0+PTX")
+    assert plan.gencode_flags[-1] == "-gencode=arch=compute_90,code=compute_90"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_cuda_kernels_are_left_out_with_a_reason_or_refused(
 ):
     plan = _plan(build_environment, torch_version, cuda, toolkit, sources)
     assert plan.architectures == ()
-    assert plan.reason.startswith(f"CPU kernels only: {obstacle}")
+    assert plan.reason.startswith(f"no CUDA kernels: {obstacle}")
     with pytest.raises(SystemExit) as refusal:
         _plan(build_environment, torch_version, cuda, toolkit, sources, PREFIX_KERNELS_CUDA="1")
     assert f"PREFIX_KERNELS_CUDA=1 cannot be honoured, because {obstacle}" in str(refusal.value)
