@@ -29,6 +29,7 @@ def test_each_layer_gets_its_two_slices_of_the_table_as_views_of_it(projection):
     encoder = make_encoder(projection)
     table = encoder.folded_prefix_state()["table"]
     assert table.shape == (P, 2 * L, H, D)
+    assert not table.requires_grad
     prefixes = encoder()
     assert len(prefixes) == L
     for layer, (prefix_key, prefix_value) in enumerate(prefixes):
