@@ -7,7 +7,7 @@ target environment has none; otherwise `build_environment.find_torch` finds that
 
 from __future__ import annotations
 
-from build_environment import TORCH_REQUIREMENT, BuildError, find_torch, require_torch
+from build_environment import TORCH_REQUIREMENT, BuildError, find_compiler, find_torch, require_torch
 
 try:
     # The hooks that stay as they are.
@@ -23,6 +23,8 @@ except ImportError:
 
 
 def _wheel_requirements(config_settings=None) -> list[str]:
+    # Here already, before gigabytes are downloaded for a build that cannot work.
+    find_compiler()
     torch = find_torch()
     if torch is None:
         return [TORCH_REQUIREMENT]

@@ -153,6 +153,15 @@ def test_an_isolated_build_asks_for_torch_where_the_target_has_none(bare_python)
     assert run.stdout.strip() == "['torch>=2.11'] ['torch>=2.11']", run.stderr
 
 
+def test_an_isolated_build_without_a_compiler_ends_before_anything_is_downloaded(bare_python):
+    python, environment = bare_python
+    path = os.pathsep.join([str(CHECKOUT / "csrc"), environment["PYTHONPATH"]])
+    run = _python("-c", REQUIREMENTS, executable=python, PYTHONPATH=path, PATH="/nonexistent")
+    assert run.returncode != 0
+    assert "no C++ compiler was found" in run.stderr
+    assert _is_one_sentence(run.stderr.strip())
+
+
 def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python, tmp_path):
     python, environment = bare_python
     tree = tmp_path / "tree"
