@@ -17,10 +17,12 @@ import torch
 
 CHECKOUT = Path(__file__).parent.parent
 
-# `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one.
+# `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one; so does
+# every Python that a test starts there.
 elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != CHECKOUT]
 if PathFinder.find_spec("prefix_kernels", elsewhere):
     sys.path[:] = elsewhere
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 # The baselines of the benchmarks are tested too.
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
