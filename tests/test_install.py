@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = Path(prefix_kernels.__file__).parent
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 RELEASE = ".".join(torch.__version__.split(".")[:2])
-SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
+SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".tsv")
 CPU_TORCH, CUDA_TORCH = "2.13.0+cpu", "2.14.1+cu130"
 
 
