@@ -17,8 +17,8 @@ import torch
 
 CHECKOUT = Path(__file__).parent.parent
 
-# `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one, and so
-# does every Python that a test starts there.
+# `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one;
+# so does every Python that a test starts there.
 elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != CHECKOUT]
 if PathFinder.find_spec("prefix_kernels", elsewhere):
     sys.path[:] = elsewhere
