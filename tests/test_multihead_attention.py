@@ -283,12 +283,17 @@ def test_attention_dropout_acts_in_training_on_the_output_and_not_on_the_weights
     torch.testing.assert_close(weights, eval_weights)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_sum_to_one_as_closely_as_their_own_rounding_allows(dtype):
-    """Large scores, so that scores rounded to the module's dtype would not do."""
-    module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX).to(dtype)
-    x = 10 * torch.randn(Q_LEN, BATCH, EMBED).to(dtype)
-    weights = module(x, x, x, average_attn_weights=False)[1]
+def test_half_precision_weights_sum_to_one_as_closely_as_their_own_rounding_allows(dtype, autocast):
+    """Large scores, so that scores rounded to the lower precision would not do."""
+    module = PrefixMultiheadAttention(EMBED, HEADS, num_prefix_tokens=PREFIX)
+    x = 10 * torch.randn(Q_LEN, BATCH, EMBED)
+    if not autocast:
+        module, x = module.to(dtype), x.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        weights = module(x, x, x, average_attn_weights=False)[1]
+    assert weights.dtype == dtype
     torch.testing.assert_close(weights.float().sum(-1), torch.ones(BATCH, HEADS, Q_LEN), rtol=0, atol=0.004)
 
 
