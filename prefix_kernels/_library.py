@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 _PACKAGE = Path(__file__).parent
 
@@ -37,11 +38,12 @@ def _source() -> str:
     except importlib.metadata.PackageNotFoundError:
         origin = None
     url = json.loads(origin)["url"] if origin else ""
-    return url.removeprefix("file://") if url.startswith("file://") else "<source folder of prefix_kernels>"
+    return unquote(url.removeprefix("file://")) if url.startswith("file://") else "<source folder of prefix_kernels>"
 
 
 def _rebuild() -> str:
-    return f"`pip install --force-reinstall --no-deps {_source()}`"
+    # pip's cache of wheels does not know which PyTorch one was compiled against.
+    return f"`pip install --force-reinstall --no-deps --no-cache-dir {_source()}`"
 
 
 def _compiled_torch() -> str:

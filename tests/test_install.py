@@ -282,7 +282,7 @@ def test_importing_with_another_torch_says_to_compile_anew(copied_package):
     _write_torch(copied_package.parent, "2.99.0")
     message = _import_failure(copied_package.parent)
     assert f"compiled against PyTorch {torch.__version__}, but PyTorch 2.99.0 is installed" in message
-    assert "run `pip install --force-reinstall --no-deps" in message
+    assert "run `pip install --force-reinstall --no-deps --no-cache-dir " in message
     assert f"or `pip install 'torch=={RELEASE}.*'`" in message
 
 
@@ -306,14 +306,14 @@ def test_importing_what_another_python_compiled_says_to_compile_anew(copied_pack
     (copied_package / EXTENSION).rename(copied_package / "_C.cpython-399-x86_64-linux-gnu.so")
     message = _import_failure(copied_package.parent)
     assert message.startswith("prefix_kernels was not compiled for this Python")
-    assert "run `pip install --force-reinstall --no-deps" in message
+    assert "run `pip install --force-reinstall --no-deps --no-cache-dir " in message
 
 
 def test_a_module_that_does_not_load_says_to_compile_anew(copied_package):
     (copied_package / EXTENSION).write_bytes(b"no shared object")
     message = _import_failure(copied_package.parent)
     assert message.startswith("prefix_kernels could not load its compiled module")
-    assert "run `pip install --force-reinstall --no-deps" in message
+    assert "run `pip install --force-reinstall --no-deps --no-cache-dir " in message
 
 
 def test_running_the_unbuilt_package_shows_no_traceback(copied_package):
