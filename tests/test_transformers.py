@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from prefix_kernels.checkpoint import read_prefix_metadata
+from prefix_kernels.integrations.attention import (
+    LayerPrefixes,
+    prefix_attention,
+    prefix_attention_forward,
+    torch_attention_forward,
+)
 from prefix_kernels.integrations.families import FAMILIES
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -22,6 +29,7 @@ from prefix_kernels.integrations.transformers import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.reference import prefix_attention_reference
 
 P, LAYERS, VOCABULARY = 5, 2, 99
 GENERATORS = ("gpt2", "llama")
@@ -184,11 +192,13 @@ def test_training_moves_the_prefix_and_nothing_frozen(family: str) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_activation_checkpointing_gives_the_same_gradients(family: str, use_reentrant: bool, projection: bool) -> None:
-    plain = without_dropout(prepared(tiny_model(family), prefix_projection=projection)).train()
+    dropout = {"attention_dropout": 0.1} if family == "llama" else {}  # the others have it by default
+    plain = prepared(tiny_model(family, **dropout), prefix_projection=projection, prefix_dropout=0.1).train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     inputs = batch(family, "right")
     for model in (plain, checkpointed):
+        torch.manual_seed(1)
         # Two passes accumulate, and the second forward pass runs before the first backward pass.
         losses = [model(**inputs, labels=LABELS).loss, model(**inputs, labels=LABELS.flip(0)).loss]
         for loss in losses:
@@ -430,17 +440,46 @@ def test_a_decoder_made_bidirectional_sees_everything() -> None:
     assert not torch.allclose(*hidden), "the first token sees the last"
 
 
+@pytest.mark.parametrize("attention", [prefix_attention_forward, torch_attention_forward])
+def test_a_sliding_window_limits_the_sequence_and_not_the_prefix(attention: Callable) -> None:
+    module = nn.Module()
+    module.is_causal, module.prefix_layer = True, 0
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    prefix_key, prefix_value = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    prefixes = LayerPrefixes([(prefix_key, prefix_value)])
+    out, _ = attention(module, query, key, value, None, sliding_window=2, layer_prefixes=prefixes)
+
+    columns, rows = torch.arange(6), torch.arange(6)[:, None]
+    window = (columns <= rows) & (columns > rows - 2)
+    expected = prefix_attention_reference(query, key, value, prefix_key, prefix_value, attn_mask=window)
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
+
+
+def test_softcap_is_applied_or_refused() -> None:
+    module = nn.Module()
+    module.is_causal = False
+    query = torch.randn(1, 2, 4, 8)
+    out, _ = prefix_attention_forward(module, query, query, query, None, softcap=1.5)
+    expected = prefix_attention_reference(query, query, query, softcap=1.5)
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="has no softcap; use attention="):
+        torch_attention_forward(module, query, query, query, None, softcap=1.5)
+
+
+def test_a_position_bias_is_refused() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match="Linear adds a position bias, which has no columns for the prefix"):
+        prefix_attention_forward(nn.Linear(1, 1), query, query, query, None, position_bias=torch.zeros(1, 2, 4, 4))
+
+
 def test_no_mask_of_size_sq_times_sk_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def spy(*args: Tensor, **kwargs: object) -> Tensor:
         seen.append((kwargs["attn_mask"], kwargs["is_causal"]))
-        return original(*args, **kwargs)
+        return prefix_attention(*args, **kwargs)
 
-    module = "prefix_kernels.integrations.attention.prefix_attention"
-    from prefix_kernels.integrations.attention import prefix_attention as original
-
-    monkeypatch.setattr(module, spy)
+    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
     for family in ONE_OF_EACH:
         for padding in ("none", "left"):
             seen.clear()

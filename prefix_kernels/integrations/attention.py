@@ -220,9 +220,6 @@ def prefix_mask(
             device=device,
         )
     if attention_mask is None:
-        if bidirectional and not getattr(config, "is_causal", True):
-            # A decoder told to be bidirectional: its modules still say that they are causal.
-            return torch.ones(1, 1, 1, kv_length, dtype=torch.bool, device=device)
         return None
     padding = attention_mask[:, kv_offset : kv_offset + kv_length]
     if padding.shape[1] < kv_length:
@@ -237,8 +234,8 @@ def _warn_dense_mask(model_type: str) -> None:
     if not torch.compiler.is_compiling() and model_type not in _warned_dense:
         _warned_dense.add(model_type)
         warnings.warn(
-            f"{model_type}: its attention pattern (packed sequences, or a mask of its own) is given to the kernels as a "
-            "[B, 1, Sq, Sk] mask: right, but slower and larger",
+            f"{model_type}: its attention pattern (packed sequences, or a mask of its own) is given to the kernels as "
+            "a [B, 1, Sq, Sk] mask: right, but slower and larger",
             stacklevel=2,
         )
 
