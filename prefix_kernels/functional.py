@@ -1,1 +1,117 @@
-from prefix_kernels.reference import prefix_attention_reference as prefix_attention
+"""The functional interface: what a call to ``scaled_dot_product_attention`` becomes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefix_kernels import ops
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    query_offset: int | Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    window_includes_prefix: bool = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention over ``[prefix ; sequence]`` keys and values, without the concatenation.
+
+    .. math::
+        K' = [P_k ; K], \quad V' = [P_v ; V], \quad
+        \mathrm{out} = \mathrm{softmax}(\mathrm{scale} \cdot Q K'^T + \mathrm{mask})\, V'
+
+    It equals this PyTorch code, which builds what this function does not::
+
+        keys = torch.cat([prefix_key.expand(B, -1, -1, -1), key], dim=2)
+        values = torch.cat([prefix_value.expand(B, -1, -1, -1), value], dim=2)
+        out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    With ``is_causal=True``, two prefix rows, ``Sq = 3`` and ``Sk = 4``, a query (row) sees the keys (columns)::
+
+        prefix  sequence
+        1 1     1 1 0 0
+        1 1     1 1 1 0
+        1 1     1 1 1 1
+
+    Gradients flow to whichever of ``query``, ``key``, ``value``, ``prefix_key``, ``prefix_value`` asks for one, and the
+    backward pass does the work of that set alone; with prefix gradients only, ``key`` and ``value`` are not kept.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, D from 1 to 256; any strides with ``stride(-1) == 1``. float64, float32, bfloat16 or
+            float16.
+        key: ``[B, Hkv, Sk, D]`` in the query's dtype; Hkv divides Hq (grouped-query attention). Sk may be 0.
+        value: ``[B, Hkv, Sk, D]``.
+        prefix_key: ``[Hkv, P, D]``, one prefix for all rows; ``[B, Hkv, P, D]``, one for each; or with ``prefix_ids`` a
+            bank ``[N, Hkv, P, D]``. Its dtype may differ from the query's: it is converted as it is read, and its
+            gradient has its own dtype. Default: no prefix.
+        prefix_value: like ``prefix_key``.
+        attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to ``[B, Hq, Sq, Sk]``, which
+            leaves the prefix visible, or to ``[B, Hq, Sq, M * P + Sk]``. A last dimension of ``Sk`` means the sequence.
+            It combines with ``is_causal``.
+        dropout_p: probability of dropping an attention weight, rounded to a multiple of 1/65536.
+        is_causal: query i sees sequence key j when ``j <= i + query_offset``; the prefix is always visible.
+        scale: factor on the scores. Default: ``1 / sqrt(D)``.
+        prefix_ids: int32 or int64 ``[B]``, the prefix of the bank that each row sees, or ``[B, M]``, several seen one
+            after another; -1 is none.
+        prefix_lens: int32 or int64 ``[N]``, the valid length of each prefix. Default: P.
+        window_size: ``(left, right)`` limits the sequence keys to ``i + query_offset - left <= j <= i + query_offset +
+            right``; -1 is no limit. The prefix stays visible.
+        query_offset: position of the first query among the sequence keys, an int or int32/int64 ``[B]``. Default:
+            ``Sk - Sq``, so that the last query sees the last key.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask; 0 is off.
+        return_lse: also return the log-sum-exp of each row's scores.
+        window_includes_prefix: the left window counts prefix keys as the positions before the sequence, so that the
+            prefix slides out of sight.
+        dropout_seed: int64 ``[1]``, which fixes the dropped elements. Default: drawn from torch's default generator.
+
+    Returns:
+        ``out`` ``[B, Hq, Sq, D]`` in the query's dtype, laid out in memory as ``[B, Sq, Hq, D]``, and with
+        ``return_lse=True`` also ``lse`` ``[B, Hq, Sq]``, natural log, float32 (float64 for float64), differentiable. A row
+        that sees no key has ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        ValueError: a shape, stride, device or number is not as described.
+        TypeError: a dtype is not as described.
+        IndexError: a value of ``prefix_ids`` or ``prefix_lens`` is out of range.
+
+    Reference: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
+    """
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    query_offsets = query_offset if isinstance(query_offset, Tensor) else None
+    window_left, window_right = window_size
+    out, lse = ops.forward(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        attn_mask,
+        prefix_ids,
+        prefix_lens,
+        query_offsets,
+        dropout_seed,
+        dropout_p,
+        is_causal,
+        scale,
+        None if query_offsets is not None else query_offset,
+        window_left,
+        window_right,
+        window_includes_prefix,
+        softcap,
+    )
+    return (out, lse) if return_lse else out

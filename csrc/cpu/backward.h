@@ -23,7 +23,7 @@ struct BlockState {
   T *query_copy, *dout_copy;  // [kBlockQ][padded_depth], used when the natural rows cannot be read in place
   Rows<T> query_rows, dout_rows;
   T* dquery;  // [head_dim][kBlockQ]
-  alignas(64) T lse[kBlockQ];    // in units of log2; +infinity for a row that sees nothing
+  alignas(64) T lse[kBlockQ];  // +infinity for a row that sees nothing
   alignas(64) T delta[kBlockQ];
 };
 
@@ -87,6 +87,8 @@ class BackwardTask {
     state.ready = true;
     const QueryBlock& block = state.block;
     const Needs& needs = plan_.needs;
+    prefetch_queries<T>(plan_.params.dout, block);
+    if (needs.any_ds()) prefetch_queries<T>(p_.out, block);
     pack_queries<T>(p_.query, block, query_factor<T>(p_), state.query);
     if (needs.any_key()) state.query_rows = query_rows<T>(p_.query, block, plan_.padded_depth, state.query_copy);
     if (needs.any_value())
@@ -104,7 +106,7 @@ class BackwardTask {
         continue;
       }
       const int64_t row = (block.batch * p_.q_heads + block.head(l)) * p_.q_len + block.query(l);
-      if (lse[row] != -std::numeric_limits<T>::infinity()) state.lse[l] = lse[row] * static_cast<T>(kLog2e);
+      if (lse[row] != -std::numeric_limits<T>::infinity()) state.lse[l] = lse[row];
       if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
     }
   }
@@ -131,6 +133,8 @@ class BackwardTask {
     if (needs.value(segment))
       dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
 
+    prefetch_rows(segment.key, first, count, p_.head_dim);
+    if (needs.ds(segment)) prefetch_rows(segment.value, first, count, p_.head_dim);
     const Rows<T> key = segment_rows<T>(segment.key, first, count, p_.head_dim, key_);
     Rows<T> value{};
     if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
@@ -222,6 +226,9 @@ class BackwardTask {
 
   void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
     const Operand head = head_of(gradient, task.batch, task.kv_head);
+    const int64_t size = dtype_size(head.dtype);
+    char* data = static_cast<char*>(head.data) + first * head.row_stride * size;
+    for (int r = 0; r < count; ++r) prefetch_row_to_write(data + r * head.row_stride * size, p_.head_dim * size);
     for (int r = 0; r < count; ++r)
       write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth);
   }

@@ -1,8 +1,8 @@
 // out = softmax(scale Q [P_k ; K]^T + mask) [P_v ; V],  lse = its normaliser.
 //
 // One task is one block of queries; it walks the tiles of the prefixes and of the sequence with an online softmax:
-//   S^T   = K Q^T             [rows][lanes]   scale log2(e) folded into Q
-//   P^T   = 2^(S^T - max)     in place, with running max and sum per lane
+//   S^T   = K Q^T             [rows][lanes]   scale folded into Q
+//   P^T   = e^(S^T - max)     in place, with running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values are read where they lie.
 #pragma once
@@ -39,10 +39,10 @@ struct ForwardScratch {
   }
 };
 
-// The factor on Q that makes Q K^T the argument of tanh, or a score in units of log2.
+// The factor on Q that makes Q K^T the argument of tanh, or a score.
 template <class T>
 T query_factor(const AttentionParams& p) {
-  return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
+  return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
 
 template <class T>
@@ -56,6 +56,8 @@ void forward_tile(const QueryBlock& block, const Segment& segment, int64_t first
   count = bias.count;
   const TilePlan<T> plan(block, segment, first, count);
   const bool dropout = p.dropout_threshold > 0;
+  prefetch_rows(segment.key, first, count, p.head_dim);
+  prefetch_rows(segment.value, first, count, p.head_dim);
 
   const Rows<T> key = segment_rows<T>(segment.key, first, count, p.head_dim, scratch.key);
   for (int g = 0; g < plan.num_groups; ++g) {
@@ -122,7 +124,7 @@ void forward_block(const QueryBlock& block, const ForwardScratch<T>& scratch) {
     factor[l] = sum > 0 || sum != sum ? rescale / sum : T(0);
     if (l < block.count) {
       const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
-      static_cast<T*>(p.lse)[row] = static_cast<T>((scratch.running_max[l] + std::log2(sum)) * static_cast<T>(kLn2));
+      static_cast<T*>(p.lse)[row] = scratch.running_max[l] + std::log(sum);
     }
   }
   unpack_queries<T>(p.out, block, factor, scratch.out);

@@ -1,4 +1,4 @@
-// attn_mask as an additive bias on a tile of scores, in units of log2.
+// attn_mask as an additive bias on a tile of scores.
 #pragma once
 
 #include <limits>
@@ -14,25 +14,12 @@ PREFIX_KERNELS_INLINE float to_float(BoolMask m) {
   return m.attend != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
 }
 
-inline constexpr double kLog2e = 1.4426950408889634073599246810;
-inline constexpr double kLn2 = 0.693147180559945309417232121458;
-
 template <class F>
 PREFIX_KERNELS_INLINE void dispatch_mask(const MaskOperand& mask, F&& f) {
   if (mask.is_bool)
     f(static_cast<BoolMask*>(nullptr));
   else
     dispatch_dtype(mask.dtype, f);
-}
-
-// A finite bias stays finite, so that rows masked with the lowest float still average, as in PyTorch.
-template <class T, class Src>
-PREFIX_KERNELS_INLINE T mask_bias(Src m) {
-  const T x = static_cast<T>(to_float(m));
-  const T scaled = x * static_cast<T>(kLog2e);
-  return x > -std::numeric_limits<T>::infinity() && scaled < std::numeric_limits<T>::lowest()
-             ? std::numeric_limits<T>::lowest()
-             : scaled;
 }
 
 template <class T>
@@ -79,7 +66,7 @@ struct TileBias {
     int begin = count, end = 0;
     bool nonzero = false;
     for (int r = 0; r < count; ++r) {
-      data[r] = mask_bias<T>(row[r * stride]);
+      data[r] = static_cast<T>(to_float(row[r * stride]));
       nonzero = nonzero || data[r] != 0;
       if (data[r] != kHidden) {
         begin = begin < r ? begin : r;
@@ -103,11 +90,7 @@ struct TileBias {
     int begin = count, end = 0;
     for (int r = 0; r < count; ++r) {
       bool visible = false;
-      for (int l = 0; l < padded; ++l) {
-        T& x = data[r * kBlockQ + l];
-        visible = visible || (l < lanes && x != kHidden);
-        x = mask_bias<T>(x);
-      }
+      for (int l = 0; l < lanes; ++l) visible = visible || data[r * kBlockQ + l] != kHidden;
       if (visible) {
         begin = begin < r ? begin : r;
         end = r + 1;

@@ -8,6 +8,19 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// Rows of one head lie a page or so apart, where the hardware does not prefetch.
+template <class U>
+PREFIX_KERNELS_INLINE void prefetch_row(const U* row, int64_t depth) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t byte = 0; byte < depth * static_cast<int64_t>(sizeof(U)); byte += 64) __builtin_prefetch(p + byte, 0);
+}
+
+template <class U>
+PREFIX_KERNELS_INLINE void prefetch_row_to_write(U* row, int64_t depth) {
+  char* p = reinterpret_cast<char*>(row);
+  for (int64_t byte = 0; byte < depth * static_cast<int64_t>(sizeof(U)); byte += 64) __builtin_prefetch(p + byte, 1);
+}
+
 // dst[d][lane] = factor * row_of(lane)[d]; the lanes up to the next whole vector become 0. dst has kBlockQ columns.
 template <class T, class Src, class RowOf>
 void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst) {
@@ -15,6 +28,7 @@ void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst) {
   for (int l0 = 0; l0 < count; l0 += kN) {
     const Src* row[kN];
     for (int l = 0; l < kN; ++l) row[l] = l0 + l < count ? row_of(l0 + l) : nullptr;
+    for (int l = l0 + kN; l < l0 + 2 * kN && l < count; ++l) prefetch_row(row_of(l), depth);
     const bool full = l0 + kN <= count;
     int64_t d = 0;
     for (; d + kN <= depth; d += kN) {
@@ -36,6 +50,7 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
   for (int l0 = 0; l0 < count; l0 += kN) {
     const int lanes = count - l0 < kN ? count - l0 : kN;
     const Vec<T> scale = load(factor + l0);
+    for (int l = l0 + kN; l < l0 + 2 * kN && l < count; ++l) prefetch_row_to_write(row_of(l), depth);
     int64_t d = 0;
     for (; d + kN <= depth; d += kN) {
       Vec<T> tile[kN];
@@ -88,6 +103,12 @@ struct Rows {
   int64_t stride;
 };
 
+inline void prefetch_rows(const Operand& x, int64_t first, int count, int64_t depth) {
+  const int64_t size = dtype_size(x.dtype);
+  const char* data = static_cast<const char*>(x.data) + first * x.row_stride * size;
+  for (int r = 0; r < count; ++r) prefetch_row(data + r * x.row_stride * size, depth * size);
+}
+
 // Rows [first, first + count) of a segment's keys or values: in place where the dtype allows, else converted to scratch.
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
@@ -98,6 +119,15 @@ Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, 
     for (int r = 0; r < count; ++r) convert_row<T, Src>(src + r * x.row_stride, depth, scratch + r * depth);
   });
   return {scratch, depth};
+}
+
+// The rows of the first vector of lanes; packing prefetches the rest as it goes.
+template <class T>
+void prefetch_queries(const Operand& x, const QueryBlock& block) {
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    for (int l = 0; l < kLanes<T> && l < block.count; ++l) prefetch_row(lane_row<Src>(x, block, l), block.params->head_dim);
+  });
 }
 
 // The block's queries as rows whose length is a whole number of vectors: in place where possible, else copied.
@@ -136,6 +166,11 @@ void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum
   dispatch_dtype(x.dtype, [&](auto* x_tag) {
     using X = std::remove_pointer_t<decltype(x_tag)>;  // out and dout share the query's dtype
     for (int l = 0; l < block.count; ++l) {
+      constexpr int kAhead = 16;
+      if (l + kAhead < block.count) {
+        prefetch_row(lane_row<X>(x, block, l + kAhead), depth);
+        prefetch_row(lane_row<X>(y, block, l + kAhead), depth);
+      }
       const X* a = lane_row<X>(x, block, l);
       const X* b = lane_row<X>(y, block, l);
       Vec<T> acc{};

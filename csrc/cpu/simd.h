@@ -40,7 +40,9 @@ struct SimdTypes<float> {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits per lane
   static constexpr int kMantissaBits = 23;
   static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kMinExponent = -126.0f;
+  static constexpr float kLn2High = 0.693359375f;  // few bits, so that its small multiples are exact
+  static constexpr float kLn2Low = -2.12194440054690583e-4f;
+  static constexpr float kMinExp = -87.3f;  // exp of less would be subnormal
   static constexpr int kExpDegree = 7;
 };
 template <>
@@ -51,7 +53,9 @@ struct SimdTypes<double> {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 4)));
   static constexpr int kMantissaBits = 52;
   static constexpr double kRoundShift = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kMinExponent = -1022.0;
+  static constexpr double kLn2High = 0.693147180369123816490;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kMinExp = -708.3;
   static constexpr int kExpDegree = 14;
 };
 
@@ -101,9 +105,14 @@ PREFIX_KERNELS_INLINE bool any_lane(Int<T> mask) {
 
 template <class T>
 PREFIX_KERNELS_INLINE T horizontal_sum(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  constexpr int kN = kLanes<T>;
+  Int<T> swap;
+#pragma GCC unroll 4
+  for (int half = kN / 2; half > 0; half /= 2) {
+    for (int i = 0; i < kN; ++i) swap[i] = i ^ half;
+    v += __builtin_shuffle(v, swap);
+  }
+  return v[0];
 }
 
 // ---- one element -------------------------------------------------------------------------------------------------
@@ -267,51 +276,62 @@ inline constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType:
 
 template <class T>
 struct ExpSeries {
-  // ln2^k / k!: the Taylor series of 2^f, which for |f| <= 1/2 is exact to the last bit at this degree.
+  // 1 / k!: the Taylor series of e^f, which for |f| <= ln(2) / 2 is exact to the last bit at this degree.
   static constexpr int kDegree = SimdTypes<T>::kExpDegree;
   T coefficient[kDegree + 1];
   constexpr ExpSeries() : coefficient{} {
     double term = 1.0;
     for (int k = 0; k <= kDegree; ++k) {
       coefficient[k] = static_cast<T>(term);
-      term *= 0.693147180559945309417232121458 / (k + 1);
+      term /= k + 1;
     }
   }
 };
 template <class T>
 inline constexpr ExpSeries<T> kExpSeries{};
 
-// 2^x for x below the largest exponent; exactly 0 where the result would be subnormal, and for -infinity.
+// e^x = 2^n e^f with n an integer and |f| <= ln(2) / 2.
 template <class T>
-PREFIX_KERNELS_INLINE Vec<T> exp2(Vec<T> x) {
-  using S = SimdTypes<T>;
-  using Int = typename S::Int;
-  const Vec<T> shifted = x + S::kRoundShift;
-  const Vec<T> f = x - (shifted - S::kRoundShift);
-  Vec<T> p = broadcast<T>(kExpSeries<T>.coefficient[S::kExpDegree]);
-  for (int k = S::kExpDegree - 1; k >= 0; --k) p = p * f + kExpSeries<T>.coefficient[k];
-  const Int scaled = reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(shifted) << S::kMantissaBits);
-  return x < S::kMinExponent ? Vec<T>{} : reinterpret_cast<Vec<T>>(scaled);
+struct ReducedExp {
+  Vec<T> f;
+  Int<T> exponent;  // n, shifted into the place of a float's exponent
+
+  explicit PREFIX_KERNELS_INLINE ReducedExp(Vec<T> x) {
+    using S = SimdTypes<T>;
+    constexpr T kLog2e = static_cast<T>(1.4426950408889634073599246810);
+    const Vec<T> shifted = x * kLog2e + S::kRoundShift;
+    const Vec<T> n = shifted - S::kRoundShift;
+    f = (x - n * S::kLn2High) - n * S::kLn2Low;
+    exponent = reinterpret_cast<Int<T>>(shifted) << S::kMantissaBits;
+  }
+
+  // The series of e^f without its terms below f^first, over f^first.
+  template <int kFirst>
+  PREFIX_KERNELS_INLINE Vec<T> series() const {
+    constexpr int kDegree = SimdTypes<T>::kExpDegree;
+    Vec<T> p = broadcast<T>(kExpSeries<T>.coefficient[kDegree]);
+    for (int k = kDegree - 1; k >= kFirst; --k) p = p * f + kExpSeries<T>.coefficient[k];
+    return p;
+  }
+};
+
+// e^x for x below the largest exponent; exactly 0 where the result would be subnormal, and for -infinity.
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> exp(Vec<T> x) {
+  const ReducedExp<T> r(x);
+  const Int<T> scaled = reinterpret_cast<Int<T>>(r.template series<0>()) + r.exponent;
+  return x < SimdTypes<T>::kMinExp ? Vec<T>{} : reinterpret_cast<Vec<T>>(scaled);
 }
 
 // tanh through expm1 of twice the magnitude, with full relative accuracy near zero.
 template <class T>
 PREFIX_KERNELS_INLINE Vec<T> tanh(Vec<T> x) {
-  using S = SimdTypes<T>;
-  using Int = typename S::Int;
-  constexpr T kTwoLog2e = static_cast<T>(2.885390081777926814719849362);
-  constexpr T kSaturated = 60;  // 2^-60 is below the last bit of 1 in either type
+  constexpr T kSaturated = 40;  // e^-40 is below the last bit of 1 in either type
   const Vec<T> magnitude = x < 0 ? -x : x;
-  Vec<T> y = magnitude * kTwoLog2e;
-  y = y > kSaturated ? broadcast<T>(kSaturated) : y;
-  const Vec<T> shifted = y + S::kRoundShift;
-  const Vec<T> f = y - (shifted - S::kRoundShift);
-  Vec<T> p = broadcast<T>(kExpSeries<T>.coefficient[S::kExpDegree]);
-  for (int k = S::kExpDegree - 1; k >= 1; --k) p = p * f + kExpSeries<T>.coefficient[k];
-  p = p * f;  // 2^f - 1
-  const Vec<T> one = broadcast<T>(1);
-  const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<Int>(one) + (reinterpret_cast<Int>(shifted) << S::kMantissaBits));
-  const Vec<T> expm1 = power * p + (power - 1);
+  const Vec<T> doubled = magnitude + magnitude;
+  const ReducedExp<T> r(doubled > kSaturated ? broadcast<T>(kSaturated) : doubled);
+  const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<Int<T>>(broadcast<T>(1)) + r.exponent);
+  const Vec<T> expm1 = power * (r.template series<1>() * r.f) + (power - 1);
   const Vec<T> t = expm1 / (expm1 + 2);
   const Vec<T> signed_t = x < 0 ? -t : t;
   return x != x ? x : signed_t;

@@ -1,5 +1,4 @@
-// What happens to a tile of scores between the matrix products. Tiles are [kBlockK][kBlockQ], queries in the lanes;
-// scores are in units of log2.
+// What happens to a tile of scores between the matrix products. Tiles are [kBlockK][kBlockQ], queries in the lanes.
 #pragma once
 
 #include "dropout.h"
@@ -19,7 +18,7 @@ void finish_scores(const QueryBlock& block, const Segment& segment, int64_t firs
     const auto& rows = plan.rows[v];
     T* tile = scores + v * kN;
     if (p.softcap > 0) {
-      const T cap = static_cast<T>(p.softcap * kLog2e);
+      const T cap = static_cast<T>(p.softcap);
       for (int r = rows.begin; r < rows.end; ++r) {
         const Vec<T> t = tanh<T>(load(tile + r * kBlockQ));
         if (capped != nullptr) store(capped + v * kN + r * kBlockQ, t);
@@ -57,9 +56,9 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
   return x >= static_cast<int>(threshold);
 }
 
-// The online softmax of one vector of lanes over a tile's rows: scores -> exp2(scores - max), in place.
-//   max' = max(max, scores);  sum' = sum 2^(max - max') + sum_rows 2^(scores - max')
-// Dropped elements count in the sum and are stored as 0. Returns 2^(max - max'), the factor on what was summed before.
+// The online softmax of one vector of lanes over a tile's rows: scores -> e^(scores - max), in place.
+//   max' = max(max, scores);  sum' = sum e^(max - max') + sum_rows e^(scores - max')
+// Dropped elements count in the sum and are stored as 0. Returns e^(max - max'), the factor on what was summed before.
 template <class T, bool kDropout>
 PREFIX_KERNELS_INLINE Vec<T> online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
                                             T* running_max, T* running_sum) {
@@ -74,11 +73,11 @@ PREFIX_KERNELS_INLINE Vec<T> online_softmax(T* tile, int row_begin, int row_end,
   top = maximum<T>(top1, top);
   // A lane that has seen nothing keeps -infinity as its maximum, and must not subtract it from itself.
   const Vec<T> finite = top == -std::numeric_limits<T>::infinity() ? Vec<T>{} : top;
-  const Vec<T> factor = exp2<T>(before - finite);
+  const Vec<T> factor = exp<T>(before - finite);
   Vec<T> sum{};
 #pragma GCC unroll 2
   for (r = row_begin; r < row_end; ++r) {
-    Vec<T> e = exp2<T>(load(tile + r * kBlockQ) - finite);
+    Vec<T> e = exp<T>(load(tile + r * kBlockQ) - finite);
     sum += e;
     if constexpr (kDropout) e = kept<T>(bits + r * kBlockQ, threshold) ? e : Vec<T>{};
     store(tile + r * kBlockQ, e);
@@ -89,14 +88,14 @@ PREFIX_KERNELS_INLINE Vec<T> online_softmax(T* tile, int row_begin, int row_end,
 }
 
 // The backward step of one vector of lanes, in place:
-//   scores -> p = 2^(scores - lse), as dV' = p^T dout needs it;  dp -> ds = p (dp - delta)
+//   scores -> p = e^(scores - lse), as dV' = p^T dout needs it;  dp -> ds = p (dp - delta)
 // With dropout the dropped p become 0 after ds; dp arrives scaled by 1/(1 - r).
 template <class T, bool kDropout>
 PREFIX_KERNELS_INLINE void softmax_backward(T* scores, T* dp, int row_begin, int row_end, const uint16_t* bits,
                                             uint32_t threshold, Vec<T> lse, Vec<T> delta) {
 #pragma GCC unroll 2
   for (int r = row_begin; r < row_end; ++r) {
-    Vec<T> p = exp2<T>(load(scores + r * kBlockQ) - lse);
+    Vec<T> p = exp<T>(load(scores + r * kBlockQ) - lse);
     Int<T> keep{};
     if constexpr (kDropout) keep = kept<T>(bits + r * kBlockQ, threshold);
     if (dp != nullptr) {

@@ -1,0 +1,164 @@
+"""What Python adds to the operators of ``csrc/ops.cpp``: fake kernels, autograd, autocast and FLOP formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+forward = torch.ops.prefix_kernels.forward
+backward = torch.ops.prefix_kernels.backward
+
+# How many arguments each operator has before the options that both share.
+_FORWARD_TENSORS = 5
+_OPTIONS = 13
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("prefix_kernels::forward")
+def _forward_fake(query: Tensor, *_args) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, head_dim = query.shape
+    out = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
+
+
+def _empty_gradient(like: Tensor) -> Tensor:
+    gradient = torch.empty_like(like)
+    if like.shape[-1] > 1 and gradient.stride(-1) != 1:
+        gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return gradient
+
+
+@torch.library.register_fake("prefix_kernels::backward")
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, key, value, prefix_key, prefix_value, out, lse: Tensor, *rest
+) -> list[Tensor]:
+    needs = rest[-1]
+    likes = [query, _either(key, value), _either(value, key), _either(prefix_key, prefix_value), _either(prefix_value, prefix_key)]
+    return [_empty_gradient(like) for like, need in zip(likes, needs) if need]
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, prefix_key, prefix_value, *options = inputs
+    out, lse = output
+    needs = list(ctx.needs_input_grad[:_FORWARD_TENSORS])
+    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
+    visits_sequence = dquery or dkey or dvalue
+    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
+    ds = dquery or dkey or dprefix_key
+    ctx.save_for_backward(
+        query,
+        key if visits_sequence else None,
+        value if dquery or dkey else None,
+        prefix_key if visits_prefix else None,
+        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
+        out if ds else None,
+        lse,
+        *(option for option in options[:5]),
+    )
+    ctx.options = options[5:]
+    ctx.key_len = key.shape[2]
+    ctx.needs = needs
+    ctx.uses_dlse = ds
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+    query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * (_FORWARD_TENSORS + _OPTIONS)
+    if dout is None and dlse is None:
+        return tuple(gradients)
+    if dout is None:
+        dout = torch.zeros_like(query)
+    computed = iter(
+        backward(
+            dout,
+            dlse if ctx.uses_dlse else None,
+            query,
+            key,
+            value,
+            prefix_key,
+            prefix_value,
+            out,
+            lse,
+            *tensor_options,
+            *ctx.options,
+            ctx.key_len,
+            ctx.needs,
+        )
+    )
+    for i, need in enumerate(ctx.needs):
+        if need:
+            gradients[i] = next(computed)
+    return tuple(gradients)
+
+
+torch.library.register_autograd("prefix_kernels::forward", _backward, setup_context=_setup_context)
+
+
+def _refuse_double_backward(ctx, *_gradients):
+    raise NotImplementedError(
+        "prefix_attention: double backward is not implemented; compute higher-order gradients with "
+        "prefix_kernels.reference.prefix_attention_reference"
+    )
+
+
+torch.library.register_autograd("prefix_kernels::backward", _refuse_double_backward)
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Casts query, key and value as autocast does for attention; the prefix is read in its own dtype."""
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    def forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return forward(cast(query, dtype), cast(key, dtype), cast(value, dtype), *rest)
+
+    _autocast_library.impl("forward", forward_autocast, dispatch_key)
+
+
+_autocast_library = torch.library.Library("prefix_kernels", "IMPL")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def _columns(key_len: int, prefix_key_shape, prefix_ids_shape) -> tuple[int, int]:
+    """``(prefix, sequence)`` columns that each query is multiplied with; masks are not counted, as PyTorch does."""
+    if prefix_key_shape is None:
+        return 0, key_len
+    slots = prefix_ids_shape[1] if prefix_ids_shape is not None and len(prefix_ids_shape) == 2 else 1
+    return slots * prefix_key_shape[-2], key_len
+
+
+@register_flop_formula(torch.ops.prefix_kernels.forward)
+def _forward_flops(query, key, value, prefix_key, prefix_value, attn_mask=None, prefix_ids=None, *_, **__) -> int:
+    batch, heads, q_len, head_dim = query
+    return 4 * batch * heads * q_len * head_dim * sum(_columns(key[2], prefix_key, prefix_ids))
+
+
+@register_flop_formula(torch.ops.prefix_kernels.backward)
+def _backward_flops(
+    dout, dlse, query, key, value, prefix_key, prefix_value, out, lse, attn_mask=None, prefix_ids=None, *rest, **__
+) -> int:
+    batch, heads, q_len, head_dim = query
+    key_len, (dquery, dkey, dvalue, dprefix_key, dprefix_value) = rest[-2:]
+    prefix_columns, sequence_columns = _columns(key_len, prefix_key, prefix_ids)
+
+    def products(key_gradient: bool, value_gradient: bool) -> int:
+        ds = dquery or key_gradient
+        return (ds or value_gradient) + ds + dquery + key_gradient + value_gradient
+
+    per_column = 2 * batch * heads * q_len * head_dim
+    prefix = prefix_columns * products(dprefix_key, dprefix_value)
+    return per_column * (prefix + sequence_columns * products(dkey, dvalue))
