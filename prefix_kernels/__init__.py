@@ -5,6 +5,26 @@ from prefix_kernels._library import load as _load
 _load()  # before anything imports torch: it says in one sentence what is wrong with the installation
 
 from prefix_kernels._version import __version__  # noqa: E402
+from prefix_kernels.checkpoint import (  # noqa: E402
+    load_prefix,
+    mark_only_prefix_as_trainable,
+    prefix_state_dict,
+    read_prefix_metadata,
+    save_prefix,
+)
+from prefix_kernels.encoder import PrefixEncoder  # noqa: E402
 from prefix_kernels.functional import prefix_attention  # noqa: E402
+from prefix_kernels.modules import PrefixMultiheadAttention, PrefixTuningAttention  # noqa: E402
 
-__all__ = ["__version__", "prefix_attention"]
+__all__ = [
+    "PrefixEncoder",
+    "PrefixMultiheadAttention",
+    "PrefixTuningAttention",
+    "__version__",
+    "load_prefix",
+    "mark_only_prefix_as_trainable",
+    "prefix_attention",
+    "prefix_state_dict",
+    "read_prefix_metadata",
+    "save_prefix",
+]

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from prefix_kernels import ops
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size: expected (left, right), got {window_size!r}") from None
+    return left, right
+
+
+def _refuse_tangents(*inputs: Tensor | None) -> None:
+    # An operator without a formula for forward mode would drop the tangent.
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "prefix_attention: forward-mode AD is not implemented; compute Jacobian-vector products with "
+            "prefix_kernels.reference.prefix_attention_reference"
+        )
 
 
 def prefix_attention(
@@ -93,7 +111,9 @@ def prefix_attention(
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     query_offsets = query_offset if isinstance(query_offset, Tensor) else None
-    window_left, window_right = window_size
+    window_left, window_right = _window(window_size)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(query, key, value, prefix_key, prefix_value)
     out, lse = ops.forward(
         query,
         key,

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 forward = torch.ops.prefix_kernels.forward
 backward = torch.ops.prefix_kernels.backward
 
-# How many arguments each operator has before the options that both share.
-_FORWARD_TENSORS = 5
-_OPTIONS = 13
+_DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value")
+_TENSOR_OPTIONS = ("attn_mask", "prefix_ids", "prefix_lens", "query_offset", "dropout_seed")
+_NUM_OPTIONS = 13  # that both operators share, the tensors first
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
@@ -19,7 +19,11 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("prefix_kernels::forward")
-def _forward_fake(query: Tensor, *_args) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
+    for name, x in zip((*_DIFFERENTIABLE[1:], *_TENSOR_OPTIONS), rest):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
     batch, heads, q_len, head_dim = query.shape
     out = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     return out, query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
@@ -27,7 +31,7 @@ def _forward_fake(query: Tensor, *_args) -> tuple[Tensor, Tensor]:
 
 def _empty_gradient(like: Tensor) -> Tensor:
     gradient = torch.empty_like(like)
-    if like.shape[-1] > 1 and gradient.stride(-1) != 1:
+    if like.numel() == 0 or (like.shape[-1] > 1 and gradient.stride(-1) != 1):
         gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
     return gradient
 
@@ -48,7 +52,7 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, prefix_key, prefix_value, *options = inputs
     out, lse = output
-    needs = list(ctx.needs_input_grad[:_FORWARD_TENSORS])
+    needs = list(ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
     dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
     visits_sequence = dquery or dkey or dvalue
     visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
@@ -61,9 +65,9 @@ def _setup_context(ctx, inputs, output) -> None:
         prefix_value if visits_prefix and (dquery or dprefix_key) else None,
         out if ds else None,
         lse,
-        *(option for option in options[:5]),
+        *options[: len(_TENSOR_OPTIONS)],
     )
-    ctx.options = options[5:]
+    ctx.options = options[len(_TENSOR_OPTIONS) :]
     ctx.key_len = key.shape[2]
     ctx.needs = needs
     ctx.uses_dlse = ds
@@ -72,7 +76,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * (_FORWARD_TENSORS + _OPTIONS)
+    gradients: list[Tensor | None] = [None] * (len(_DIFFERENTIABLE) + _NUM_OPTIONS)
     if dout is None and dlse is None:
         return tuple(gradients)
     if dout is None:

@@ -92,7 +92,8 @@ bool is_double(const at::Tensor& query) { return query.scalar_type() == at::kDou
 // A dense tensor with the strides of its input where the kernels can write them.
 at::Tensor empty_gradient(const at::Tensor& input) {
   at::Tensor gradient = at::empty_like(input);
-  return input.size(-1) > 1 && gradient.stride(-1) != 1 ? at::empty_like(input, {}, at::MemoryFormat::Contiguous) : gradient;
+  const bool writable = input.numel() > 0 && (input.size(-1) == 1 || gradient.stride(-1) == 1);
+  return writable ? gradient : at::empty_like(input, {}, at::MemoryFormat::Contiguous);
 }
 
 at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
