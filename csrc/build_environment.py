@@ -57,15 +57,16 @@ class Torch:
     @property
     def include_folders(self) -> list[Path]:
         include = self.folder / "include"
-        folders = [include, include / "torch" / "csrc" / "api" / "include"]
-        if self.cuda:
-            # The CUDA libraries' own headers, some of which torch's include and a toolkit may lack.
-            folders.append(self.folder.parent / "nvidia" / f"cu{self.cuda.split('.')[0]}" / "include")
-        return folders
+        return [include, include / "torch" / "csrc" / "api" / "include"]
 
     @property
     def library_folder(self) -> Path:
         return self.folder / "lib"
+
+    @property
+    def cuda_include_folder(self) -> Path:
+        """The headers that torch's own CUDA headers include and that a small toolkit may lack, such as cusparse.h."""
+        return self.folder.parent / "nvidia" / f"cu{self.cuda.split('.')[0]}" / "include"
 
 
 def _read_torch(folder: Path) -> Torch | None:
@@ -129,17 +130,18 @@ def find_cuda_toolkit(environ: Mapping[str, str] = os.environ) -> CudaToolkit | 
     named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc", path=environ.get("PATH"))
     if named:
-        home = Path(named)
-    elif on_path:
-        home = Path(on_path).resolve().parent.parent
+        homes = [Path(named)]
     else:
-        home = Path("/usr/local/cuda")
-    nvcc = home / "bin" / "nvcc"
-    if not nvcc.is_file():
-        return None
-    answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+\.\d+)", answer.stdout)
-    return CudaToolkit(home, release.group(1)) if release else None
+        homes = [Path(on_path).resolve().parent.parent] if on_path else []
+        homes.append(Path("/usr/local/cuda"))
+    for home in homes:
+        # An nvcc on PATH may be a script that calls the one of a toolkit elsewhere.
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime_api.h").is_file():
+            nvcc = [str(home / "bin" / "nvcc"), "--version"]
+            answer = subprocess.run(nvcc, capture_output=True, text=True, check=False)
+            release = re.search(r"release (\d+\.\d+)", answer.stdout)
+            return CudaToolkit(home, release.group(1)) if release else None
+    return None
 
 
 @dataclass(frozen=True)

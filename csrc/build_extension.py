@@ -157,7 +157,7 @@ class BuildKernelExtension(build_ext):
         sources = [*extension.torch_sources]
         if cuda.toolkit:
             flags += ["-DPREFIX_KERNELS_WITH_CUDA=1", define("PREFIX_KERNELS_CUDA_TOOLKIT", cuda.toolkit.version)]
-            folders.append(cuda.toolkit.home / "include")
+            folders += [cuda.toolkit.home / "include", torch.cuda_include_folder]
             sources += [source for source in extension.cuda_sources if not source.endswith(".cu")]
         for folder in folders:
             # -isystem keeps the warnings of other people's headers out of ours.

@@ -226,15 +226,17 @@ def test_cuda_kernels_are_left_out_when_asked(build_environment):
     assert plan.architectures == ()
 
 
-@pytest.mark.parametrize(("version", "found"), [("13.0", True), (None, False)])
-def test_the_cuda_toolkit_is_found_by_its_compiler(build_environment, version, found, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    if version:
-        nvcc.parent.mkdir()
-        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
-        nvcc.chmod(0o755)
-    toolkit = build_environment.find_cuda_toolkit({"CUDA_HOME": str(tmp_path), "PATH": ""})
-    assert toolkit == (build_environment.CudaToolkit(tmp_path, version) if found else None)
+def test_the_cuda_toolkit_is_found_by_its_compiler_and_headers(build_environment, tmp_path):
+    environ = {"CUDA_HOME": str(tmp_path), "PATH": ""}
+    assert build_environment.find_cuda_toolkit(environ) is None
+    nvcc, header = tmp_path / "bin" / "nvcc", tmp_path / "include" / "cuda_runtime_api.h"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    assert build_environment.find_cuda_toolkit(environ) is None
+    header.parent.mkdir()
+    header.touch()
+    assert build_environment.find_cuda_toolkit(environ) == build_environment.CudaToolkit(tmp_path, "13.0")
 
 
 def test_compilers_side_by_side_are_bounded_by_memory(build_environment, monkeypatch):
