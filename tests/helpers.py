@@ -169,15 +169,19 @@ def assert_matches(ours: Result, exact: Result, eager: Result, dtype: torch.dtyp
         eps = torch.finfo(coarsest).eps
         rounded = want.to(coarsest)
         atol = 2 * _largest((rounded + 0.3 - 0.3) - rounded)
-        if _largest(want) < eps * largest:
-            # It cancels to nothing (a query that sees one key has no gradient): only the size of the terms says anything.
-            atol = 4 * eps * largest
+        if eps < 1e-6 or want.numel() < 100 or _largest(want) < eps * largest:
+            # In float32 and float64 the largest error is a matter of the order of summation, in a small tensor one of
+            # chance, and where gradients cancel (a query that sees one key has none) one of the terms that cancel:
+            # the eager error says little there, the size of the call's results does.
+            atol += 4 * eps * largest
         eager_error = _largest(plain - want)
         if dtype == torch.float64:
             eager_error *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         bound = (3 if name.startswith("d") else 2) * eager_error + atol
         error = _largest(got - want)
-        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} (eager {eager_error:.3g}, atol {atol:.3g})"
+        assert error <= bound, (
+            f"{name}: error {error:.3g} exceeds {bound:.3g} (eager {eager_error:.3g}, atol {atol:.3g})"
+        )
 
 
 def check(call: Call, needs: Iterable[str] | None = None, function: Callable[..., Any] = prefix_attention) -> Result:
@@ -191,5 +195,7 @@ def check(call: Call, needs: Iterable[str] | None = None, function: Callable[...
     for name, grad in ours.grads.items():
         assert (grad is not None) == (name in asked), f"d{name}: expected {'a' if name in asked else 'no'} gradient"
         if grad is not None:
-            assert grad.dtype == call.inputs[name].dtype, f"d{name}: expected {call.inputs[name].dtype}, got {grad.dtype}"
+            assert grad.dtype == call.inputs[name].dtype, (
+                f"d{name}: expected {call.inputs[name].dtype}, got {grad.dtype}"
+            )
     return ours

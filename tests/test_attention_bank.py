@@ -31,7 +31,12 @@ def test_each_row_names_its_prefix(ids, id_dtype, dtype):
 )
 def test_several_prefixes_per_row(ids, id_dtype, is_causal):
     call = make_call(
-        batch=2, **SHAPE, prefix_len=17, num_prefixes=4, is_causal=is_causal, prefix_ids=torch.tensor(ids, dtype=id_dtype)
+        batch=2,
+        **SHAPE,
+        prefix_len=17,
+        num_prefixes=4,
+        is_causal=is_causal,
+        prefix_ids=torch.tensor(ids, dtype=id_dtype),
     )
     check(call)
 
@@ -41,6 +46,10 @@ def test_ids_with_any_strides(order):
     ids = torch.tensor([[0, 2, 1, 1], [1, 0, 2, 2]])[:, ::2] if order == "strided" else torch.tensor([1]).expand(2, 2)
     check(make_call(batch=2, **SHAPE, prefix_len=6, num_prefixes=3, prefix_ids=ids))
     check(make_call(batch=2, **SHAPE, prefix_len=6, num_prefixes=3, prefix_ids=ids[:, 0]))
+
+
+def test_rows_may_leave_out_the_one_prefix():
+    check(make_call(batch=3, **SHAPE, prefix_len=20, prefix_ids=torch.tensor([0, -1, 0])))
 
 
 @pytest.mark.parametrize("num_prefixes", [1, 3])
@@ -62,7 +71,13 @@ def test_nan_beyond_the_valid_lengths_does_not_matter(lens, len_dtype, dtype):
     """``make_call`` writes NaN there; the gradient there is zero."""
     lens = torch.tensor(lens, dtype=len_dtype)
     call = make_call(
-        batch=4, **SHAPE, prefix_len=20, num_prefixes=3, dtype=dtype, prefix_lens=lens, prefix_ids=torch.tensor([2, 0, 1, 0])
+        batch=4,
+        **SHAPE,
+        prefix_len=20,
+        num_prefixes=3,
+        dtype=dtype,
+        prefix_lens=lens,
+        prefix_ids=torch.tensor([2, 0, 1, 0]),
     )
     assert call.inputs["prefix_key"].isnan().any()
     result = check(call)

@@ -11,7 +11,8 @@ HALF = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
-    "q_len, k_len", [(1, 1), (16, 16), (17, 33), (33, 17), (64, 65), (65, 64), (130, 130), (5, 300), (300, 5), (200, 260)]
+    "q_len, k_len",
+    [(1, 1), (16, 16), (17, 33), (33, 17), (64, 65), (65, 64), (130, 130), (5, 300), (300, 5), (200, 260)],
 )
 def test_causal_diagonal_ends_at_the_bottom_right(q_len, k_len, dtype):
     check(make_call(q_len=q_len, k_len=k_len, prefix_len=6, head_dim=32, dtype=dtype, is_causal=True))
@@ -27,7 +28,9 @@ def test_first_queries_of_a_tall_causal_problem_see_only_the_prefix(prefix_len):
 @pytest.mark.parametrize("offset", [-300, -129, -17, -1, 0, 1, 13, 16, 100, 129, 10**6, 2**40])
 @pytest.mark.parametrize("window", [(-1, -1), (7, 3)])
 def test_query_offset_moves_the_diagonal(offset, window):
-    call = make_call(q_len=50, k_len=130, prefix_len=6, head_dim=32, is_causal=True, query_offset=offset, window_size=window)
+    call = make_call(
+        q_len=50, k_len=130, prefix_len=6, head_dim=32, is_causal=True, query_offset=offset, window_size=window
+    )
     check(call)
 
 
@@ -55,12 +58,19 @@ def test_causal_rows_do_not_depend_on_later_keys():
 
 @pytest.mark.parametrize("includes_prefix", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("window", [(0, 0), (0, -1), (-1, 0), (1, 1), (16, 16), (31, 0), (17, 200), (200, 17), (128, 128)])
+@pytest.mark.parametrize(
+    "window", [(0, 0), (0, -1), (-1, 0), (1, 1), (16, 16), (31, 0), (17, 200), (200, 17), (128, 128)]
+)
 def test_windows(window, is_causal, includes_prefix):
     call = make_call(
-        q_len=150, k_len=170, prefix_len=20, head_dim=32, window_size=window, is_causal=is_causal,
+        q_len=150,
+        k_len=170,
+        prefix_len=20,
+        head_dim=32,
+        window_size=window,
+        is_causal=is_causal,
         window_includes_prefix=includes_prefix,
-    )  # fmt: skip
+    )
     check(call)
 
 
@@ -69,9 +79,15 @@ def test_windows(window, is_causal, includes_prefix):
 def test_window_that_counts_the_prefix_as_positions(left, dtype):
     """Query 0 stands right after the prefix and sees ``left`` of its last tokens."""
     call = make_call(
-        q_len=40, k_len=40, prefix_len=35, head_dim=32, dtype=dtype, is_causal=True, window_size=(left, -1),
+        q_len=40,
+        k_len=40,
+        prefix_len=35,
+        head_dim=32,
+        dtype=dtype,
+        is_causal=True,
+        window_size=(left, -1),
         window_includes_prefix=True,
-    )  # fmt: skip
+    )
     check(call)
 
 
@@ -79,10 +95,17 @@ def test_window_that_counts_the_prefix_as_positions(left, dtype):
 @pytest.mark.parametrize("window", [(5, 0), (40, 8)])
 def test_windows_over_a_composed_bank(window, includes_prefix):
     call = make_call(
-        batch=4, q_len=40, k_len=44, prefix_len=17, num_prefixes=3, head_dim=32, window_size=window,
-        window_includes_prefix=includes_prefix, prefix_ids=torch.tensor([[0, 1], [-1, 2], [2, -1], [-1, -1]]),
+        batch=4,
+        q_len=40,
+        k_len=44,
+        prefix_len=17,
+        num_prefixes=3,
+        head_dim=32,
+        window_size=window,
+        window_includes_prefix=includes_prefix,
+        prefix_ids=torch.tensor([[0, 1], [-1, 2], [2, -1], [-1, -1]]),
         prefix_lens=torch.tensor([17, 4, 0]),
-    )  # fmt: skip
+    )
     check(call)
 
 

@@ -20,9 +20,16 @@ def seed_of(number: int) -> torch.Tensor:
 @pytest.mark.parametrize("dropout_p", [1e-6, 0.1, 0.5, 0.9, 1.0])
 def test_dropout_at_every_rate(dropout_p, dtype):
     call = make_call(
-        q_heads=4, kv_heads=2, q_len=40, k_len=70, prefix_len=20, head_dim=32, dtype=dtype, dropout_p=dropout_p,
+        q_heads=4,
+        kv_heads=2,
+        q_len=40,
+        k_len=70,
+        prefix_len=20,
+        head_dim=32,
+        dtype=dtype,
+        dropout_p=dropout_p,
         dropout_seed=seed_of(7),
-    )  # fmt: skip
+    )
     check(call)
 
 
@@ -54,9 +61,17 @@ def test_dropout_with_every_other_option(options):
 @pytest.mark.parametrize("ids", [[1, 0, -1], [[0, 1], [-1, 2], [2, 2]]], ids=str)
 def test_every_slot_of_a_bank_draws_its_own_bits(ids):
     call = make_call(
-        batch=3, q_len=40, k_len=30, prefix_len=18, num_prefixes=3, head_dim=32, dropout_p=0.4, dropout_seed=seed_of(3),
-        prefix_ids=torch.tensor(ids), prefix_lens=torch.tensor([18, 5, 17]),
-    )  # fmt: skip
+        batch=3,
+        q_len=40,
+        k_len=30,
+        prefix_len=18,
+        num_prefixes=3,
+        head_dim=32,
+        dropout_p=0.4,
+        dropout_seed=seed_of(3),
+        prefix_ids=torch.tensor(ids),
+        prefix_lens=torch.tensor([18, 5, 17]),
+    )
     check(call)
 
 
@@ -130,6 +145,9 @@ def test_evaluation_does_not_advance_torch_s_generator():
 def test_the_mean_over_many_seeds_is_the_result_without_dropout():
     inputs = make_call(batch=1, q_len=8, k_len=8, head_dim=8, layout="contiguous").inputs
     seeds = 3000
-    many = {name: tensor if name.startswith("prefix") else tensor.expand(seeds, -1, -1, -1) for name, tensor in inputs.items()}
+    many = {
+        name: tensor if name.startswith("prefix") else tensor.expand(seeds, -1, -1, -1)
+        for name, tensor in inputs.items()
+    }
     mean = prefix_attention(**many, dropout_p=0.5, dropout_seed=seed_of(9)).mean(0)
     torch.testing.assert_close(mean, prefix_attention(**inputs)[0], atol=0.08, rtol=0)

