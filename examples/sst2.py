@@ -166,12 +166,14 @@ def make_trainer(
         learning_rate=arguments.learning_rate,
         fp16=arguments.fp16,
         bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=arguments.seed,
         data_seed=arguments.seed,
         eval_strategy="epoch",
         logging_steps=0.05,  # of all steps
         save_strategy="no",  # the task is saved once, at the end, without the model
         report_to=[],
+        disable_tqdm=False,  # the progress bar
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     return Trainer(
@@ -276,8 +278,12 @@ def main() -> None:
         print(f"  {label} ({probability:.0%})  {sentence}")
 
     picture = arguments.output_dir / "learning_curve.png"
-    name = Path(arguments.model).name if Path(arguments.model).exists() else arguments.model
-    plot(trainer.state.log_history, before, f"Prefix tuning, {len(train)} sentences, {name}", picture)
+    plot(
+        trainer.state.log_history,
+        before,
+        f"{arguments.num_virtual_tokens} virtual tokens, {len(train)} sentences",
+        picture,
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     seconds = seconds_per_step(trainer, arguments)
