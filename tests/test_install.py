@@ -138,12 +138,18 @@ REQUIREMENTS = "import build_backend as b; print(b.get_requires_for_build_wheel(
 
 
 def test_an_isolated_build_uses_the_torch_of_the_target_environment(tools):
-    """pip hides the target's packages from the build, as ``-S`` does here; the backend then asks for no torch."""
+    """pip hides the target's packages from the build by a module on PYTHONPATH, as here; no torch is then asked for."""
+    (tools / "sitecustomize.py").write_text(
+        "import sys, sysconfig\n"
+        "hidden = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}\n"
+        "sys.path[:] = [entry for entry in sys.path if entry not in hidden]\n"
+    )
     path = os.pathsep.join([str(CHECKOUT / "csrc"), str(tools)])
-    run = _python("-S", "-c", REQUIREMENTS, PYTHONPATH=path, PYTHONNOUSERSITE="1")
+    assert "No module named 'torch'" in _python("-c", "import torch", PYTHONPATH=path).stderr
+    run = _python("-c", REQUIREMENTS, PYTHONPATH=path, PYTHONNOUSERSITE="1")
     assert run.stdout.strip() == "[] []", run.stderr
     found = "from build_environment import find_torch; print(find_torch().requirement)"
-    assert _python("-S", "-c", found, PYTHONPATH=path).stdout.strip() == f"torch=={RELEASE}.*"
+    assert _python("-c", found, PYTHONPATH=path).stdout.strip() == f"torch=={RELEASE}.*"
 
 
 def test_an_isolated_build_asks_for_torch_where_the_target_has_none(bare_python):
