@@ -28,10 +28,15 @@ if PathFinder.find_spec("prefix_kernels", elsewhere):
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 
 hypothesis.settings.register_profile(
-    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    "ci",
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
-    "explore", max_examples=2000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    "explore", max_examples=3000, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -89,7 +89,6 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
-@settings(max_examples=400)
 @given(call=calls(), needs=st.sets(st.sampled_from(INPUT_NAMES)))
 def test_every_legal_call_matches_the_oracle_in_results_and_asked_for_gradients(call, needs):
     check(call, needs=[name for name in call.names if name in needs])
@@ -101,7 +100,7 @@ def double(call: Call) -> Call:
     return Call(inputs, dict(call.options), call.dout, call.dlse)
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 6)
 @given(call=calls())
 def test_the_output_is_linear_in_the_values(call):
     call = double(call)
@@ -112,7 +111,7 @@ def test_the_output_is_linear_in_the_values(call):
     torch.testing.assert_close(run(call, needs=()).out, -3 * once.out)
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 6)
 @given(call=calls())
 def test_the_gradients_to_the_values_and_the_output_tell_the_same_sum(call):
     """sum(dout * out) = sum(dvalue * value), whatever is masked or dropped."""
@@ -126,7 +125,7 @@ def test_the_gradients_to_the_values_and_the_output_tell_the_same_sum(call):
     torch.testing.assert_close(values, (result.out * call.dout).sum())
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 6)
 @given(call=calls(), shift=st.integers(1, 5))
 def test_rolling_the_batch_rolls_the_results_and_not_the_prefix_gradients(call, shift):
     call = double(call)
