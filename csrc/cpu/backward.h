@@ -20,8 +20,7 @@ struct BlockState {
   QueryBlock block;
   bool ready;
   T *query, *dout;            // [head_dim][kBlockQ], scaled as S and dP need them
-  T *query_copy, *dout_copy;  // [kBlockQ][padded_depth], used when the natural rows cannot be read in place
-  Rows<T> query_rows, dout_rows;
+  T *query_rows, *dout_rows;  // [kBlockQ][padded_depth], as dK' and dV' need them; null where not needed
   T* dquery;  // [head_dim][kBlockQ]
   alignas(64) T lse[kBlockQ];  // +infinity for a row that sees nothing
   alignas(64) T delta[kBlockQ];
@@ -45,8 +44,8 @@ class BackwardTask {
       state.query = workspace.take<T>(panel);
       state.dout = needs.any_ds() ? workspace.take<T>(panel) : nullptr;
       state.dquery = needs.dquery ? workspace.take<T>(panel) : nullptr;
-      state.query_copy = needs.any_key() ? workspace.take<T>(rows) : nullptr;
-      state.dout_copy = needs.any_value() ? workspace.take<T>(rows) : nullptr;
+      state.query_rows = needs.any_key() ? workspace.take<T>(rows) : nullptr;
+      state.dout_rows = needs.any_value() ? workspace.take<T>(rows) : nullptr;
     }
     scores_ = workspace.take<T>(tile);
     dp_ = workspace.take<T>(tile);
@@ -59,7 +58,9 @@ class BackwardTask {
     bits_ = workspace.take<uint16_t>(tile);
   }
 
-  void run(int64_t chunk, const Task& task) {
+  // `next`: the task that this thread runs after this one, or null.
+  void run(int64_t chunk, const Task& task, const Task* next) {
+    next_ = next;
     const KeyRange range = plan_.blocks(task.split);
     blocks_ = range.end - range.begin;
     for (int64_t i = 0; i < blocks_; ++i) {
@@ -82,21 +83,34 @@ class BackwardTask {
   }
 
  private:
+  void prefetch(const QueryBlock& block) {
+    prefetch_queries(p_.query, block);
+    prefetch_queries(plan_.params.dout, block);
+    if (plan_.needs.any_ds()) prefetch_queries(p_.out, block);
+  }
+
+  void prefetch_after(const BlockState<T>& state) {
+    if (&state + 1 < states_ + blocks_)
+      prefetch((&state + 1)->block);
+    else if (next_ != nullptr)
+      prefetch(QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split).begin));
+  }
+
   // Packs a block when the first tile meets it.
   void prepare(BlockState<T>& state) {
     state.ready = true;
     const QueryBlock& block = state.block;
     const Needs& needs = plan_.needs;
-    prefetch_queries<T>(plan_.params.dout, block);
-    if (needs.any_ds()) prefetch_queries<T>(p_.out, block);
-    pack_queries<T>(p_.query, block, query_factor<T>(p_), state.query);
-    if (needs.any_key()) state.query_rows = query_rows<T>(p_.query, block, plan_.padded_depth, state.query_copy);
-    if (needs.any_value())
-      state.dout_rows = query_rows<T>(plan_.params.dout, block, plan_.padded_depth, state.dout_copy);
+    const int64_t padded = plan_.padded_depth;
+    pack_queries<T>(p_.query, block, query_factor<T>(p_), state.query, state.query_rows, padded);
     if (needs.any_ds()) {
-      pack_queries<T>(plan_.params.dout, block, static_cast<T>(dropout_rescale(p_.dropout_threshold)), state.dout);
+      const T rescale = static_cast<T>(dropout_rescale(p_.dropout_threshold));
+      pack_queries<T>(plan_.params.dout, block, rescale, state.dout, state.dout_rows, padded);
       row_dot<T>(plan_.params.dout, p_.out, block, state.delta);
+    } else {
+      copy_queries<T>(plan_.params.dout, block, state.dout_rows, padded);
     }
+    prefetch_after(state);
     const T* lse = static_cast<const T*>(p_.lse);
     const T* dlse = static_cast<const T*>(plan_.params.dlse);
     for (int l = 0; l < kBlockQ; ++l) {
@@ -139,9 +153,8 @@ class BackwardTask {
     Rows<T> value{};
     if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
     for (int64_t i = 0; i < blocks_; ++i) {
-      const KeyRange hull = states_[i].block.hull(segment);
-      if (hull.begin >= first + count || hull.end <= first || hull.begin >= hull.end) continue;
-      step(states_[i], segment, first, count, key, value, dkey, dvalue);
+      if (intersects(states_[i].block.hull(segment), first, first + count))
+        step(states_[i], segment, first, count, key, value, dkey, dvalue);
     }
 
     if (segment.is_prefix() || plan_.splits > 1) return;
@@ -205,12 +218,10 @@ class BackwardTask {
       const int lane_end = group.vector_end * kN < block.count ? group.vector_end * kN : block.count;
       if (dvalue != nullptr)
         gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, scores_ + at, kBlockQ,
-                                    state.dout_rows.data + lane * state.dout_rows.stride, state.dout_rows.stride,
-                                    dvalue + row * padded, padded, true);
+                                    state.dout_rows + lane * padded, padded, dvalue + row * padded, padded, true);
       if (dkey != nullptr)
         gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ,
-                                    state.query_rows.data + lane * state.query_rows.stride, state.query_rows.stride,
-                                    dkey + row * padded, padded, true);
+                                    state.query_rows + lane * padded, padded, dkey + row * padded, padded, true);
       if (plan_.needs.dquery)
         gemm<ALayout::kTransposed, T>(depth, columns, rows, key.data + row * key.stride, key.stride, dp_ + at, kBlockQ,
                                       state.dquery + lane, kBlockQ, true);
@@ -237,6 +248,7 @@ class BackwardTask {
   const AttentionParams& p_;
   BlockState<T>* states_;
   int64_t blocks_ = 0;
+  const Task* next_ = nullptr;
   T *scores_, *dp_, *bias_, *capped_, *key_, *value_, *dkey_, *dvalue_;
   uint16_t* bits_;
 };

@@ -36,7 +36,11 @@ void run_chunks(void* argument, int) {
       if (plan.needs.dprefix_key) fill_zero(plan.dprefix_key.data() + begin, end - begin);
       if (plan.needs.dprefix_value) fill_zero(plan.dprefix_value.data() + begin, end - begin);
     }
-    for (int64_t i = plan.chunk_begin(chunk); i < plan.chunk_begin(chunk + 1); ++i) runner.run(chunk, plan.task(i));
+    const int64_t end = plan.chunk_begin(chunk + 1);
+    for (int64_t i = plan.chunk_begin(chunk); i < end; ++i) {
+      const Task next = plan.task(i + 1);
+      runner.run(chunk, plan.task(i), i + 1 < end ? &next : nullptr);
+    }
   }
   workspace.trim();
 }

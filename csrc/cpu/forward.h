@@ -1,10 +1,11 @@
 // out = softmax(scale Q [P_k ; K]^T + mask) [P_v ; V],  lse = its normaliser.
 //
-// One task is one block of queries; it walks the tiles of the prefixes and of the sequence with an online softmax:
+// One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with an
+// online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
 //   P^T   = e^(S^T - max)     in place, with running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
-// Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values are read where they lie.
+// Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
 
 #include <atomic>
@@ -17,24 +18,39 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+inline constexpr int kMaxTaskBlocks = 4;
+
+// What a block of queries carries from tile to tile.
+template <class T>
+struct ForwardState {
+  QueryBlock block;
+  T *query, *out;                   // [head_dim][kBlockQ]
+  T *running_max, *running_sum;     // [kBlockQ]
+};
+
 template <class T>
 struct ForwardScratch {
-  T *query, *out, *scores, *key, *value, *bias, *running_max, *running_sum;
+  ForwardState<T>* states;  // [kMaxTaskBlocks]
+  T *scores, *key, *value, *bias;
   uint16_t* bits;
 
   ForwardScratch(Workspace& workspace, int64_t head_dim) {
     const size_t panel = head_dim * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * head_dim;
-    workspace.reserve(Workspace::bytes_for<T>(panel) * 2 + Workspace::bytes_for<T>(tile) * 2 +
-                      Workspace::bytes_for<T>(rows) * 2 + Workspace::bytes_for<T>(kBlockQ) * 2 +
+    const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
+    workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
+                      2 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(rows) +
                       Workspace::bytes_for<uint16_t>(tile));
-    query = workspace.take<T>(panel);
-    out = workspace.take<T>(panel);
+    states = workspace.take<ForwardState<T>>(kMaxTaskBlocks);
+    for (int i = 0; i < kMaxTaskBlocks; ++i) {
+      states[i].query = workspace.take<T>(panel);
+      states[i].out = workspace.take<T>(panel);
+      states[i].running_max = workspace.take<T>(kBlockQ);
+      states[i].running_sum = workspace.take<T>(kBlockQ);
+    }
     scores = workspace.take<T>(tile);
     key = workspace.take<T>(rows);
     value = workspace.take<T>(rows);
     bias = workspace.take<T>(tile);
-    running_max = workspace.take<T>(kBlockQ);
-    running_sum = workspace.take<T>(kBlockQ);
     bits = workspace.take<uint16_t>(tile);
   }
 };
@@ -45,119 +61,158 @@ T query_factor(const AttentionParams& p) {
   return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
 
+// One block against the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given.
 template <class T>
-void forward_tile(const QueryBlock& block, const Segment& segment, int64_t first, int count,
-                  const ForwardScratch<T>& scratch) {
+void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t tile_first, int tile_count,
+                  const Rows<T>& key, const Rows<T>& value, const ForwardScratch<T>& scratch) {
   constexpr int kN = kLanes<T>;
+  const QueryBlock& block = state.block;
   const AttentionParams& p = *block.params;
-  const TileBias<T> bias(block, segment, first, count, scratch.bias);
+  const TileBias<T> bias(block, segment, tile_first, tile_count, scratch.bias);
   if (bias.count == 0) return;
-  first = bias.first;
-  count = bias.count;
-  const TilePlan<T> plan(block, segment, first, count);
-  const bool dropout = p.dropout_threshold > 0;
-  prefetch_rows(segment.key, first, count, p.head_dim);
-  prefetch_rows(segment.value, first, count, p.head_dim);
+  const TilePlan<T> plan(block, segment, bias.first, bias.count);
+  const int64_t skipped = bias.first - tile_first;
 
-  const Rows<T> key = segment_rows<T>(segment.key, first, count, p.head_dim, scratch.key);
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN, p.head_dim,
-                                key.data + group.row_begin * key.stride, key.stride,
-                                scratch.query + group.vector_begin * kN, kBlockQ,
+                                key.data + (skipped + group.row_begin) * key.stride, key.stride,
+                                state.query + group.vector_begin * kN, kBlockQ,
                                 scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ, false);
   }
-  finish_scores<T>(block, segment, first, plan, bias, scratch.scores, nullptr);
-  if (dropout) dropout_bits(block, segment, first, count, scratch.bits);
+  finish_scores<T>(block, segment, bias.first, plan, bias, scratch.scores, nullptr);
 
+  const bool dropout = p.dropout_threshold > 0;
+  if (dropout) dropout_bits(block, segment, bias.first, bias.count, scratch.bits);
+  const auto softmax = dropout ? online_softmax<T, true> : online_softmax<T, false>;
   for (int v = 0; v < plan.vectors; ++v) {
     const auto& rows = plan.rows[v];
     if (rows.begin >= rows.end) continue;
-    T* tile = scratch.scores + v * kN;
-    const auto step = dropout ? online_softmax<T, true> : online_softmax<T, false>;
-    const Vec<T> factor = step(tile, rows.begin, rows.end, scratch.bits + v * kN, p.dropout_threshold,
-                               scratch.running_max + v * kN, scratch.running_sum + v * kN);
+    const Vec<T> factor = softmax(scratch.scores + v * kN, rows.begin, rows.end, scratch.bits + v * kN, p.dropout_threshold,
+                                  state.running_max + v * kN, state.running_sum + v * kN);
     if (!any_lane<T>(factor != 1)) continue;
     for (int64_t d = 0; d < p.head_dim; ++d) {
-      T* out = scratch.out + d * kBlockQ + v * kN;
+      T* out = state.out + d * kBlockQ + v * kN;
       store(out, load(out) * factor);
     }
   }
 
-  const Rows<T> value = segment_rows<T>(segment.value, first, count, p.head_dim, scratch.value);
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kTransposed, T>(p.head_dim, (group.vector_end - group.vector_begin) * kN,
-                                  group.row_end - group.row_begin, value.data + group.row_begin * value.stride,
+                                  group.row_end - group.row_begin, value.data + (skipped + group.row_begin) * value.stride,
                                   value.stride, scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN,
-                                  kBlockQ, scratch.out + group.vector_begin * kN, kBlockQ, true);
+                                  kBlockQ, state.out + group.vector_begin * kN, kBlockQ, true);
   }
 }
 
 template <class T>
-void forward_block(const QueryBlock& block, const ForwardScratch<T>& scratch) {
-  const AttentionParams& p = *block.params;
-  const int lanes = block.vectors<T>() * kLanes<T>;
-  pack_queries<T>(p.query, block, query_factor<T>(p), scratch.query);
-  for (int64_t d = 0; d < p.head_dim; ++d)
-    for (int l = 0; l < lanes; ++l) scratch.out[d * kBlockQ + l] = 0;
-  for (int l = 0; l < lanes; ++l) {
-    scratch.running_max[l] = -std::numeric_limits<T>::infinity();
-    scratch.running_sum[l] = 0;
-  }
+void begin_block(const ForwardState<T>& state) {
+  const AttentionParams& p = *state.block.params;
+  pack_queries<T>(p.query, state.block, query_factor<T>(p), state.query);
+  fill_zero(state.out, p.head_dim * kBlockQ);
+  for (int l = 0; l < kBlockQ; ++l) state.running_max[l] = -std::numeric_limits<T>::infinity();
+  fill_zero(state.running_sum, kBlockQ);
+}
 
+template <class T>
+void finish_block(const ForwardState<T>& state) {
+  const QueryBlock& block = state.block;
+  const AttentionParams& p = *block.params;
+  const T rescale = static_cast<T>(dropout_rescale(p.dropout_threshold));
+  alignas(64) T factor[kBlockQ] = {};
+  for (int l = 0; l < block.count; ++l) {
+    const T sum = state.running_sum[l];
+    factor[l] = sum != 0 ? rescale / sum : T(0);
+    const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
+    static_cast<T*>(p.lse)[row] = state.running_max[l] + std::log(sum);
+  }
+  unpack_queries<T>(p.out, block, factor, state.out);
+}
+
+inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
+  return a.begin < end && a.end > begin && a.begin < a.end;
+}
+
+// The tiles of one segment over the blocks of a task.
+template <class T>
+void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const ForwardScratch<T>& scratch) {
+  KeyRange hulls[kMaxTaskBlocks];
+  KeyRange all{segment.length, 0};
+  for (int i = 0; i < blocks; ++i) {
+    hulls[i] = scratch.states[i].block.hull(segment);
+    if (hulls[i].begin >= hulls[i].end) continue;
+    if (hulls[i].begin < all.begin) all.begin = hulls[i].begin;
+    if (hulls[i].end > all.end) all.end = hulls[i].end;
+  }
+  const auto rows_at = [&](int64_t first) { return static_cast<int>(clamp_to(all.end - first, 0, kBlockK)); };
+  int64_t first = all.begin - all.begin % kCell;
+  for (; first < all.end; first += kBlockK) {
+    const int count = rows_at(first), ahead = rows_at(first + kBlockK);
+    const Rows<T> key = segment_rows<T>(segment.key, first, count, head_dim, scratch.key);
+    const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, scratch.value);
+    prefetch_rows(segment.key, first + kBlockK, ahead, head_dim);
+    prefetch_rows(segment.value, first + kBlockK, ahead, head_dim);
+    for (int i = 0; i < blocks; ++i)
+      if (intersects(hulls[i], first, first + count))
+        forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch);
+  }
+}
+
+struct ForwardJob {
+  const AttentionParams& params;
+  BlockPartition partition;
+  int64_t task_blocks;      // consecutive blocks of one head
+  int64_t tasks_per_head;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+
+  ForwardJob(const AttentionParams& p, int threads) : params(p), partition(p) {
+    constexpr int64_t kTasksPerThread = 8;
+    const int64_t heads = p.batch * p.kv_heads;
+    task_blocks = clamp_to(heads * partition.count / (kTasksPerThread * threads), 1, kMaxTaskBlocks);
+    tasks_per_head = ceil_div(partition.count, task_blocks);
+    tasks = heads * tasks_per_head;
+  }
+};
+
+template <class T>
+void run_task(const ForwardJob& job, int64_t task, const ForwardScratch<T>& scratch) {
+  const AttentionParams& p = job.params;
+  const int64_t head = task / job.tasks_per_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+  // Under a causal mask the last blocks of a head cost most: they go first.
+  const int64_t index = job.tasks_per_head - 1 - task % job.tasks_per_head;
+  const int64_t begin = index * job.task_blocks;
+  const int blocks = static_cast<int>(clamp_to(job.partition.count - begin, 0, job.task_blocks));
+  for (int i = 0; i < blocks; ++i)
+    new (&scratch.states[i].block) QueryBlock(p, job.partition, batch, kv_head, begin + i);
+  for (int i = 0; i < blocks; ++i) {
+    if (i + 1 < blocks) prefetch_queries(p.query, scratch.states[i + 1].block);
+    begin_block<T>(scratch.states[i]);
+  }
   int64_t prefix_start = 0;
   for (int64_t s = 0; s < num_segments(p); ++s) {
-    const Segment segment = make_segment(p, block.batch, block.kv_head, s, prefix_start);
+    const Segment segment = make_segment(p, batch, kv_head, s, prefix_start);
     if (segment.is_prefix()) prefix_start += segment.length;
-    const KeyRange hull = block.hull(segment);
-    for (int64_t first = hull.begin - hull.begin % kCell; first < hull.end; first += kBlockK) {
-      const int64_t left = hull.end - first;
-      forward_tile<T>(block, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK), scratch);
-    }
+    forward_segment<T>(segment, blocks, p.head_dim, scratch);
   }
+  for (int i = 0; i < blocks; ++i) finish_block<T>(scratch.states[i]);
+}
 
-  const T rescale = static_cast<T>(dropout_rescale(p.dropout_threshold));
-  T* factor = scratch.bias;
-  for (int l = 0; l < lanes; ++l) {
-    const T sum = scratch.running_sum[l];
-    factor[l] = sum > 0 || sum != sum ? rescale / sum : T(0);
-    if (l < block.count) {
-      const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
-      static_cast<T*>(p.lse)[row] = scratch.running_max[l] + std::log(sum);
-    }
-  }
-  unpack_queries<T>(p.out, block, factor, scratch.out);
+template <class T>
+void run_tasks(void* argument, int) {
+  ForwardJob& job = *static_cast<ForwardJob*>(argument);
+  static thread_local Workspace workspace;
+  const ForwardScratch<T> scratch(workspace, job.params.head_dim);
+  for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
+    run_task<T>(job, task, scratch);
+  workspace.trim();
 }
 
 template <class T>
 void attention_forward(const AttentionParams& params, int threads, RunWorkers run) {
-  struct Job {
-    const AttentionParams& params;
-    BlockPartition partition;
-    int64_t heads;
-    std::atomic<int64_t> next{0};
-  } job{params, BlockPartition(params), params.batch * params.kv_heads};
-  const int64_t tasks = job.heads * job.partition.count;
-  if (tasks == 0) return;
-
-  run(
-      workers(threads, tasks),
-      [](void* argument, int) {
-        Job& job = *static_cast<Job*>(argument);
-        const AttentionParams& p = job.params;
-        static thread_local Workspace workspace;
-        const ForwardScratch<T> scratch(workspace, p.head_dim);
-        const int64_t tasks = job.heads * job.partition.count;
-        for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-          // Under a causal mask the last blocks cost most: they go first.
-          const int64_t head = task / job.partition.count;
-          const int64_t index = job.partition.count - 1 - task % job.partition.count;
-          forward_block<T>(QueryBlock(p, job.partition, head / p.kv_heads, head % p.kv_heads, index), scratch);
-        }
-        workspace.trim();
-      },
-      &job);
+  ForwardJob job(params, threads);
+  if (job.tasks > 0) run(workers(threads, job.tasks), run_tasks<T>, &job);
 }
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -22,24 +22,32 @@ PREFIX_KERNELS_INLINE void prefetch_row_to_write(U* row, int64_t depth) {
 }
 
 // dst[d][lane] = factor * row_of(lane)[d]; the lanes up to the next whole vector become 0. dst has kBlockQ columns.
+// Where `copy` is not null, also copy[lane][d] = row_of(lane)[d], in rows of copy_stride that end in zeros.
 template <class T, class Src, class RowOf>
-void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst) {
+void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, T* copy = nullptr, int64_t copy_stride = 0) {
   constexpr int kN = kLanes<T>;
   for (int l0 = 0; l0 < count; l0 += kN) {
     const Src* row[kN];
     for (int l = 0; l < kN; ++l) row[l] = l0 + l < count ? row_of(l0 + l) : nullptr;
-    for (int l = l0 + kN; l < l0 + 2 * kN && l < count; ++l) prefetch_row(row_of(l), depth);
     const bool full = l0 + kN <= count;
     int64_t d = 0;
     for (; d + kN <= depth; d += kN) {
       Vec<T> tile[kN];
       for (int l = 0; l < kN; ++l) tile[l] = full || row[l] != nullptr ? load_as<T, Src>(row[l] + d) : Vec<T>{};
+      if (copy != nullptr)
+        for (int l = 0; l < kN; ++l) store(copy + (l0 + l) * copy_stride + d, tile[l]);
       transpose<T>(tile);
       for (int i = 0; i < kN; ++i) store(dst + (d + i) * kBlockQ + l0, tile[i] * factor);
     }
-    for (; d < depth; ++d)
-      for (int l = 0; l < kN; ++l)
-        dst[d * kBlockQ + l0 + l] = row[l] != nullptr ? static_cast<T>(to_float(row[l][d])) * factor : T(0);
+    for (int l = 0; l < kN; ++l) {
+      for (int64_t e = d; e < depth; ++e) {
+        const T x = row[l] != nullptr ? static_cast<T>(to_float(row[l][e])) : T(0);
+        dst[e * kBlockQ + l0 + l] = x * factor;
+        if (copy != nullptr) copy[(l0 + l) * copy_stride + e] = x;
+      }
+      if (copy != nullptr)
+        for (int64_t e = depth; e < copy_stride; ++e) copy[(l0 + l) * copy_stride + e] = 0;
+    }
   }
 }
 
@@ -50,7 +58,6 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
   for (int l0 = 0; l0 < count; l0 += kN) {
     const int lanes = count - l0 < kN ? count - l0 : kN;
     const Vec<T> scale = load(factor + l0);
-    for (int l = l0 + kN; l < l0 + 2 * kN && l < count; ++l) prefetch_row_to_write(row_of(l), depth);
     int64_t d = 0;
     for (; d + kN <= depth; d += kN) {
       Vec<T> tile[kN];
@@ -63,19 +70,23 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
   }
 }
 
-// The address of a lane's row in a [batch, q_heads, q_len, head_dim] operand.
+// Where a lane's row begins in a [batch, q_heads, q_len, head_dim] operand, in elements.
+PREFIX_KERNELS_INLINE int64_t lane_offset(const Operand& x, const QueryBlock& block, int lane) {
+  return block.batch * x.batch_stride + block.head(lane) * x.head_stride + block.query(lane) * x.row_stride;
+}
+
 template <class U>
 PREFIX_KERNELS_INLINE U* lane_row(const Operand& x, const QueryBlock& block, int lane) {
-  return static_cast<U*>(x.data) + block.batch * x.batch_stride + block.head(lane) * x.head_stride +
-         block.query(lane) * x.row_stride;
+  return static_cast<U*>(x.data) + lane_offset(x, block, lane);
 }
 
 template <class T>
-void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst) {
+void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst, T* copy = nullptr,
+                  int64_t copy_stride = 0) {
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return static_cast<const Src*>(lane_row<Src>(x, block, lane)); };
-    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst);
+    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst, copy, copy_stride);
   });
 }
 
@@ -96,7 +107,7 @@ PREFIX_KERNELS_INLINE void convert_row(const Src* src, int64_t depth, T* dst) {
   for (; d < depth; ++d) dst[d] = static_cast<T>(to_float(src[d]));
 }
 
-// A view of rows in the compute type.
+// Rows of the compute type that a matrix product reads many times.
 template <class T>
 struct Rows {
   const T* data;
@@ -109,10 +120,12 @@ inline void prefetch_rows(const Operand& x, int64_t first, int count, int64_t de
   for (int r = 0; r < count; ++r) prefetch_row(data + r * x.row_stride * size, depth * size);
 }
 
-// Rows [first, first + count) of a segment's keys or values: in place where the dtype allows, else converted to scratch.
+// Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch. Rows
+// of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of the cache.
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
-  if (x.dtype == kComputeDType<T>) return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
+  if (x.dtype == kComputeDType<T> && x.row_stride == depth)
+    return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     const Src* src = static_cast<const Src*>(x.data) + first * x.row_stride;
@@ -121,30 +134,31 @@ Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, 
   return {scratch, depth};
 }
 
-// The rows of the first vector of lanes; packing prefetches the rest as it goes.
-template <class T>
-void prefetch_queries(const Operand& x, const QueryBlock& block) {
-  dispatch_dtype(x.dtype, [&](auto* tag) {
-    using Src = std::remove_pointer_t<decltype(tag)>;
-    for (int l = 0; l < kLanes<T> && l < block.count; ++l) prefetch_row(lane_row<Src>(x, block, l), block.params->head_dim);
-  });
+// The rows of a block that is packed later.
+inline void prefetch_queries(const Operand& x, const QueryBlock& block) {
+  const int64_t size = dtype_size(x.dtype);
+  for (int l = 0; l < block.count; ++l)
+    prefetch_row(static_cast<const char*>(x.data) + size * lane_offset(x, block, l), block.params->head_dim * size);
 }
 
-// The block's queries as rows whose length is a whole number of vectors: in place where possible, else copied.
+inline void prefetch_queries_to_write(const Operand& x, const QueryBlock& block) {
+  const int64_t size = dtype_size(x.dtype);
+  for (int l = 0; l < block.count; ++l)
+    prefetch_row_to_write(static_cast<char*>(x.data) + size * lane_offset(x, block, l), block.params->head_dim * size);
+}
+
+// copy[lane][d] = x, in rows of copy_stride that end in zeros.
 template <class T>
-Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded_depth, T* scratch) {
+void copy_queries(const Operand& x, const QueryBlock& block, T* copy, int64_t copy_stride) {
   const int64_t depth = block.params->head_dim;
-  if (x.dtype == kComputeDType<T> && depth == padded_depth && block.one_head)
-    return {lane_row<T>(x, block, 0), x.row_stride};
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     for (int l = 0; l < block.count; ++l) {
-      T* row = scratch + l * padded_depth;
+      T* row = copy + l * copy_stride;
       convert_row<T, Src>(lane_row<Src>(x, block, l), depth, row);
-      for (int64_t d = depth; d < padded_depth; ++d) row[d] = 0;
+      for (int64_t d = depth; d < copy_stride; ++d) row[d] = 0;
     }
   });
-  return {scratch, padded_depth};
 }
 
 // Row `row` of a gradient = factor * sum, converted.
@@ -166,11 +180,6 @@ void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum
   dispatch_dtype(x.dtype, [&](auto* x_tag) {
     using X = std::remove_pointer_t<decltype(x_tag)>;  // out and dout share the query's dtype
     for (int l = 0; l < block.count; ++l) {
-      constexpr int kAhead = 16;
-      if (l + kAhead < block.count) {
-        prefetch_row(lane_row<X>(x, block, l + kAhead), depth);
-        prefetch_row(lane_row<X>(y, block, l + kAhead), depth);
-      }
       const X* a = lane_row<X>(x, block, l);
       const X* b = lane_row<X>(y, block, l);
       Vec<T> acc{};
