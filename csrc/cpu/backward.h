@@ -83,17 +83,33 @@ class BackwardTask {
   }
 
  private:
-  void prefetch(const QueryBlock& block) {
-    prefetch_queries(p_.query, block);
-    prefetch_queries(plan_.params.dout, block);
-    if (plan_.needs.any_ds()) prefetch_queries(p_.out, block);
+  void prefetch_block(const QueryBlock& block) {
+    prefetcher_.add_queries(p_.query, block);
+    prefetcher_.add_queries(plan_.params.dout, block);
+    if (plan_.needs.any_ds()) prefetcher_.add_queries(p_.out, block);
   }
 
-  void prefetch_after(const BlockState<T>& state) {
-    if (&state + 1 < states_ + blocks_)
-      prefetch((&state + 1)->block);
-    else if (next_ != nullptr)
-      prefetch(QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split).begin));
+  void prefetch_tile(const Segment& segment, int64_t first) {
+    const int64_t left = segment.length - first, rows = left < kBlockK ? left : kBlockK;
+    prefetcher_.add_rows(segment.key, first, rows, p_.head_dim);
+    if (plan_.needs.ds(segment)) prefetcher_.add_rows(segment.value, first, rows, p_.head_dim);
+  }
+
+  // Asks for what follows the step of block i with the tile at `first`: the next block that was not packed yet, and in
+  // the last step of a tile the next tile; after the last tile, what the next task begins with.
+  void plan_prefetch(int64_t i, const Segment& segment, int64_t first) {
+    prefetcher_.clear();
+    const bool last_block = i + 1 == blocks_;
+    if (!last_block) {
+      if (!states_[i + 1].ready) prefetch_block(states_[i + 1].block);
+    } else if (first + kBlockK < segment.length) {
+      prefetch_tile(segment, first + kBlockK);
+    } else if (next_ != nullptr && !segment.is_prefix() == plan_.needs.visits_sequence()) {
+      prefetch_block(QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split).begin));
+      if (plan_.needs.visits_sequence())
+        prefetch_tile(make_segment(p_, next_->batch, next_->kv_head, p_.prefix_slots, 0), 0);
+    }
+    prefetcher_.spread(kAdvances);
   }
 
   // Packs a block when the first tile meets it.
@@ -110,7 +126,6 @@ class BackwardTask {
     } else {
       copy_queries<T>(plan_.params.dout, block, state.dout_rows, padded);
     }
-    prefetch_after(state);
     const T* lse = static_cast<const T*>(p_.lse);
     const T* dlse = static_cast<const T*>(plan_.params.dlse);
     for (int l = 0; l < kBlockQ; ++l) {
@@ -147,14 +162,13 @@ class BackwardTask {
     if (needs.value(segment))
       dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
 
-    prefetch_rows(segment.key, first, count, p_.head_dim);
-    if (needs.ds(segment)) prefetch_rows(segment.value, first, count, p_.head_dim);
     const Rows<T> key = segment_rows<T>(segment.key, first, count, p_.head_dim, key_);
     Rows<T> value{};
     if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
     for (int64_t i = 0; i < blocks_; ++i) {
-      if (intersects(states_[i].block.hull(segment), first, first + count))
-        step(states_[i], segment, first, count, key, value, dkey, dvalue);
+      if (!intersects(states_[i].block.hull(segment), first, first + count)) continue;
+      plan_prefetch(i, segment, first);
+      step(states_[i], segment, first, count, key, value, dkey, dvalue);
     }
 
     if (segment.is_prefix() || plan_.splits > 1) return;
@@ -180,6 +194,7 @@ class BackwardTask {
     const int64_t skipped = bias.first - tile_first;
 
     // S^T = K Q^T,  dP^T = V dO^T
+    prefetcher_.advance();
     for (int g = 0; g < plan.num_groups; ++g) {
       const auto& group = plan.groups[g];
       const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
@@ -190,6 +205,7 @@ class BackwardTask {
         gemm<ALayout::kRowMajor, T>(rows, columns, depth, value.data + row * value.stride, value.stride,
                                     state.dout + group.vector_begin * kN, kBlockQ, dp_ + at, kBlockQ, false);
     }
+    prefetcher_.advance();
     finish_scores<T>(block, segment, bias.first, plan, bias, scores_, capped_);
 
     // P^T and dS^T, in place
@@ -210,6 +226,7 @@ class BackwardTask {
     }
 
     // dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
+    prefetcher_.advance();
     for (int g = 0; g < plan.num_groups; ++g) {
       const auto& group = plan.groups[g];
       const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
@@ -237,15 +254,15 @@ class BackwardTask {
 
   void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
     const Operand head = head_of(gradient, task.batch, task.kv_head);
-    const int64_t size = dtype_size(head.dtype);
-    char* data = static_cast<char*>(head.data) + first * head.row_stride * size;
-    for (int r = 0; r < count; ++r) prefetch_row_to_write(data + r * head.row_stride * size, p_.head_dim * size);
     for (int r = 0; r < count; ++r)
       write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth);
   }
 
+  static constexpr int kAdvances = 3;  // of the prefetcher in one step
+
   const BackwardPlan<T>& plan_;
   const AttentionParams& p_;
+  Prefetcher prefetcher_;
   BlockState<T>* states_;
   int64_t blocks_ = 0;
   const Task* next_ = nullptr;

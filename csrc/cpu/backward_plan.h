@@ -42,6 +42,7 @@ struct Needs {
         dprefix_key(p.needs(kDPrefixKey)),
         dprefix_value(p.needs(kDPrefixValue)) {}
 
+  bool visits_sequence() const { return dquery || dkey || dvalue; }
   bool prefix() const { return dprefix_key || dprefix_value; }
   // What a segment must be visited for, and whether ds is wanted there.
   bool key(const Segment& s) const { return s.is_prefix() ? dprefix_key : dkey; }

@@ -3,7 +3,7 @@
 // One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with an
 // online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
-//   P^T   = e^(S^T - max)     in place, with running max and sum per lane
+//   P^T   = e^(S^T - max)     in place, with a running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
@@ -13,6 +13,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "softmax.h"
 #include "workspace.h"
 
@@ -24,8 +25,8 @@ inline constexpr int kMaxTaskBlocks = 4;
 template <class T>
 struct ForwardState {
   QueryBlock block;
-  T *query, *out;                   // [head_dim][kBlockQ]
-  T *running_max, *running_sum;     // [kBlockQ]
+  T *query, *out;      // [head_dim][kBlockQ]
+  T *reference, *sum;  // [kBlockQ], of the online softmax
 };
 
 template <class T>
@@ -44,8 +45,8 @@ struct ForwardScratch {
     for (int i = 0; i < kMaxTaskBlocks; ++i) {
       states[i].query = workspace.take<T>(panel);
       states[i].out = workspace.take<T>(panel);
-      states[i].running_max = workspace.take<T>(kBlockQ);
-      states[i].running_sum = workspace.take<T>(kBlockQ);
+      states[i].reference = workspace.take<T>(kBlockQ);
+      states[i].sum = workspace.take<T>(kBlockQ);
     }
     scores = workspace.take<T>(tile);
     key = workspace.take<T>(rows);
@@ -61,10 +62,12 @@ T query_factor(const AttentionParams& p) {
   return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
 
+inline constexpr int kForwardAdvances = 3;  // of the prefetcher in one step
+
 // One block against the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given.
 template <class T>
 void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t tile_first, int tile_count,
-                  const Rows<T>& key, const Rows<T>& value, const ForwardScratch<T>& scratch) {
+                  const Rows<T>& key, const Rows<T>& value, const ForwardScratch<T>& scratch, Prefetcher& prefetcher) {
   constexpr int kN = kLanes<T>;
   const QueryBlock& block = state.block;
   const AttentionParams& p = *block.params;
@@ -73,6 +76,7 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   const TilePlan<T> plan(block, segment, bias.first, bias.count);
   const int64_t skipped = bias.first - tile_first;
 
+  prefetcher.advance();
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN, p.head_dim,
@@ -82,21 +86,24 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   }
   finish_scores<T>(block, segment, bias.first, plan, bias, scratch.scores, nullptr);
 
+  prefetcher.advance();
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_bits(block, segment, bias.first, bias.count, scratch.bits);
   const auto softmax = dropout ? online_softmax<T, true> : online_softmax<T, false>;
   for (int v = 0; v < plan.vectors; ++v) {
     const auto& rows = plan.rows[v];
     if (rows.begin >= rows.end) continue;
-    const Vec<T> factor = softmax(scratch.scores + v * kN, rows.begin, rows.end, scratch.bits + v * kN, p.dropout_threshold,
-                                  state.running_max + v * kN, state.running_sum + v * kN);
-    if (!any_lane<T>(factor != 1)) continue;
+    Vec<T> factor;
+    if (!softmax(scratch.scores + v * kN, rows.begin, rows.end, scratch.bits + v * kN, p.dropout_threshold,
+                 state.reference + v * kN, state.sum + v * kN, &factor))
+      continue;
     for (int64_t d = 0; d < p.head_dim; ++d) {
       T* out = state.out + d * kBlockQ + v * kN;
       store(out, load(out) * factor);
     }
   }
 
+  prefetcher.advance();
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kTransposed, T>(p.head_dim, (group.vector_end - group.vector_begin) * kN,
@@ -111,8 +118,8 @@ void begin_block(const ForwardState<T>& state) {
   const AttentionParams& p = *state.block.params;
   pack_queries<T>(p.query, state.block, query_factor<T>(p), state.query);
   fill_zero(state.out, p.head_dim * kBlockQ);
-  for (int l = 0; l < kBlockQ; ++l) state.running_max[l] = -std::numeric_limits<T>::infinity();
-  fill_zero(state.running_sum, kBlockQ);
+  for (int l = 0; l < kBlockQ; ++l) state.reference[l] = -std::numeric_limits<T>::infinity();
+  fill_zero(state.sum, kBlockQ);
 }
 
 template <class T>
@@ -122,10 +129,10 @@ void finish_block(const ForwardState<T>& state) {
   const T rescale = static_cast<T>(dropout_rescale(p.dropout_threshold));
   alignas(64) T factor[kBlockQ] = {};
   for (int l = 0; l < block.count; ++l) {
-    const T sum = state.running_sum[l];
+    const T sum = state.sum[l];
     factor[l] = sum != 0 ? rescale / sum : T(0);
     const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
-    static_cast<T*>(p.lse)[row] = state.running_max[l] + std::log(sum);
+    static_cast<T*>(p.lse)[row] = state.reference[l] + std::log(sum);
   }
   unpack_queries<T>(p.out, block, factor, state.out);
 }
@@ -134,9 +141,10 @@ inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
   return a.begin < end && a.end > begin && a.begin < a.end;
 }
 
-// The tiles of one segment over the blocks of a task.
-template <class T>
-void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const ForwardScratch<T>& scratch) {
+// The tiles of one segment over the blocks of a task. `prefetch_next` names what is wanted after the segment.
+template <class T, class F>
+void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const ForwardScratch<T>& scratch,
+                     F prefetch_next) {
   KeyRange hulls[kMaxTaskBlocks];
   KeyRange all{segment.length, 0};
   for (int i = 0; i < blocks; ++i) {
@@ -145,17 +153,24 @@ void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const
     if (hulls[i].begin < all.begin) all.begin = hulls[i].begin;
     if (hulls[i].end > all.end) all.end = hulls[i].end;
   }
-  const auto rows_at = [&](int64_t first) { return static_cast<int>(clamp_to(all.end - first, 0, kBlockK)); };
-  int64_t first = all.begin - all.begin % kCell;
-  for (; first < all.end; first += kBlockK) {
-    const int count = rows_at(first), ahead = rows_at(first + kBlockK);
+  Prefetcher prefetcher;
+  for (int64_t first = all.begin - all.begin % kCell; first < all.end; first += kBlockK) {
+    const int64_t left = all.end - first;
+    const int count = static_cast<int>(left < kBlockK ? left : kBlockK);
     const Rows<T> key = segment_rows<T>(segment.key, first, count, head_dim, scratch.key);
     const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, scratch.value);
-    prefetch_rows(segment.key, first + kBlockK, ahead, head_dim);
-    prefetch_rows(segment.value, first + kBlockK, ahead, head_dim);
+    prefetcher.clear();
+    if (left > kBlockK) {
+      const int64_t rows = left - kBlockK < kBlockK ? left - kBlockK : kBlockK;
+      prefetcher.add_rows(segment.key, first + kBlockK, rows, head_dim);
+      prefetcher.add_rows(segment.value, first + kBlockK, rows, head_dim);
+    } else {
+      prefetch_next(prefetcher);
+    }
+    prefetcher.spread(blocks * kForwardAdvances);
     for (int i = 0; i < blocks; ++i)
       if (intersects(hulls[i], first, first + count))
-        forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch);
+        forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch, prefetcher);
   }
 }
 
@@ -176,27 +191,48 @@ struct ForwardJob {
   }
 };
 
-template <class T>
-void run_task(const ForwardJob& job, int64_t task, const ForwardScratch<T>& scratch) {
+struct ForwardTask {
+  int64_t batch, kv_head, first_block;
+  int blocks;
+
+  ForwardTask(const ForwardJob& job, int64_t index)
+      : batch(index / job.tasks_per_head / job.params.kv_heads),
+        kv_head(index / job.tasks_per_head % job.params.kv_heads),
+        // Under a causal mask the last blocks of a head cost most: they go first.
+        first_block((job.tasks_per_head - 1 - index % job.tasks_per_head) * job.task_blocks),
+        blocks(static_cast<int>(clamp_to(job.partition.count - first_block, 0, job.task_blocks))) {}
+
+  QueryBlock block(const ForwardJob& job, int i) const {
+    return QueryBlock(job.params, job.partition, batch, kv_head, first_block + i);
+  }
+};
+
+// The queries of a task and the first tile of its sequence.
+inline void prefetch_task(const ForwardJob& job, const ForwardTask& task, Prefetcher& prefetcher) {
   const AttentionParams& p = job.params;
-  const int64_t head = task / job.tasks_per_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
-  // Under a causal mask the last blocks of a head cost most: they go first.
-  const int64_t index = job.tasks_per_head - 1 - task % job.tasks_per_head;
-  const int64_t begin = index * job.task_blocks;
-  const int blocks = static_cast<int>(clamp_to(job.partition.count - begin, 0, job.task_blocks));
-  for (int i = 0; i < blocks; ++i)
-    new (&scratch.states[i].block) QueryBlock(p, job.partition, batch, kv_head, begin + i);
-  for (int i = 0; i < blocks; ++i) {
-    if (i + 1 < blocks) prefetch_queries(p.query, scratch.states[i + 1].block);
+  for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(job, i));
+  const int64_t rows = p.k_len < kBlockK ? p.k_len : kBlockK;
+  prefetcher.add_rows(head_of(p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
+  prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.head_dim);
+}
+
+// `next`: the task that this thread runs after this one, or null.
+template <class T>
+void run_task(const ForwardJob& job, const ForwardTask& task, const ForwardTask* next, const ForwardScratch<T>& scratch) {
+  const AttentionParams& p = job.params;
+  for (int i = 0; i < task.blocks; ++i) {
+    new (&scratch.states[i].block) QueryBlock(task.block(job, i));
     begin_block<T>(scratch.states[i]);
   }
   int64_t prefix_start = 0;
   for (int64_t s = 0; s < num_segments(p); ++s) {
-    const Segment segment = make_segment(p, batch, kv_head, s, prefix_start);
+    const Segment segment = make_segment(p, task.batch, task.kv_head, s, prefix_start);
     if (segment.is_prefix()) prefix_start += segment.length;
-    forward_segment<T>(segment, blocks, p.head_dim, scratch);
+    forward_segment<T>(segment, task.blocks, p.head_dim, scratch, [&](Prefetcher& prefetcher) {
+      if (!segment.is_prefix() && next != nullptr) prefetch_task(job, *next, prefetcher);
+    });
   }
-  for (int i = 0; i < blocks; ++i) finish_block<T>(scratch.states[i]);
+  for (int i = 0; i < task.blocks; ++i) finish_block<T>(scratch.states[i]);
 }
 
 template <class T>
@@ -204,8 +240,18 @@ void run_tasks(void* argument, int) {
   ForwardJob& job = *static_cast<ForwardJob*>(argument);
   static thread_local Workspace workspace;
   const ForwardScratch<T> scratch(workspace, job.params.head_dim);
-  for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
-    run_task<T>(job, task, scratch);
+  const auto take = [&] { return job.next.fetch_add(1, std::memory_order_relaxed); };
+  for (int64_t index = take(); index < job.tasks;) {
+    const int64_t next_index = take();  // one ahead, so that it can be prefetched
+    const ForwardTask task(job, index);
+    if (next_index < job.tasks) {
+      const ForwardTask next(job, next_index);
+      run_task<T>(job, task, &next, scratch);
+    } else {
+      run_task<T>(job, task, nullptr, scratch);
+    }
+    index = next_index;
+  }
   workspace.trim();
 }
 

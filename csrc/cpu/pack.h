@@ -8,19 +8,6 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// Rows of one head lie a page or so apart, where the hardware does not prefetch.
-template <class U>
-PREFIX_KERNELS_INLINE void prefetch_row(const U* row, int64_t depth) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < depth * static_cast<int64_t>(sizeof(U)); byte += 64) __builtin_prefetch(p + byte, 0);
-}
-
-template <class U>
-PREFIX_KERNELS_INLINE void prefetch_row_to_write(U* row, int64_t depth) {
-  char* p = reinterpret_cast<char*>(row);
-  for (int64_t byte = 0; byte < depth * static_cast<int64_t>(sizeof(U)); byte += 64) __builtin_prefetch(p + byte, 1);
-}
-
 // dst[d][lane] = factor * row_of(lane)[d]; the lanes up to the next whole vector become 0. dst has kBlockQ columns.
 // Where `copy` is not null, also copy[lane][d] = row_of(lane)[d], in rows of copy_stride that end in zeros.
 template <class T, class Src, class RowOf>
@@ -56,17 +43,22 @@ template <class T, class Dst, class RowOf>
 void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const T* src) {
   constexpr int kN = kLanes<T>;
   for (int l0 = 0; l0 < count; l0 += kN) {
-    const int lanes = count - l0 < kN ? count - l0 : kN;
+    Dst* row[kN];
+    for (int l = 0; l < kN; ++l) row[l] = l0 + l < count ? row_of(l0 + l) : nullptr;
+    const bool full = l0 + kN <= count;
     const Vec<T> scale = load(factor + l0);
     int64_t d = 0;
     for (; d + kN <= depth; d += kN) {
       Vec<T> tile[kN];
       for (int i = 0; i < kN; ++i) tile[i] = load(src + (d + i) * kBlockQ + l0) * scale;
       transpose<T>(tile);
-      for (int l = 0; l < lanes; ++l) store_as<T, Dst>(row_of(l0 + l) + d, tile[l]);
+#pragma GCC unroll 16
+      for (int l = 0; l < kN; ++l)
+        if (full || row[l] != nullptr) store_as<T, Dst>(row[l] + d, tile[l]);
     }
     for (; d < depth; ++d)
-      for (int l = 0; l < lanes; ++l) row_of(l0 + l)[d] = from_float<Dst>(src[d * kBlockQ + l0 + l] * factor[l0 + l]);
+      for (int l = 0; l < kN && row[l] != nullptr; ++l)
+        row[l][d] = from_float<Dst>(src[d * kBlockQ + l0 + l] * factor[l0 + l]);
   }
 }
 
@@ -114,12 +106,6 @@ struct Rows {
   int64_t stride;
 };
 
-inline void prefetch_rows(const Operand& x, int64_t first, int count, int64_t depth) {
-  const int64_t size = dtype_size(x.dtype);
-  const char* data = static_cast<const char*>(x.data) + first * x.row_stride * size;
-  for (int r = 0; r < count; ++r) prefetch_row(data + r * x.row_stride * size, depth * size);
-}
-
 // Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch. Rows
 // of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of the cache.
 template <class T>
@@ -132,19 +118,6 @@ Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, 
     for (int r = 0; r < count; ++r) convert_row<T, Src>(src + r * x.row_stride, depth, scratch + r * depth);
   });
   return {scratch, depth};
-}
-
-// The rows of a block that is packed later.
-inline void prefetch_queries(const Operand& x, const QueryBlock& block) {
-  const int64_t size = dtype_size(x.dtype);
-  for (int l = 0; l < block.count; ++l)
-    prefetch_row(static_cast<const char*>(x.data) + size * lane_offset(x, block, l), block.params->head_dim * size);
-}
-
-inline void prefetch_queries_to_write(const Operand& x, const QueryBlock& block) {
-  const int64_t size = dtype_size(x.dtype);
-  for (int l = 0; l < block.count; ++l)
-    prefetch_row_to_write(static_cast<char*>(x.data) + size * lane_offset(x, block, l), block.params->head_dim * size);
 }
 
 // copy[lane][d] = x, in rows of copy_stride that end in zeros.

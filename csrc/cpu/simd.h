@@ -337,25 +337,26 @@ PREFIX_KERNELS_INLINE Vec<T> tanh(Vec<T> x) {
   return x != x ? x : signed_t;
 }
 
-// Transposes kLanes x kLanes elements held as rows: each round interleaves row i with row i + kLanes / 2.
-template <class T>
+// Transposes kLanes x kLanes elements held as rows, in place: for each power of two, rows i and i + kBlock exchange the
+// off-diagonal blocks of kBlock lanes.
+template <class T, int kBlock = kLanes<T> / 2>
 PREFIX_KERNELS_INLINE void transpose(Vec<T> (&row)[kLanes<T>]) {
-  using Int = typename SimdTypes<T>::Int;
   constexpr int kN = kLanes<T>;
-  Int low, high;
-  for (int i = 0; i < kN; ++i) {
-    low[i] = i / 2 + (i % 2) * kN;
-    high[i] = low[i] + kN / 2;
-  }
-  for (int stride = 1; stride < kN; stride *= 2) {
-    Vec<T> next[kN];
-#pragma GCC unroll 16
-    for (int i = 0; i < kN / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(row[i], row[i + kN / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + kN / 2], high);
+  if constexpr (kBlock > 0) {
+    Int<T> upper, lower;
+    for (int l = 0; l < kN; ++l) {
+      const bool second = (l & kBlock) != 0;
+      upper[l] = second ? kN + l - kBlock : l;
+      lower[l] = second ? kN + l : l + kBlock;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kN; ++i) row[i] = next[i];
+    for (int i = 0; i < kN; ++i) {
+      if ((i & kBlock) != 0) continue;
+      const Vec<T> a = row[i], b = row[i + kBlock];
+      row[i] = __builtin_shuffle(a, b, upper);
+      row[i + kBlock] = __builtin_shuffle(a, b, lower);
+    }
+    transpose<T, kBlock / 2>(row);
   }
 }
 

@@ -56,13 +56,16 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
   return x >= static_cast<int>(threshold);
 }
 
-// The online softmax of one vector of lanes over a tile's rows: scores -> e^(scores - max), in place.
-//   max' = max(max, scores);  sum' = sum e^(max - max') + sum_rows e^(scores - max')
-// Dropped elements count in the sum and are stored as 0. Returns e^(max - max'), the factor on what was summed before.
+// The online softmax of one vector of lanes over a tile's rows, in place: scores -> e^(scores - reference).
+//   sum' = sum e^(reference - reference') + sum_rows e^(scores - reference')
+// The reference follows the maximum of the scores, but lags while the maximum is less than kReferenceLag above it: the
+// exponentials stay far from overflow, and what was summed before seldom needs its factor. Dropped elements count in the
+// sum and are stored as 0. Returns whether what was summed before is to be multiplied by `factor`.
 template <class T, bool kDropout>
-PREFIX_KERNELS_INLINE Vec<T> online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
-                                            T* running_max, T* running_sum) {
-  const Vec<T> before = load(running_max);
+PREFIX_KERNELS_INLINE bool online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
+                                          T* running_reference, T* running_sum, Vec<T>* factor) {
+  constexpr T kReferenceLag = 8;
+  const Vec<T> before = load(running_reference);
   Vec<T> top = before, top1 = before;
   int r = row_begin;
   for (; r + 2 <= row_end; r += 2) {
@@ -71,20 +74,30 @@ PREFIX_KERNELS_INLINE Vec<T> online_softmax(T* tile, int row_begin, int row_end,
   }
   for (; r < row_end; ++r) top = maximum<T>(load(tile + r * kBlockQ), top);
   top = maximum<T>(top1, top);
-  // A lane that has seen nothing keeps -infinity as its maximum, and must not subtract it from itself.
-  const Vec<T> finite = top == -std::numeric_limits<T>::infinity() ? Vec<T>{} : top;
-  const Vec<T> factor = exp<T>(before - finite);
-  Vec<T> sum{};
+  Vec<T> reference = before, sum{};
+  const bool moved = any_lane<T>(top > before + kReferenceLag);
+  if (moved) {
+    reference = top > before + kReferenceLag ? top : before;
+    *factor = exp<T>(before - reference);
+    store(running_reference, reference);
+    // A lane whose reference was -infinity has summed nothing, and must not be multiplied by NaN.
+    *factor = before == -std::numeric_limits<T>::infinity() ? Vec<T>{} : *factor;
+    sum = load(running_sum) * *factor;
+  } else {
+    sum = load(running_sum);
+  }
+  // A lane that has seen nothing keeps -infinity, and must not subtract it from itself.
+  reference = reference == -std::numeric_limits<T>::infinity() ? Vec<T>{} : reference;
+  Vec<T> tile_sum{};
 #pragma GCC unroll 2
   for (r = row_begin; r < row_end; ++r) {
-    Vec<T> e = exp<T>(load(tile + r * kBlockQ) - finite);
-    sum += e;
+    Vec<T> e = exp<T>(load(tile + r * kBlockQ) - reference);
+    tile_sum += e;
     if constexpr (kDropout) e = kept<T>(bits + r * kBlockQ, threshold) ? e : Vec<T>{};
     store(tile + r * kBlockQ, e);
   }
-  store(running_max, top);
-  store(running_sum, load(running_sum) * factor + sum);
-  return factor;
+  store(running_sum, sum + tile_sum);
+  return moved;
 }
 
 // The backward step of one vector of lanes, in place:

@@ -100,10 +100,11 @@ struct BlockPartition {
         count(packed ? blocks_per_head : blocks_per_head * group) {}
 };
 
-// Lane l holds row first_row + l of the group's flattened [group, q_len] queries.
+// The lanes hold consecutive rows of the group's flattened [group, q_len] queries.
 struct QueryBlock {
   const AttentionParams* params;
-  int64_t batch, kv_head, first_row;
+  int64_t batch, kv_head;
+  int64_t first_head, first_query;  // of lane 0
   int count;      // valid lanes
   bool one_head;  // then the lanes' key ranges are monotone
   int64_t prefix_total;
@@ -117,9 +118,11 @@ struct QueryBlock {
     const int64_t rows = partition.packed ? partition.group * p.q_len : p.q_len;
     const int64_t unit = index / partition.blocks_per_head;
     const int64_t row = (index % partition.blocks_per_head) * kBlockQ;
-    first_row = unit * rows + row;
+    const int64_t first_row = unit * rows + row;
     count = static_cast<int>(rows - row < kBlockQ ? rows - row : kBlockQ);
-    one_head = first_row / p.q_len == (first_row + count - 1) / p.q_len;
+    first_head = kv_head * partition.group + first_row / p.q_len;
+    first_query = first_row % p.q_len;
+    one_head = first_query + count <= p.q_len;
     for (int l = 0; l < kBlockQ; ++l) {
       const int64_t position = query(l < count ? l : count - 1) + offset;
       sequence[l] = visible_sequence(p, position);
@@ -127,10 +130,9 @@ struct QueryBlock {
     }
   }
 
-  int64_t head(int lane) const {
-    return kv_head * (params->q_heads / params->kv_heads) + (first_row + lane) / params->q_len;
-  }
-  int64_t query(int lane) const { return (first_row + lane) % params->q_len; }
+  // Divisions are for the blocks that need them.
+  int64_t head(int lane) const { return one_head ? first_head : first_head + (first_query + lane) / params->q_len; }
+  int64_t query(int lane) const { return one_head ? first_query + lane : (first_query + lane) % params->q_len; }
 
   template <class T>
   int vectors() const {
