@@ -67,7 +67,7 @@ def calls(draw: st.DrawFn) -> Call:
     elif offset == "tensor":
         options["query_offset"] = torch.tensor([draw(st.integers(-50, 250)) for _ in range(batch)])
     options["softcap"] = draw(st.sampled_from([0.0, 0.0, 2.0, 30.0]))
-    options["scale"] = draw(st.sampled_from([None, None, 0.05, 1.0]))
+    options["scale"] = draw(st.sampled_from([None, None, 0.02, 0.15]))
     if draw(st.booleans()):
         options["dropout_p"] = draw(st.sampled_from([0.1, 0.5]))
         options["dropout_seed"] = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
