@@ -118,6 +118,11 @@ def first_layer_hook(
     prefixes = kwargs.get(PREFIX_ARGUMENT)
     if prefixes is None or prefixes.detached_from is None:
         return None
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "reentrant activation checkpointing: this version of Transformers runs a layer's hooks inside the "
+            "checkpoint, where the gradient of the prefix would be lost; use use_reentrant=False"
+        )
     leaves = [tensor for pair in prefixes.pairs for tensor in pair]
     sources = [tensor for pair in prefixes.detached_from for tensor in pair]
     prefixes.detached_from = None
