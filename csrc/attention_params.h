@@ -13,7 +13,8 @@ enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 // The asked-for gradients, in the order of the operator's list.
 enum Gradient : int32_t { kDQuery, kDKey, kDValue, kDPrefixKey, kDPrefixValue, kNumGradients };
 
-// One [batch, heads, rows, head_dim] operand whose last stride is 1. A prefix bank is [num_prefixes, heads, rows, head_dim].
+// One [batch, heads, rows, head_dim] operand whose last stride is 1. A prefix bank is [num_prefixes, heads, rows,
+// head_dim].
 struct Operand {
   void* data = nullptr;
   int64_t batch_stride = 0;
@@ -28,8 +29,8 @@ struct MaskOperand {
   int64_t head_stride = 0;
   int64_t row_stride = 0;
   int64_t column_stride = 0;
-  bool is_bool = false;         // true: attend where nonzero; false: added to the scores
-  int64_t prefix_columns = 0;   // columns before the sequence's: prefix_slots * prefix_len, or 0: the prefix is unmasked
+  bool is_bool = false;        // true: attend where nonzero; false: added to the scores
+  int64_t prefix_columns = 0;  // columns before the sequence's: prefix_slots * prefix_len, or 0: the prefix is unmasked
   DType dtype = DType::kFloat32;
 };
 

@@ -1,8 +1,8 @@
 // Dropout bits, keyed by element and not by tile: the only definition, for host and device code.
 //
 // One Philox4x32-7 call (Salmon et al., 2011) decides eight elements with 16 bits each: rows {r, r + 8} times columns
-// {2t, 2t+1, 2t+8, 2t+9} of a 16 x 16 cell, which are the elements that one thread holds of two adjacent accumulators of
-// the tensor cores. Columns count from the start of their segment: 0 is the sequence, 1 + m the prefix in slot m.
+// {2t, 2t+1, 2t+8, 2t+9} of a 16 x 16 cell, which are the elements that one thread holds of two adjacent accumulators
+// of the tensor cores. Columns count from the start of their segment: 0 is the sequence, 1 + m the prefix in slot m.
 #pragma once
 
 #include <cstdint>

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace prefix_kernels {
@@ -14,8 +15,8 @@ bool is_supported(at::ScalarType type) {
 }
 
 void check_device(const char* name, const at::Tensor& x, const at::Tensor& query) {
-  TORCH_CHECK_VALUE(x.device() == query.device(), name, ": expected a tensor on ", query.device(), " like query, got one on ",
-                    x.device());
+  TORCH_CHECK_VALUE(x.device() == query.device(), name, ": expected a tensor on ", query.device(),
+                    " like query, got one on ", x.device());
 }
 
 void check_floating(const char* name, const at::Tensor& x) {
@@ -40,8 +41,8 @@ void check_integers(const char* name, const at::Tensor& x, const at::Tensor& que
 void check_query(const at::Tensor& query) {
   TORCH_CHECK_VALUE(query.dim() == 4, "query: expected 4 dimensions [B, Hq, Sq, D], got shape ", query.sizes());
   check_operand("query", query, query);
-  TORCH_CHECK_VALUE(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, "query: expected a head dim from 1 to ", kMaxHeadDim,
-                    ", got ", query.size(3), " in shape ", query.sizes());
+  TORCH_CHECK_VALUE(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, "query: expected a head dim from 1 to ",
+                    kMaxHeadDim, ", got ", query.size(3), " in shape ", query.sizes());
   TORCH_CHECK_VALUE(query.size(1) >= 1, "query: expected at least 1 head, got shape ", query.sizes());
 }
 
@@ -52,14 +53,16 @@ void check_sequence(const AttentionArguments& args, const at::Tensor& key, const
     check_operand(name, x, query);
     TORCH_CHECK_TYPE(x.scalar_type() == query.scalar_type(), name, ": expected ", query.scalar_type(),
                      " like query, got ", x.scalar_type());
-    TORCH_CHECK_VALUE(x.size(0) == query.size(0), name, ": expected batch size ", query.size(0), " like query, got shape ",
-                      x.sizes());
-    TORCH_CHECK_VALUE(x.size(3) == query.size(3), name, ": expected head dim ", query.size(3), " like query, got shape ",
-                      x.sizes());
+    TORCH_CHECK_VALUE(x.size(0) == query.size(0), name, ": expected batch size ", query.size(0),
+                      " like query, got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(3) == query.size(3), name, ": expected head dim ", query.size(3),
+                      " like query, got shape ", x.sizes());
   }
-  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "value: expected shape ", key.sizes(), " like key, got ", value.sizes());
+  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "value: expected shape ", key.sizes(), " like key, got ",
+                    value.sizes());
   TORCH_CHECK_VALUE(key.size(1) >= 1 && query.size(1) % key.size(1) == 0,
-                    "key: expected a number of heads that divides query's ", query.size(1), ", got shape ", key.sizes());
+                    "key: expected a number of heads that divides query's ", query.size(1), ", got shape ",
+                    key.sizes());
 }
 
 void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
@@ -67,19 +70,20 @@ void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
   const at::Tensor& key = *args.prefix_key;
   const at::Tensor& value = *args.prefix_value;
   const int64_t head_dim = query.size(3);
-  for (const auto& [name, x] : {std::pair<const char*, const at::Tensor&>{"prefix_key", key}, {"prefix_value", value}}) {
+  for (const auto& [name, x] :
+       {std::pair<const char*, const at::Tensor&>{"prefix_key", key}, {"prefix_value", value}}) {
     TORCH_CHECK_VALUE((x.dim() == 3 || x.dim() == 4) && x.size(-3) == kv_heads && x.size(-1) == head_dim, name,
                       ": expected [", kv_heads, ", P, ", head_dim, "] or [N, ", kv_heads, ", P, ", head_dim, "], got ",
                       x.sizes());
     check_operand(name, x, query);
   }
-  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "prefix_value: expected shape ", key.sizes(), " like prefix_key, got ",
-                    value.sizes());
+  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "prefix_value: expected shape ", key.sizes(),
+                    " like prefix_key, got ", value.sizes());
   TORCH_CHECK_TYPE(value.scalar_type() == key.scalar_type(), "prefix_value: expected ", key.scalar_type(),
                    " like prefix_key, got ", value.scalar_type());
   if (key.dim() == 4 && !args.prefix_ids.has_value()) {
-    TORCH_CHECK_VALUE(key.size(0) == query.size(0), "prefix_key: expected one prefix per batch row, [", query.size(0), ", ",
-                      kv_heads, ", P, ", head_dim, "], or prefix_ids that name them, got ", key.sizes());
+    TORCH_CHECK_VALUE(key.size(0) == query.size(0), "prefix_key: expected one prefix per batch row, [", query.size(0),
+                      ", ", kv_heads, ", P, ", head_dim, "], or prefix_ids that name them, got ", key.sizes());
   }
 }
 
@@ -90,9 +94,10 @@ void check_prefix_selection(const AttentionArguments& args) {
   const int64_t batch = query.size(0);
   if (args.prefix_ids.has_value()) {
     const at::Tensor& ids = *args.prefix_ids;
-    TORCH_CHECK_VALUE(args.prefix_key.has_value(), "prefix_ids: expected None without prefix_key, got shape ", ids.sizes());
-    TORCH_CHECK_VALUE((ids.dim() == 1 || ids.dim() == 2) && ids.size(0) == batch, "prefix_ids: expected [", batch, "] or [",
-                      batch, ", M], got ", ids.sizes());
+    TORCH_CHECK_VALUE(args.prefix_key.has_value(), "prefix_ids: expected None without prefix_key, got shape ",
+                      ids.sizes());
+    TORCH_CHECK_VALUE((ids.dim() == 1 || ids.dim() == 2) && ids.size(0) == batch, "prefix_ids: expected [", batch,
+                      "] or [", batch, ", M], got ", ids.sizes());
     check_integers("prefix_ids", ids, query);
   }
   if (args.prefix_lens.has_value()) {
@@ -124,8 +129,8 @@ void check_mask(const AttentionArguments& args, const at::Tensor& mask) {
     fits = size == 1 || (i == 0 ? size == k_len || size == columns : size == args.query.size(3 - i));
   }
   const auto leading = args.query.sizes().slice(0, 3);
-  TORCH_CHECK_VALUE(fits, "attn_mask: expected a shape broadcastable to ", leading, " + [", k_len, "] (the sequence) or + [",
-                    columns, "] (prefix and sequence), got ", mask.sizes());
+  TORCH_CHECK_VALUE(fits, "attn_mask: expected a shape broadcastable to ", leading, " + [", k_len,
+                    "] (the sequence) or + [", columns, "] (prefix and sequence), got ", mask.sizes());
 }
 
 void check_scalars(const AttentionArguments& args) {
@@ -142,8 +147,8 @@ void check_scalars(const AttentionArguments& args) {
 
 void check_dropout_seed(const AttentionArguments& args) {
   if (args.dropout_p == 0) return;
-  TORCH_CHECK_VALUE(args.dropout_seed.has_value(), "dropout_seed: expected an int64 tensor [1] with dropout_p=",
-                    args.dropout_p, ", got None");
+  TORCH_CHECK_VALUE(args.dropout_seed.has_value(),
+                    "dropout_seed: expected an int64 tensor [1] with dropout_p=", args.dropout_p, ", got None");
   const at::Tensor& seed = *args.dropout_seed;
   check_device("dropout_seed", seed, args.query);
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "dropout_seed: expected int64, got ", seed.scalar_type());
@@ -184,6 +189,8 @@ MaskOperand make_mask(const at::Tensor& mask, const AttentionParams& p) {
 }
 
 }  // namespace
+
+int64_t clamp_position(int64_t position) { return std::clamp(position, -kMaxPosition, kMaxPosition); }
 
 DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -229,11 +236,11 @@ AttentionParams make_params(const AttentionArguments& args, int64_t key_len) {
   }
   if (args.prefix_value.has_value()) p.prefix_value = make_operand(*args.prefix_value);
   if (args.attn_mask.has_value()) p.mask = make_mask(*args.attn_mask, p);
-  p.query_offset = args.query_offset.value_or(key_len - p.q_len);
+  p.query_offset = clamp_position(args.query_offset.value_or(key_len - p.q_len));
   p.scale = args.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   p.softcap = args.softcap;
-  p.window_left = args.window_left;
-  p.window_right = args.window_right;
+  p.window_left = clamp_position(args.window_left);
+  p.window_right = clamp_position(args.window_right);
   p.is_causal = args.is_causal;
   p.window_includes_prefix = args.window_includes_prefix;
   p.dropout_threshold = static_cast<uint32_t>(std::floor(args.dropout_p * 65536 + 0.5));
@@ -268,7 +275,8 @@ void validate_backward(const AttentionArguments& args, const at::Tensor& dout, c
   TORCH_CHECK_VALUE(lse.sizes() == lse_sizes && lse.scalar_type() == lse_type, "lse: expected shape ", lse_sizes,
                     " and dtype ", lse_type, ", got ", lse.sizes(), " and ", lse.scalar_type());
   TORCH_CHECK_VALUE(!dlse.has_value() || dlse->sizes() == lse_sizes, "dlse: expected shape ", lse_sizes);
-  TORCH_CHECK_VALUE(!args.key.has_value() || args.key->size(2) == key_len, "key_len: expected key's length, got ", key_len);
+  TORCH_CHECK_VALUE(!args.key.has_value() || args.key->size(2) == key_len, "key_len: expected key's length, got ",
+                    key_len);
   check_scalars(args);
   check_dropout_seed(args);
 }

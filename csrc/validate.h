@@ -41,6 +41,10 @@ void validate_backward(const AttentionArguments& args, const at::Tensor& dout, c
 // The arguments, already validated, as the kernels take them; the integer tensors and the seed are left to the device.
 AttentionParams make_params(const AttentionArguments& args, int64_t key_len);
 
+// Positions beyond any tensor, as «no limit» is often written, brought to where sums of them do not overflow.
+inline constexpr int64_t kMaxPosition = int64_t{1} << 60;
+int64_t clamp_position(int64_t position);
+
 Operand make_operand(const at::Tensor& tensor);
 
 DType dtype_of(const at::Tensor& tensor);

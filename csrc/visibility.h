@@ -48,7 +48,8 @@ PREFIX_KERNELS_HOST_DEVICE KeyRange visible_sequence(const AttentionParams& p, i
 }
 
 // The first visible column among the row's concatenated prefixes, which hold prefix_total columns.
-PREFIX_KERNELS_HOST_DEVICE int64_t visible_prefix_begin(const AttentionParams& p, int64_t position, int64_t prefix_total) {
+PREFIX_KERNELS_HOST_DEVICE int64_t visible_prefix_begin(const AttentionParams& p, int64_t position,
+                                                        int64_t prefix_total) {
   if (!p.window_includes_prefix || p.window_left < 0) return 0;
   return clamp_to(position - p.window_left + prefix_total, 0, prefix_total);
 }

@@ -98,8 +98,8 @@ def prefix_attention(
 
     Returns:
         ``out`` ``[B, Hq, Sq, D]`` in the query's dtype, laid out in memory as ``[B, Sq, Hq, D]``, and with
-        ``return_lse=True`` also ``lse`` ``[B, Hq, Sq]``, natural log, float32 (float64 for float64), differentiable. A row
-        that sees no key has ``out = 0`` and ``lse = -inf``.
+        ``return_lse=True`` also ``lse`` ``[B, Hq, Sq]``, natural log, float32 (float64 for float64), differentiable. A
+        row that sees no key has ``out = 0`` and ``lse = -inf``.
 
     Raises:
         ValueError: a shape, stride, device or number is not as described.

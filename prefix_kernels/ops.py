@@ -21,7 +21,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 @torch.library.register_fake("prefix_kernels::forward")
 def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor]:
     # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
-    for name, x in zip((*_DIFFERENTIABLE[1:], *_TENSOR_OPTIONS), rest):
+    for name, x in zip((*_DIFFERENTIABLE[1:], *_TENSOR_OPTIONS), rest, strict=False):
         if x is not None and x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
     batch, heads, q_len, head_dim = query.shape
@@ -41,8 +41,14 @@ def _backward_fake(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key, value, prefix_key, prefix_value, out, lse: Tensor, *rest
 ) -> list[Tensor]:
     needs = rest[-1]
-    likes = [query, _either(key, value), _either(value, key), _either(prefix_key, prefix_value), _either(prefix_value, prefix_key)]
-    return [_empty_gradient(like) for like, need in zip(likes, needs) if need]
+    likes = [
+        query,
+        _either(key, value),
+        _either(value, key),
+        _either(prefix_key, prefix_value),
+        _either(prefix_value, prefix_key),
+    ]
+    return [_empty_gradient(like) for like, need in zip(likes, needs, strict=True) if need]
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

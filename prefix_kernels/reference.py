@@ -67,6 +67,11 @@ def dropout_keep(seed: int, dropout_p: float, head: int, segment: int, rows: int
     return bits >= dropout_threshold(dropout_p)
 
 
+def _keep_row(seed: int, dropout_p: float, head: int, segments: list[tuple[int, int]], rows: int, device) -> Tensor:
+    """:func:`dropout_keep` of ``(segment, columns)`` after one another."""
+    return torch.cat([dropout_keep(seed, dropout_p, head, s, rows, n, device) for s, n in segments], dim=1)
+
+
 def _prefix_slots(prefix_key, prefix_ids, prefix_lens, row: int) -> list[tuple[int, int, int]]:
     """``(slot, prefix, valid length)`` of every prefix that batch row ``row`` sees, in order."""
     if prefix_key is None:
@@ -111,7 +116,9 @@ def prefix_attention_reference(
     group = q_heads // kv_heads
     scale = head_dim**-0.5 if scale is None else scale
     device = query.device
-    slots_per_row = 0 if prefix_key is None else (1 if prefix_ids is None or prefix_ids.dim() == 1 else prefix_ids.shape[1])
+    slots_per_row = 0
+    if prefix_key is not None:
+        slots_per_row = prefix_ids.shape[1] if prefix_ids is not None and prefix_ids.dim() == 2 else 1
     prefix_len = 0 if prefix_key is None else prefix_key.shape[-2]
     prefix_columns = slots_per_row * prefix_len
 
@@ -174,17 +181,14 @@ def prefix_attention_reference(
         any_visible = visible.any(-1, keepdim=True)
         scores = scores.masked_fill(~visible, -math.inf).masked_fill(~any_visible, 0.0)
         probabilities = scores.softmax(-1).masked_fill(~any_visible, 0.0)
-        lse = scores.logsumexp(-1).masked_fill(~any_visible[..., 0], -math.inf) if scores.shape[-1] else scores.new_full(
-            scores.shape[:-1], -math.inf
-        )
+        lse = scores.new_full(scores.shape[:-1], -math.inf)
+        if scores.shape[-1] > 0:
+            lse = scores.logsumexp(-1).masked_fill(~any_visible[..., 0], -math.inf)
         threshold = dropout_threshold(dropout_p)
         if threshold > 0:
             seed = int(dropout_seed)
             keep = torch.stack(
-                [
-                    torch.cat([dropout_keep(seed, dropout_p, b * q_heads + h, s, q_len, n, device) for s, n in segments], 1)
-                    for h in range(q_heads)
-                ]
+                [_keep_row(seed, dropout_p, b * q_heads + h, segments, q_len, device) for h in range(q_heads)]
             )
             rescale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
             probabilities = torch.where(keep, probabilities * rescale, 0.0)

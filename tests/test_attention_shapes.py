@@ -43,6 +43,12 @@ def test_square_problems_of_several_blocks(length, dtype, is_causal):
     check(make_call(batch=1, q_len=length, prefix_len=20, head_dim=64, dtype=dtype, is_causal=is_causal))
 
 
+@pytest.mark.parametrize("k_len", [40, 150])
+def test_queries_too_long_for_one_pass_of_the_backward(k_len):
+    # More than 128 blocks of 64 queries for each of enough heads to occupy the threads.
+    check(make_call(batch=8, q_heads=1, kv_heads=1, q_len=8300, k_len=k_len, prefix_len=5, head_dim=8, is_causal=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("q_heads, kv_heads", [(1, 1), (4, 2), (6, 2), (8, 1), (5, 5)])
 def test_grouped_heads(q_heads, kv_heads, dtype):

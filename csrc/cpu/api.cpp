@@ -18,10 +18,10 @@ struct Isa {
   CpuKernels kernels;
 };
 
-#define PREFIX_KERNELS_TABLE(isa)                                                                       \
-  CpuKernels {                                                                                          \
-    isa::attention_forward<float>, isa::attention_forward<double>, isa::attention_backward<float>,      \
-        isa::attention_backward<double>                                                                 \
+#define PREFIX_KERNELS_TABLE(isa)                                                                  \
+  CpuKernels {                                                                                     \
+    isa::attention_forward<float>, isa::attention_forward<double>, isa::attention_backward<float>, \
+        isa::attention_backward<double>                                                            \
   }
 
 const Isa& chosen_isa() {
@@ -30,8 +30,8 @@ const Isa& chosen_isa() {
     const Isa compiled[] = {
 #if defined(PREFIX_KERNELS_WITH_X86)
         {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512dq"),
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
          PREFIX_KERNELS_TABLE(avx512)},
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), PREFIX_KERNELS_TABLE(avx2)},
 #endif
@@ -72,7 +72,7 @@ struct HostIntegers {
       p.prefix_lens = lens.const_data_ptr<int64_t>();
     }
     if (args.query_offsets.has_value()) {
-      offsets = to_int64(*args.query_offsets);
+      offsets = to_int64(*args.query_offsets).clamp(-kMaxPosition, kMaxPosition);
       p.query_offsets = offsets.const_data_ptr<int64_t>();
     }
     if (p.dropout_threshold > 0) p.dropout_seed = static_cast<uint64_t>(*args.dropout_seed->const_data_ptr<int64_t>());
@@ -82,8 +82,8 @@ struct HostIntegers {
   static void check_range(const char* name, const at::Tensor& x, int64_t least, int64_t most) {
     const int64_t* data = x.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < x.numel(); ++i)
-      TORCH_CHECK_INDEX(data[i] >= least && data[i] <= most, name, ": expected values from ", least, " to ", most, ", got ",
-                        data[i], " at flat index ", i);
+      TORCH_CHECK_INDEX(data[i] >= least && data[i] <= most, name, ": expected values from ", least, " to ", most,
+                        ", got ", data[i], " at flat index ", i);
   }
 };
 
@@ -111,7 +111,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
 
   // Laid out [B, Sq, Hq, D], so that merging the heads afterwards is free.
   at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
-  at::Tensor lse = at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(is_double(query) ? at::kDouble : at::kFloat));
+  at::Tensor lse =
+      at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(is_double(query) ? at::kDouble : at::kFloat));
   p.out = make_operand(out);
   p.lse = lse.mutable_data_ptr();
   const CpuKernels& kernels = chosen_isa().kernels;
@@ -138,10 +139,11 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   p.lse = const_cast<void*>(dense_lse.const_data_ptr());
   if (dlse.has_value()) b.dlse = dense_dlse.const_data_ptr();
 
-  const at::Tensor* inputs[kNumGradients] = {&query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
-                                             args.prefix_key ? &*args.prefix_key : nullptr,
-                                             args.prefix_value ? &*args.prefix_value : nullptr};
-  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its twin.
+  const at::Tensor* inputs[kNumGradients] = {
+      &query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
+      args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
+  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
+  // twin.
   const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
   std::vector<at::Tensor> gradients;
   for (int i = 0; i < kNumGradients; ++i) {

@@ -7,7 +7,8 @@
 //   S^T = K Q^T,  dP^T = V dO^T      [rows][lanes], as in the forward pass
 //   dV += P^T dO,  dK += dS^T Q      [rows][head_dim], P^T and dS^T broadcast from their tiles, dO and Q in the lanes
 //   dQ^T += K^T dS^T                 [head_dim][lanes], kept for the whole range of queries
-// When prefix gradients alone are asked for, only prefix tiles are visited; when ds is not wanted, V and dP are not read.
+// When prefix gradients alone are asked for, only prefix tiles are visited; when ds is not wanted, V and dP are not
+// read.
 #pragma once
 
 #include "backward_plan.h"
@@ -19,9 +20,9 @@ template <class T>
 struct BlockState {
   QueryBlock block;
   bool ready;
-  T *query, *dout;            // [head_dim][kBlockQ], scaled as S and dP need them
-  T *query_rows, *dout_rows;  // [kBlockQ][padded_depth], as dK' and dV' need them; null where not needed
-  T* dquery;  // [head_dim][kBlockQ]
+  T *query, *dout;             // [head_dim][kBlockQ], scaled as S and dP need them
+  T *query_rows, *dout_rows;   // [kBlockQ][padded_depth], as dK' and dV' need them; null where not needed
+  T* dquery;                   // [head_dim][kBlockQ]
   alignas(64) T lse[kBlockQ];  // +infinity for a row that sees nothing
   alignas(64) T delta[kBlockQ];
 };
@@ -30,9 +31,11 @@ template <class T>
 class BackwardTask {
  public:
   BackwardTask(const BackwardPlan<T>& plan, Workspace& workspace) : plan_(plan), p_(plan.params.forward) {
-    const int64_t blocks = ceil_div(plan.partition.count, plan.splits);
+    const int64_t blocks = plan.max_blocks();
     const size_t panel = p_.head_dim * kBlockQ, rows = kBlockQ * plan.padded_depth;
-    const size_t tile = kBlockK * kBlockQ, keys = kBlockK * p_.head_dim, sums = kBlockK * plan.padded_depth;
+    const size_t tile = kBlockK * kBlockQ, keys = kBlockK * p_.head_dim;
+    // The sums of one tile, or of the whole sequence where they wait for another pass.
+    const size_t sums = (plan.passes > 1 ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * plan.padded_depth;
     workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) +
                       blocks * (3 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(rows)) +
                       4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(keys) +
@@ -61,7 +64,12 @@ class BackwardTask {
   // `next`: the task that this thread runs after this one, or null.
   void run(int64_t chunk, const Task& task, const Task* next) {
     next_ = next;
-    const KeyRange range = plan_.blocks(task.split);
+    for (pass_ = 0; pass_ < plan_.passes; ++pass_) run_pass(chunk, task);
+  }
+
+ private:
+  void run_pass(int64_t chunk, const Task& task) {
+    const KeyRange range = plan_.blocks(task.split, pass_);
     blocks_ = range.end - range.begin;
     for (int64_t i = 0; i < blocks_; ++i) {
       BlockState<T>& state = states_[i];
@@ -82,7 +90,6 @@ class BackwardTask {
     if (plan_.needs.dquery) write_dquery();
   }
 
- private:
   void prefetch_block(const QueryBlock& block) {
     prefetcher_.add_queries(p_.query, block);
     prefetcher_.add_queries(plan_.params.dout, block);
@@ -105,7 +112,8 @@ class BackwardTask {
     } else if (first + kBlockK < segment.length) {
       prefetch_tile(segment, first + kBlockK);
     } else if (next_ != nullptr && !segment.is_prefix() == plan_.needs.visits_sequence()) {
-      prefetch_block(QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split).begin));
+      prefetch_block(
+          QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split, 0).begin));
       if (plan_.needs.visits_sequence())
         prefetch_tile(make_segment(p_, next_->batch, next_->kv_head, p_.prefix_slots, 0), 0);
     }
@@ -140,15 +148,17 @@ class BackwardTask {
     }
   }
 
-  // Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sum, or scratch.
+  // Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or scratch.
   T* sums(const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk, const Task& task,
           const Segment& segment, int64_t first, int count) {
     const int64_t depth = plan_.padded_depth;
     if (segment.is_prefix())
       return prefix.data() + plan_.prefix_tile(chunk, task.kv_head, segment.prefix) * plan_.prefix_tile_size() +
              first * depth;
-    T* target = plan_.splits > 1 ? sequence.data() + plan_.sequence_offset(task) + first * depth : scratch;
-    fill_zero(target, count * depth);
+    T* target = scratch;
+    if (plan_.splits > 1) target = sequence.data() + plan_.sequence_offset(task);
+    if (plan_.splits > 1 || plan_.passes > 1) target += first * depth;
+    if (pass_ == 0) fill_zero(target, count * depth);
     return target;
   }
 
@@ -157,8 +167,7 @@ class BackwardTask {
     const Needs& needs = plan_.needs;
     T* dkey = nullptr;
     T* dvalue = nullptr;
-    if (needs.key(segment))
-      dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
+    if (needs.key(segment)) dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
     if (needs.value(segment))
       dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
 
@@ -171,9 +180,8 @@ class BackwardTask {
       step(states_[i], segment, first, count, key, value, dkey, dvalue);
     }
 
-    if (segment.is_prefix() || plan_.splits > 1) return;
-    if (dkey != nullptr)
-      write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), dkey);
+    if (segment.is_prefix() || plan_.splits > 1 || pass_ + 1 < plan_.passes) return;
+    if (dkey != nullptr) write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), dkey);
     if (dvalue != nullptr)
       write_rows(plan_.params.gradients[kDValue], task, first, count,
                  static_cast<T>(dropout_rescale(p_.dropout_threshold)), dvalue);
@@ -214,8 +222,8 @@ class BackwardTask {
     const auto softmax = dropout ? softmax_backward<T, true> : softmax_backward<T, false>;
     for (int v = 0; v < plan.vectors; ++v) {
       const auto& rows = plan.rows[v];
-      softmax(scores_ + v * kN, ds ? dp_ + v * kN : nullptr, rows.begin, rows.end, bits_ + v * kN,
-              p_.dropout_threshold, load(state.lse + v * kN), load(state.delta + v * kN));
+      softmax(scores_ + v * kN, ds ? dp_ + v * kN : nullptr, rows.begin, rows.end, bits_ + v * kN, p_.dropout_threshold,
+              load(state.lse + v * kN), load(state.delta + v * kN));
       if (ds && p_.softcap > 0) {
         for (int r = rows.begin; r < rows.end; ++r) {
           const Vec<T> t = load(capped_ + r * kBlockQ + v * kN);
@@ -237,8 +245,8 @@ class BackwardTask {
         gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, scores_ + at, kBlockQ,
                                     state.dout_rows + lane * padded, padded, dvalue + row * padded, padded, true);
       if (dkey != nullptr)
-        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ,
-                                    state.query_rows + lane * padded, padded, dkey + row * padded, padded, true);
+        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ, state.query_rows + lane * padded,
+                                    padded, dkey + row * padded, padded, true);
       if (plan_.needs.dquery)
         gemm<ALayout::kTransposed, T>(depth, columns, rows, key.data + row * key.stride, key.stride, dp_ + at, kBlockQ,
                                       state.dquery + lane, kBlockQ, true);
@@ -264,6 +272,7 @@ class BackwardTask {
   const AttentionParams& p_;
   Prefetcher prefetcher_;
   BlockState<T>* states_;
+  int64_t pass_ = 0;
   int64_t blocks_ = 0;
   const Task* next_ = nullptr;
   T *scores_, *dp_, *bias_, *capped_, *key_, *value_, *dkey_, *dvalue_;

@@ -47,7 +47,8 @@ void run_chunks(void* argument, int) {
 
 // gradient[pair] = factor * sum over chunks, in order; zero where no row used the prefix.
 template <class T>
-void sum_prefix(const BackwardPlan<T>& plan, int64_t pair, const Operand& gradient, const Buffer<T>& partial, T factor) {
+void sum_prefix(const BackwardPlan<T>& plan, int64_t pair, const Operand& gradient, const Buffer<T>& partial,
+                T factor) {
   const AttentionParams& p = plan.params.forward;
   const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes, depth = plan.padded_depth;
   const Operand head = head_of(gradient, prefix, kv_head);
@@ -74,8 +75,7 @@ void sum_sequence(const BackwardPlan<T>& plan, int64_t index, const Operand& gra
   for (int64_t r = 0; r < p.k_len; ++r) {
     for (int64_t d = 0; d < depth; ++d) sum[d] = 0;
     for (int64_t split = 0; split < plan.splits; ++split) {
-      const T* row = partial.data() +
-                     plan.sequence_offset({index % p.kv_heads, index / p.kv_heads, split}) + r * depth;
+      const T* row = partial.data() + plan.sequence_offset({index % p.kv_heads, index / p.kv_heads, split}) + r * depth;
       for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
     }
     write_gradient_row<T>(head, r, p.head_dim, factor, sum);

@@ -1,9 +1,10 @@
 // How the backward pass is divided, and where its partial sums live.
 //
-// A task is one (kv head, batch row, range of query blocks); tasks in this order are cut into chunks, which threads take
-// as they become free. A chunk adds the prefix gradients of its tasks into partial tiles of its own, one per (prefix, kv
-// head) that it meets: heads change slowest, so that most partial tiles have one owner and no copy per batch row exists.
-// A second pass sums the partial tiles in chunk order, so the result does not depend on which thread ran what.
+// A task is one (kv head, batch row, range of query blocks); tasks in this order are cut into chunks, which threads
+// take as they become free. A chunk adds the prefix gradients of its tasks into partial tiles of its own, one per
+// (prefix, kv head) that it meets: heads change slowest, so that most partial tiles have one owner and no copy per
+// batch row exists. A second pass sums the partial tiles in chunk order, so the result does not depend on which thread
+// ran what.
 #pragma once
 
 #include "tiles.h"
@@ -21,6 +22,8 @@ class Buffer {
   ~Buffer() { std::free(data_); }
 
   void allocate(int64_t count) {
+    std::free(data_);
+    data_ = nullptr;
     if (count == 0) return;
     data_ = static_cast<U*>(std::aligned_alloc(64, Workspace::bytes_for<U>(count)));
     if (data_ == nullptr) throw std::bad_alloc();
@@ -65,14 +68,15 @@ struct BackwardPlan {
   BlockPartition partition;
   int64_t padded_depth;  // head_dim in whole vectors: the row stride of every partial tile
   int64_t splits = 1;    // ranges that the query blocks of one head fall into
+  int64_t passes = 1;    // ranges that a task goes through one after another
   int64_t tasks = 0;
   int64_t chunks = 0;
   int64_t prefix_tiles = 0;
 
-  Buffer<int32_t> tile_of;         // [chunks][kv_heads * num_prefixes] -> partial tile, or -1
-  Buffer<int64_t> first_tile;      // [chunks + 1]: chunk c owns the partial tiles [first_tile[c], first_tile[c + 1])
+  Buffer<int32_t> tile_of;     // [chunks][kv_heads * num_prefixes] -> partial tile, or -1
+  Buffer<int64_t> first_tile;  // [chunks + 1]: chunk c owns the partial tiles [first_tile[c], first_tile[c + 1])
   Buffer<T> dprefix_key, dprefix_value;  // [prefix_tiles][prefix_len][padded_depth]
-  Buffer<T> dkey, dvalue;          // [splits][batch * kv_heads][k_len][padded_depth] when splits > 1
+  Buffer<T> dkey, dvalue;                // [splits][batch * kv_heads][k_len][padded_depth] when splits > 1
 
   BackwardPlan(const BackwardParams& backward, int threads)
       : params(backward),
@@ -80,22 +84,31 @@ struct BackwardPlan {
         partition(backward.forward),
         padded_depth(ceil_div(backward.forward.head_dim, kLanes<T>) * kLanes<T>) {
     constexpr int64_t kTasksPerThread = 4;
-    constexpr int64_t kMaxBlocksPerTask = 128;  // bounds a thread's scratch memory
+    constexpr int64_t kMaxBlocksPerPass = 128;            // bounds a thread's scratch memory
+    constexpr int64_t kPartialBytes = int64_t{32} << 20;  // more partial sums than this only to occupy every thread
     const AttentionParams& p = params.forward;
     const int64_t heads = p.batch * p.kv_heads;
     if (heads == 0 || partition.count == 0) return;
     const int64_t wanted = kTasksPerThread * threads;
+    const int64_t sequence_bytes = heads * p.k_len * padded_depth * static_cast<int64_t>(sizeof(T));
     splits = heads < wanted ? ceil_div(wanted, heads) : 1;
-    const int64_t least = ceil_div(partition.count, kMaxBlocksPerTask);
-    if (splits < least) splits = least;
+    if ((needs.dkey || needs.dvalue) && splits * sequence_bytes > kPartialBytes) splits = ceil_div(threads, heads);
     if (splits > partition.count) splits = partition.count;
+    passes = ceil_div(ceil_div(partition.count, splits), kMaxBlocksPerPass);
     tasks = heads * splits;
     chunks = tasks < wanted ? tasks : wanted;
-    if (needs.prefix()) assign_prefix_tiles();
+    if (needs.prefix()) {
+      assign_prefix_tiles();
+      if (prefix_tiles * prefix_tile_size() * static_cast<int64_t>(sizeof(T)) > kPartialBytes && chunks > threads) {
+        chunks = threads;
+        assign_prefix_tiles();
+      }
+      if (needs.dprefix_key) dprefix_key.allocate(prefix_tiles * prefix_tile_size());
+      if (needs.dprefix_value) dprefix_value.allocate(prefix_tiles * prefix_tile_size());
+    }
     if (splits > 1) {
-      const int64_t size = splits * heads * p.k_len * padded_depth;
-      if (needs.dkey) dkey.allocate(size);
-      if (needs.dvalue) dvalue.allocate(size);
+      if (needs.dkey) dkey.allocate(splits * heads * p.k_len * padded_depth);
+      if (needs.dvalue) dvalue.allocate(splits * heads * p.k_len * padded_depth);
     }
   }
 
@@ -104,9 +117,12 @@ struct BackwardPlan {
     return {index / splits / batch, index / splits % batch, index % splits};
   }
   int64_t chunk_begin(int64_t chunk) const { return tasks * chunk / chunks; }
-  KeyRange blocks(int64_t split) const {
-    return {partition.count * split / splits, partition.count * (split + 1) / splits};
+  // The query blocks of one pass of a task.
+  KeyRange blocks(int64_t split, int64_t pass) const {
+    const int64_t begin = partition.count * split / splits, count = partition.count * (split + 1) / splits - begin;
+    return {begin + count * pass / passes, begin + count * (pass + 1) / passes};
   }
+  int64_t max_blocks() const { return ceil_div(ceil_div(partition.count, splits), passes); }
   int64_t prefix_tile_size() const { return params.forward.prefix_len * padded_depth; }
   int32_t prefix_tile(int64_t chunk, int64_t kv_head, int64_t prefix) const {
     return tile_of[(chunk * params.forward.kv_heads + kv_head) * params.forward.num_prefixes + prefix];
@@ -122,6 +138,7 @@ struct BackwardPlan {
     const int64_t pairs = p.kv_heads * p.num_prefixes;
     tile_of.allocate(chunks * pairs);
     first_tile.allocate(chunks + 1);
+    prefix_tiles = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       first_tile[chunk] = prefix_tiles;
       for (int64_t i = 0; i < pairs; ++i) tile_of[chunk * pairs + i] = -1;
@@ -136,8 +153,6 @@ struct BackwardPlan {
       }
     }
     first_tile[chunks] = prefix_tiles;
-    if (needs.dprefix_key) dprefix_key.allocate(prefix_tiles * prefix_tile_size());
-    if (needs.dprefix_value) dprefix_value.allocate(prefix_tiles * prefix_tile_size());
   }
 };
 

@@ -1,7 +1,7 @@
 // out = softmax(scale Q [P_k ; K]^T + mask) [P_v ; V],  lse = its normaliser.
 //
-// One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with an
-// online softmax for each block:
+// One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with
+// an online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
 //   P^T   = e^(S^T - max)     in place, with a running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
@@ -79,8 +79,8 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   prefetcher.advance();
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
-    gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN, p.head_dim,
-                                key.data + (skipped + group.row_begin) * key.stride, key.stride,
+    gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN,
+                                p.head_dim, key.data + (skipped + group.row_begin) * key.stride, key.stride,
                                 state.query + group.vector_begin * kN, kBlockQ,
                                 scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ, false);
   }
@@ -107,9 +107,10 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kTransposed, T>(p.head_dim, (group.vector_end - group.vector_begin) * kN,
-                                  group.row_end - group.row_begin, value.data + (skipped + group.row_begin) * value.stride,
-                                  value.stride, scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN,
-                                  kBlockQ, state.out + group.vector_begin * kN, kBlockQ, true);
+                                  group.row_end - group.row_begin,
+                                  value.data + (skipped + group.row_begin) * value.stride, value.stride,
+                                  scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ,
+                                  state.out + group.vector_begin * kN, kBlockQ, true);
   }
 }
 
@@ -177,7 +178,7 @@ void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const
 struct ForwardJob {
   const AttentionParams& params;
   BlockPartition partition;
-  int64_t task_blocks;      // consecutive blocks of one head
+  int64_t task_blocks;  // consecutive blocks of one head
   int64_t tasks_per_head;
   int64_t tasks;
   std::atomic<int64_t> next{0};
@@ -218,7 +219,8 @@ inline void prefetch_task(const ForwardJob& job, const ForwardTask& task, Prefet
 
 // `next`: the task that this thread runs after this one, or null.
 template <class T>
-void run_task(const ForwardJob& job, const ForwardTask& task, const ForwardTask* next, const ForwardScratch<T>& scratch) {
+void run_task(const ForwardJob& job, const ForwardTask& task, const ForwardTask* next,
+              const ForwardScratch<T>& scratch) {
   const AttentionParams& p = job.params;
   for (int i = 0; i < task.blocks; ++i) {
     new (&scratch.states[i].block) QueryBlock(task.block(job, i));

@@ -1,8 +1,8 @@
 // C[M][N] (+)= A[M][K] B[K][N]: the one matrix product of all five of attention's.
 //
 // B and C are row-major with N in the SIMD lanes (a multiple of the lane count). A is read one element at a time and
-// broadcast, in its natural layout: row-major (keys times queries) or transposed (values^T times probabilities). Nothing
-// of A is packed, so a tile of 20 prefix rows costs 20 rows.
+// broadcast, in its natural layout: row-major (keys times queries) or transposed (values^T times probabilities).
+// Nothing of A is packed, so a tile of 20 prefix rows costs 20 rows.
 #pragma once
 
 #include "simd.h"
@@ -108,8 +108,8 @@ PREFIX_KERNELS_INLINE void gemm_panels(int64_t vectors, int64_t rows, int64_t de
 
 // a_stride steps from row to row of A as stored: over m for kRowMajor, over k for kTransposed.
 template <ALayout kLayout, class T>
-void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-          int64_t c_stride, bool accumulate) {
+void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+          T* c, int64_t c_stride, bool accumulate) {
   gemm_panels<T, kLayout, kMaxBlockVectors>(columns / kLanes<T>, rows, depth, a, a_stride, b, b_stride, c, c_stride,
                                             accumulate);
 }

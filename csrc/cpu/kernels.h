@@ -15,12 +15,12 @@ struct CpuKernels {
   void (*backward_double)(const BackwardParams&, int threads, RunWorkers);
 };
 
-#define PREFIX_KERNELS_DECLARE_ISA(isa)                                  \
-  namespace isa {                                                        \
-  template <class T>                                                     \
-  void attention_forward(const AttentionParams&, int, RunWorkers);       \
-  template <class T>                                                     \
-  void attention_backward(const BackwardParams&, int, RunWorkers);       \
+#define PREFIX_KERNELS_DECLARE_ISA(isa)                            \
+  namespace isa {                                                  \
+  template <class T>                                               \
+  void attention_forward(const AttentionParams&, int, RunWorkers); \
+  template <class T>                                               \
+  void attention_backward(const BackwardParams&, int, RunWorkers); \
   }
 
 PREFIX_KERNELS_DECLARE_ISA(portable)

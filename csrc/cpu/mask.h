@@ -39,8 +39,8 @@ struct TileBias {
     dispatch_mask(mask, [&](auto* tag) {
       using Src = std::remove_pointer_t<decltype(tag)>;
       const auto row_of = [&](int lane) {
-        return static_cast<const Src*>(mask.data) + block.batch * mask.batch_stride + block.head(lane) * mask.head_stride +
-               block.query(lane) * mask.row_stride + column * mask.column_stride;
+        return static_cast<const Src*>(mask.data) + block.batch * mask.batch_stride +
+               block.head(lane) * mask.head_stride + block.query(lane) * mask.row_stride + column * mask.column_stride;
       };
       if (mask.row_stride == 0 && (block.one_head || mask.head_stride == 0)) {
         fill_per_key(row_of(0), mask.column_stride);

@@ -1,5 +1,5 @@
-// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][kBlockQ] with
-// queries in the lanes.
+// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][kBlockQ]
+// with queries in the lanes.
 #pragma once
 
 #include <type_traits>
@@ -106,8 +106,9 @@ struct Rows {
   int64_t stride;
 };
 
-// Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch. Rows
-// of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of the cache.
+// Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch.
+// Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of
+// the cache.
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
   if (x.dtype == kComputeDType<T> && x.row_stride == depth)

@@ -1,6 +1,6 @@
 // Brings in what comes next while the matrix products run. Rows of one head lie a page or so apart in a [batch, rows,
-// heads, head_dim] layout, where the hardware does not prefetch, and a thread can only wait for some 20 lines at a time:
-// the lines are asked for a few at once, spread over the steps in between.
+// heads, head_dim] layout, where the hardware does not prefetch, and a thread can only wait for some 20 lines at a
+// time: the lines are asked for a few at once, spread over the steps in between.
 #pragma once
 
 #include "tiles.h"
@@ -18,7 +18,8 @@ class Prefetcher {
     if (count_ == kMaxRanges || x.data == nullptr || rows <= 0) return;
     const int64_t size = dtype_size(x.dtype);
     const int64_t lines = (depth * size + kCacheLine - 1) / kCacheLine;
-    ranges_[count_++] = {static_cast<const char*>(x.data) + first * x.row_stride * size, x.row_stride * size, rows, lines};
+    ranges_[count_++] = {static_cast<const char*>(x.data) + first * x.row_stride * size, x.row_stride * size, rows,
+                         lines};
     lines_ += rows * lines;
   }
 

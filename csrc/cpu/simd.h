@@ -40,7 +40,7 @@ struct SimdTypes<float> {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits per lane
   static constexpr int kMantissaBits = 23;
   static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kLn2High = 0.693359375f;  // few bits, so that its small multiples are exact
+  static constexpr float kLn2High = 0.693359375f;    // few bits, so that its small multiples are exact
   static constexpr float kLn2Low = -2.12194440054690583e-4f;
   static constexpr float kMinExp = -87.3f;  // exp of less would be subnormal
   static constexpr int kExpDegree = 7;

@@ -59,8 +59,8 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
 // The online softmax of one vector of lanes over a tile's rows, in place: scores -> e^(scores - reference).
 //   sum' = sum e^(reference - reference') + sum_rows e^(scores - reference')
 // The reference follows the maximum of the scores, but lags while the maximum is less than kReferenceLag above it: the
-// exponentials stay far from overflow, and what was summed before seldom needs its factor. Dropped elements count in the
-// sum and are stored as 0. Returns whether what was summed before is to be multiplied by `factor`.
+// exponentials stay far from overflow, and what was summed before seldom needs its factor. Dropped elements count in
+// the sum and are stored as 0. Returns whether what was summed before is to be multiplied by `factor`.
 template <class T, bool kDropout>
 PREFIX_KERNELS_INLINE bool online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
                                           T* running_reference, T* running_sum, Vec<T>* factor) {

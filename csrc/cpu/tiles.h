@@ -20,14 +20,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The keys and values of one batch row and kv head that lie in one piece of memory.
 struct Segment {
-  Operand key;           // data at row 0 of this head; only row_stride and dtype apply
+  Operand key;  // data at row 0 of this head; only row_stride and dtype apply
   Operand value;
   int64_t length = 0;
-  int64_t id = 0;        // of dropout: 0 is the sequence, 1 + slot a prefix
-  int64_t prefix = -1;   // which prefix of the bank; -1: the sequence
-  int64_t start = 0;     // a prefix's first column among the row's concatenated prefixes
+  int64_t id = 0;       // of dropout: 0 is the sequence, 1 + slot a prefix
+  int64_t prefix = -1;  // which prefix of the bank; -1: the sequence
+  int64_t start = 0;    // a prefix's first column among the row's concatenated prefixes
   int64_t mask_column = 0;
-  bool masked = false;   // whether attn_mask has columns for it
+  bool masked = false;  // whether attn_mask has columns for it
 
   bool is_prefix() const { return prefix >= 0; }
 };
@@ -87,7 +87,7 @@ inline Segment make_segment(const AttentionParams& p, int64_t b, int64_t kv_head
 // decoding reads its keys once per group; otherwise a block holds one head. Dropout bits are laid out by head.
 struct BlockPartition {
   bool packed;
-  int64_t group;            // query heads per kv head
+  int64_t group;  // query heads per kv head
   int64_t q_len;
   int64_t blocks_per_head;  // per group when packed
   int64_t count;
@@ -105,8 +105,8 @@ struct QueryBlock {
   const AttentionParams* params;
   int64_t batch, kv_head;
   int64_t first_head, first_query;  // of lane 0
-  int count;      // valid lanes
-  bool one_head;  // then the lanes' key ranges are monotone
+  int count;                        // valid lanes
+  bool one_head;                    // then the lanes' key ranges are monotone
   int64_t prefix_total;
   int64_t offset;
   KeyRange sequence[kBlockQ];     // visible sequence keys of each lane; the lanes past count repeat the last
@@ -221,7 +221,8 @@ struct TilePlan {
       if (begin == end) continue;
       const int row_end = r + kCell < count ? r + kCell : count;
       Group* previous = num_groups > 0 ? &groups[num_groups - 1] : nullptr;
-      if (previous != nullptr && previous->row_end == r && previous->vector_begin == begin && previous->vector_end == end)
+      if (previous != nullptr && previous->row_end == r && previous->vector_begin == begin &&
+          previous->vector_end == end)
         previous->row_end = row_end;
       else
         groups[num_groups++] = {r, row_end, begin, end};
