@@ -34,17 +34,10 @@ void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
                 bool accumulate) {
   constexpr int kN = kLanes<T>;
   Vec<T> acc[kRows][kVectors];
-  if (accumulate) {
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[m][v] = load(c + m * c_stride + v * kN);
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec<T>{};
-  }
+    for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bv[kVectors];
 #pragma GCC unroll 4
@@ -57,6 +50,13 @@ void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
     }
     a += kLayout == ALayout::kRowMajor ? 1 : a_stride;
     b += b_stride;
+  }
+  // What C holds is added last: sums over many calls then round once a call and not once a term.
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[m][v] += load(c + m * c_stride + v * kN);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
