@@ -63,6 +63,7 @@ class BackwardTask {
 
   // `next`: the task that this thread runs after this one, or null.
   void run(int64_t chunk, const Task& task, const Task* next) {
+    task_ = &task;
     next_ = next;
     for (pass_ = 0; pass_ < plan_.passes; ++pass_) run_pass(chunk, task);
   }
@@ -102,8 +103,19 @@ class BackwardTask {
     if (plan_.needs.ds(segment)) prefetcher_.add_rows(segment.value, first, rows, p_.head_dim);
   }
 
+  // What the next pass, or the next task, begins with.
+  void prefetch_following() {
+    const bool same_task = pass_ + 1 < plan_.passes;
+    const Task* task = same_task ? task_ : next_;
+    if (task == nullptr) return;
+    const int64_t block = plan_.blocks(task->split, same_task ? pass_ + 1 : 0).begin;
+    prefetch_block(QueryBlock(p_, plan_.partition, task->batch, task->kv_head, block));
+    if (plan_.needs.visits_sequence())
+      prefetch_tile(make_segment(p_, task->batch, task->kv_head, p_.prefix_slots, 0), 0);
+  }
+
   // Asks for what follows the step of block i with the tile at `first`: the next block that was not packed yet, and in
-  // the last step of a tile the next tile; after the last tile, what the next task begins with.
+  // the last step of a tile the next tile; after the last tile, what follows.
   void plan_prefetch(int64_t i, const Segment& segment, int64_t first) {
     prefetcher_.clear();
     const bool last_block = i + 1 == blocks_;
@@ -111,11 +123,8 @@ class BackwardTask {
       if (!states_[i + 1].ready) prefetch_block(states_[i + 1].block);
     } else if (first + kBlockK < segment.length) {
       prefetch_tile(segment, first + kBlockK);
-    } else if (next_ != nullptr && !segment.is_prefix() == plan_.needs.visits_sequence()) {
-      prefetch_block(
-          QueryBlock(p_, plan_.partition, next_->batch, next_->kv_head, plan_.blocks(next_->split, 0).begin));
-      if (plan_.needs.visits_sequence())
-        prefetch_tile(make_segment(p_, next_->batch, next_->kv_head, p_.prefix_slots, 0), 0);
+    } else if (segment.is_prefix() != plan_.needs.visits_sequence()) {
+      prefetch_following();
     }
     prefetcher_.spread(kAdvances);
   }
@@ -274,6 +283,7 @@ class BackwardTask {
   BlockState<T>* states_;
   int64_t pass_ = 0;
   int64_t blocks_ = 0;
+  const Task* task_ = nullptr;
   const Task* next_ = nullptr;
   T *scores_, *dp_, *bias_, *capped_, *key_, *value_, *dkey_, *dvalue_;
   uint16_t* bits_;

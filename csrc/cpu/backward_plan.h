@@ -84,7 +84,6 @@ struct BackwardPlan {
         partition(backward.forward),
         padded_depth(ceil_div(backward.forward.head_dim, kLanes<T>) * kLanes<T>) {
     constexpr int64_t kTasksPerThread = 4;
-    constexpr int64_t kMaxBlocksPerPass = 128;            // bounds a thread's scratch memory
     constexpr int64_t kPartialBytes = int64_t{32} << 20;  // more partial sums than this only to occupy every thread
     const AttentionParams& p = params.forward;
     const int64_t heads = p.batch * p.kv_heads;
@@ -94,7 +93,7 @@ struct BackwardPlan {
     splits = heads < wanted ? ceil_div(wanted, heads) : 1;
     if ((needs.dkey || needs.dvalue) && splits * sequence_bytes > kPartialBytes) splits = ceil_div(threads, heads);
     if (splits > partition.count) splits = partition.count;
-    passes = ceil_div(ceil_div(partition.count, splits), kMaxBlocksPerPass);
+    passes = ceil_div(ceil_div(partition.count, splits), max_pass_blocks());
     tasks = heads * splits;
     chunks = tasks < wanted ? tasks : wanted;
     if (needs.prefix()) {
@@ -133,6 +132,14 @@ struct BackwardPlan {
   }
 
  private:
+  // Bounds a thread's scratch memory; where sums need not wait for the next pass, to what stays in the cache.
+  int64_t max_pass_blocks() const {
+    constexpr int64_t kMaxBlocks = 128, kCachedBytes = int64_t{512} << 10;
+    if (needs.visits_sequence()) return kMaxBlocks;
+    const int64_t block_bytes = 4 * kBlockQ * padded_depth * static_cast<int64_t>(sizeof(T));
+    return clamp_to(kCachedBytes / block_bytes, 1, kMaxBlocks);
+  }
+
   void assign_prefix_tiles() {
     const AttentionParams& p = params.forward;
     const int64_t pairs = p.kv_heads * p.num_prefixes;
