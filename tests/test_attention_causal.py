@@ -56,6 +56,13 @@ def test_causal_rows_do_not_depend_on_later_keys():
     assert not torch.equal(before[:, :, 40:], after[:, :, 40:])
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [(2**63 - 1, 2**63 - 1), (2**63 - 1, -1), (-1, 2**63 - 2), (2**31, 2**32)])
+def test_the_largest_numbers_are_no_limit(window, is_causal):
+    shape = dict(q_len=20, k_len=30, is_causal=is_causal)
+    assert torch.equal(run(make_call(**shape, window_size=window)).out, run(make_call(**shape)).out)
+
+
 @pytest.mark.parametrize("includes_prefix", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(

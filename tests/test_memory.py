@@ -22,8 +22,8 @@ def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
-shape, needs, options = json.loads(sys.argv[1])
-torch.set_num_threads(2)
+shape, needs, options, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
 
 def tensors(q_len, k_len, prefix_len, batch, heads, kv_heads, head_dim):
     made = dict(
@@ -67,10 +67,12 @@ PREFIX = ["prefix_key", "prefix_value"]
 NEEDS = pytest.mark.parametrize("needs", [[], PREFIX, EVERYTHING], ids=["inference", "prefix", "all"])
 
 
-def peaks_above_inputs(shape: dict[str, int], needs: list[str], options: dict[str, object]) -> list[float]:
+def peaks_above_inputs(
+    shape: dict[str, int], needs: list[str], options: dict[str, object], threads: int = 2
+) -> list[float]:
     """MiB that forward and backward held at most, above what was there before."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", MEASURE, json.dumps([shape, needs, options])]
+    command = [sys.executable, "-c", MEASURE, json.dumps([shape, needs, options, threads])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -91,6 +93,11 @@ def test_no_buffer_of_queries_times_keys(options, needs):
 def test_no_copy_of_the_prefix_or_of_its_gradient_per_row(needs):
     """The prefix is 4 MiB, its gradient as much for each of two workers; a copy per row would be 256 MiB."""
     assert max(peaks_above_inputs(MANY_ROWS, needs, {})) < 64
+
+
+def test_partial_sums_of_many_threads_are_no_buffer_of_queries_times_keys():
+    """Every thread may hold a partial sum of the gradients, 1 MiB here; more of them would grow with Sq * Sk."""
+    assert max(peaks_above_inputs(LONG, EVERYTHING, {}, threads=32)) < 80
 
 
 def test_repeated_calls_do_not_leak():
