@@ -164,7 +164,7 @@ def term_sizes(call: Call) -> dict[str, float]:
     mask = call.options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
         scores += _largest(mask)
-    dscores = scale * (rescale * products(call.dout, value, prefix_value) + _largest(call.dlse))
+    dscores = scale * (rescale * products(call.dout.double(), value, prefix_value) + _largest(call.dlse))
     from_query, to_query = dscores * _largest(query), dscores * _largest(key, prefix_key)
     dvalue = rescale * _largest(call.dout)
     return {
