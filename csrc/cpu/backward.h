@@ -35,7 +35,8 @@ class BackwardTask {
     const size_t panel = p_.head_dim * kBlockQ, rows = kBlockQ * plan.padded_depth;
     const size_t tile = kBlockK * kBlockQ, keys = kBlockK * p_.head_dim;
     // The sums of one tile, or of the whole sequence where they wait for another pass.
-    const size_t sums = (plan.passes > 1 ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * plan.padded_depth;
+    const bool waits = plan.passes > 1 && plan.splits == 1 && (plan.needs.dkey || plan.needs.dvalue);
+    const size_t sums = (waits ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * plan.padded_depth;
     workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) +
                       blocks * (3 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(rows)) +
                       4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(keys) +

@@ -60,7 +60,7 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
 //   sum' = sum e^(reference - reference') + sum_rows e^(scores - reference')
 // The reference follows the maximum of the scores, but lags while the maximum is less than kReferenceLag above it: the
 // exponentials stay far from overflow, and what was summed before seldom needs its factor. Dropped elements count in
-// the sum and are stored as 0. Returns whether what was summed before is to be multiplied by `factor`.
+// the sum and are stored as 0. Returns whether something was summed before that is to be multiplied by `factor`.
 template <class T, bool kDropout>
 PREFIX_KERNELS_INLINE bool online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
                                           T* running_reference, T* running_sum, Vec<T>* factor) {
@@ -97,7 +97,7 @@ PREFIX_KERNELS_INLINE bool online_softmax(T* tile, int row_begin, int row_end, c
     store(tile + r * kBlockQ, e);
   }
   store(running_sum, sum + tile_sum);
-  return moved;
+  return moved && any_lane<T>(before != -std::numeric_limits<T>::infinity());
 }
 
 // The backward step of one vector of lanes, in place:

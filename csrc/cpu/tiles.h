@@ -112,7 +112,6 @@ struct QueryBlock {
   KeyRange sequence[kBlockQ];     // visible sequence keys of each lane; the lanes past count repeat the last
   int64_t prefix_begin[kBlockQ];  // first visible column of the concatenated prefixes
 
-  QueryBlock() = default;
   QueryBlock(const AttentionParams& p, const BlockPartition& partition, int64_t b, int64_t h, int64_t index)
       : params(&p), batch(b), kv_head(h), prefix_total(row_prefix_total(p, b)), offset(row_query_offset(p, b)) {
     const int64_t rows = partition.packed ? partition.group * p.q_len : p.q_len;
