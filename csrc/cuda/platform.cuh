@@ -1,0 +1,40 @@
+// The only place that knows whether nvcc or the host compiler reads the kernels.
+//
+// nvcc sees CUDA itself. The host compiler finds the same names in tests/emulator, where a block's threads are fibers.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "cuda_on_host.h"
+#endif
+
+namespace prefix_kernels::cuda {
+
+inline constexpr int kWarpSize = 32;
+
+#if defined(__CUDACC__)
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+// Bytes left free after each piece of a kernel's shared memory.
+inline constexpr int kSharedGap = 0;
+
+#else
+
+using emulator::shared_memory;
+
+// What overruns a piece falls into a gap that nobody has written.
+inline constexpr int kSharedGap = 128;
+
+#endif
+
+}  // namespace prefix_kernels::cuda
