@@ -15,17 +15,17 @@ namespace prefix_kernels::cuda {
 
 #if defined(__CUDACC__)
 
-using float16 = __half;
+using half = __half;
 using bfloat16 = __nv_bfloat16;
 
-__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return x;
-  } else if constexpr (std::is_same_v<T, float16>) {
+  } else if constexpr (std::is_same_v<T, half>) {
     return __float2half_rn(x);
   } else {
     return __float2bfloat16_rn(x);
@@ -34,8 +34,8 @@ __device__ __forceinline__ T from_float(float x) {
 
 // Two values in one register, `low` in the lower half.
 template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, float16>) {
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  if constexpr (std::is_same_v<T, half>) {
     const __half2 both = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(both);
   } else {
@@ -45,8 +45,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t both) {
-  if constexpr (std::is_same_v<T, float16>) {
+__device__ __forceinline__ float2 unpack2(uint32_t both) {
+  if constexpr (std::is_same_v<T, half>) {
     return __half22float2(reinterpret_cast<const __half2&>(both));
   } else {
     return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
@@ -55,7 +55,7 @@ __device__ __forceinline__ float2 unpack(uint32_t both) {
 
 #else
 
-struct float16 {
+struct half {
   uint16_t bits;
 };
 
@@ -63,14 +63,14 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-inline float to_float(float16 x) { return _cvtsh_ss(x.bits); }
+inline float to_float(half x) { return _cvtsh_ss(x.bits); }
 inline float to_float(bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 template <typename T>
 inline T from_float(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return x;
-  } else if constexpr (std::is_same_v<T, float16>) {
+  } else if constexpr (std::is_same_v<T, half>) {
     return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
   } else {
     const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -81,12 +81,12 @@ inline T from_float(float x) {
 }
 
 template <typename T>
-inline uint32_t pack(float low, float high) {
+inline uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
 template <typename T>
-inline float2 unpack(uint32_t both) {
+inline float2 unpack2(uint32_t both) {
   return make_float2(to_float(T{static_cast<uint16_t>(both)}), to_float(T{static_cast<uint16_t>(both >> 16)}));
 }
 

@@ -20,20 +20,21 @@ inline constexpr int kWarpSize = 32;
 #if defined(__CUDACC__)
 
 // The block's dynamic shared memory.
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(1024) unsigned char memory[];
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
-// Bytes left free after each piece of a kernel's shared memory.
+// Bytes left free after each piece of a kernel's shared memory, and the declaration of a piece: on the host an access
+// to shared memory outside all declared pieces is an error.
 inline constexpr int kSharedGap = 0;
+__device__ __forceinline__ void shared_buffer(void*, size_t) {}
 
 #else
 
-using emulator::shared_memory;
-
-// What overruns a piece falls into a gap that nobody has written.
-inline constexpr int kSharedGap = 128;
+using ::emulator::kSharedGap;
+using ::emulator::shared_buffer;
+using ::emulator::shared_memory;
 
 #endif
 
