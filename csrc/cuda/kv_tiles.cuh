@@ -1,0 +1,180 @@
+// The columns that the rows of a tile attend to: a batch row's prefixes, then its sequence, cut into cells of 16.
+//
+//   slot 0          slot 1          sequence
+//   |----|----|-    |----|--        |----|----|----|----|-        cells; each segment begins with a new one
+//
+// A cell lies in one segment, so where its rows are, which of them exist and who sees them is decided once per cell and
+// never per element, and the seam may fall anywhere in a tile. Every slot has the cells of the row's longest prefix;
+// those of a shorter one are empty. Only cells between the first and the last that some row of the tile sees are
+// visited, one after another: a window's gap between prefix and sequence costs nothing. Tiles are runs of visited
+// cells, and a prefix of 16 tokens takes 16 columns of one.
+#pragma once
+
+#include "../visibility.h"
+#include "rows.cuh"
+
+namespace prefix_kernels::cuda {
+
+struct Cell {
+  int segment;  // 0: the sequence; 1 + m: the prefix in slot m
+  int first;    // its first column, counted from the start of the segment
+  int count;    // how many of the 16 columns exist
+};
+
+// Columns of a cell or of a sequence, [begin, end).
+struct Span {
+  int begin;
+  int end;
+
+  __device__ __forceinline__ bool holds(int column) const { return column >= begin && column < end; }
+};
+
+// Columns fit in 32 bits, unlike positions.
+__device__ __forceinline__ Span to_span(const KeyRange& range) {
+  return {static_cast<int>(range.begin), static_cast<int>(range.end)};
+}
+
+// One batch row's prefixes.
+struct PrefixSlots {
+  int slots;           // 0 without any prefix
+  int cells_per_slot;  // of the longest
+  int total;           // columns that exist in all
+  bool full;           // every cell has 16 columns
+  int only_prefix;     // of a single slot: the prefix, and its length
+  int only_length;
+
+  __device__ __forceinline__ PrefixSlots(const AttentionParams& p, int64_t batch)
+      : slots(static_cast<int>(p.prefix_slots)),
+        cells_per_slot(0),
+        total(0),
+        full(true),
+        only_prefix(-1),
+        only_length(0) {
+    int longest = 0;
+#pragma unroll 1
+    for (int m = 0; m < slots; ++m) {
+      only_prefix = static_cast<int>(prefix_of_row(p, batch, m));
+      only_length = static_cast<int>(prefix_length(p, only_prefix));
+      full = full && only_length % kCell == 0 && (m == 0 || only_length == longest);
+      longest = max(longest, only_length);
+      total += only_length;
+    }
+    cells_per_slot = (longest + kCell - 1) / kCell;
+  }
+
+  __device__ __forceinline__ int prefix(const AttentionParams& p, int64_t batch, int slot) const {
+    return slots == 1 ? only_prefix : static_cast<int>(prefix_of_row(p, batch, slot));
+  }
+
+  __device__ __forceinline__ int length(const AttentionParams& p, int64_t batch, int slot) const {
+    return slots == 1 ? only_length : static_cast<int>(prefix_length(p, prefix_of_row(p, batch, slot)));
+  }
+
+  // The columns that exist before this slot's.
+  __device__ __forceinline__ int columns_before(const AttentionParams& p, int64_t batch, int slot) const {
+    int columns = 0;
+    for (int m = 0; m < slot; ++m) columns += length(p, batch, m);
+    return columns;
+  }
+};
+
+// The cells that queries at positions from `first` to `last` visit.
+struct VisitedCells {
+  int64_t batch;
+  PrefixSlots prefixes;
+  int prefix_begin;    // the first cell of the prefixes
+  int prefix_cells;    // visited ones, which come first
+  int sequence_begin;  // the first column of the sequence, a multiple of 16
+  int count;           // of all cells
+
+  __device__ __forceinline__ VisitedCells(const AttentionParams& p, int64_t batch_row, int64_t first, int64_t last)
+      : batch(batch_row), prefixes(p, batch_row), prefix_begin(0) {
+    prefix_cells = prefixes.slots * prefixes.cells_per_slot;
+    if (prefixes.slots == 1) {
+      prefix_begin = static_cast<int>(visible_prefix_begin(p, first, prefixes.total)) / kCell;
+      prefix_cells -= prefix_begin;
+    }
+    sequence_begin = to_span(visible_sequence(p, first)).begin / kCell * kCell;
+    const int end = to_span(visible_sequence(p, last)).end;
+    count = prefix_cells + (end > sequence_begin ? (end - sequence_begin + kCell - 1) / kCell : 0);
+  }
+
+  // The i-th visited cell.
+  __device__ __forceinline__ Cell cell(const AttentionParams& p, int i) const {
+    if (i >= prefix_cells) {
+      const int column = sequence_begin + (i - prefix_cells) * kCell;
+      return {0, column, min(kCell, static_cast<int>(p.k_len) - column)};
+    }
+    const int from_first = prefix_begin + i;
+    const int slot = prefixes.slots == 1 ? 0 : from_first / prefixes.cells_per_slot;
+    const int column = (from_first - slot * prefixes.cells_per_slot) * kCell;
+    return {1 + slot, column, max(0, min(kCell, prefixes.length(p, batch, slot) - column))};
+  }
+};
+
+// What one query sees.
+struct QueryView {
+  Span sequence;     // columns of the sequence
+  int prefix_begin;  // the first column among the row's prefixes, those that exist
+
+  __device__ __forceinline__ QueryView(const AttentionParams& p, const PrefixSlots& prefixes, int64_t position)
+      : sequence(to_span(visible_sequence(p, position))),
+        prefix_begin(static_cast<int>(visible_prefix_begin(p, position, prefixes.total))) {}
+
+  // Of a cell's columns those that it sees, counted from the cell's first.
+  __device__ __forceinline__ Span in(const AttentionParams& p, const VisitedCells& cells, const Cell& cell) const {
+    if (cell.segment == 0) return {sequence.begin - cell.first, min(cell.count, sequence.end - cell.first)};
+    if (prefix_begin == 0) return {0, cell.count};
+    return {prefix_begin - cells.prefixes.columns_before(p, cells.batch, cell.segment - 1) - cell.first, cell.count};
+  }
+};
+
+// One of key or value: copies tiles of visited cells into shared memory. All threads of the block take part.
+template <typename T, int kHeadDim, int kThreads>
+class TileLoader {
+  static constexpr int kLanes = kLanesPerRow<kHeadDim>;
+  static constexpr int kRowsPerPass = kThreads / kLanes;
+  static_assert(kRowsPerPass % kCell == 0, "the threads of a warp work on one cell");
+
+ public:
+  __device__ __forceinline__ TileLoader(const Operand& sequence, bool whole_sequence, const Operand& prefix,
+                                        bool whole_prefix, int64_t batch, int64_t kv_head, int head_dim, int thread)
+      : sequence_(sequence, batch, kv_head, whole_sequence),
+        prefix_(prefix, 0, kv_head, whole_prefix),
+        prefix_stride_(prefix.batch_stride),
+        head_dim_(head_dim),
+        row_(thread / kLanes),
+        lane_(thread % kLanes) {}
+
+  // Copies the visited cells [first, first + kCells), as many as there are.
+  template <int kCells>
+  __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first) const {
+#pragma unroll
+    for (int row = 0; row < kCells * kCell; row += kRowsPerPass) {
+      const int tile_row = row + row_, i = first + tile_row / kCell;
+      if (tile_row >= kCells * kCell || i >= cells.count) continue;
+      const Cell cell = cells.cell(p, i);
+      const int in_cell = tile_row % kCell;
+      const bool valid = in_cell < cell.count;
+      const int64_t column = cell.first + (valid ? in_cell : 0);
+      if (cell.segment == 0) {
+        copy_row<T, kHeadDim>(tile, tile_row, sequence_.row(column), sequence_.dtype, sequence_.whole_chunks, lane_,
+                              head_dim_, valid);
+      } else if (cell.count > 0) {
+        const int64_t n = cells.prefixes.prefix(p, cells.batch, cell.segment - 1);
+        const char* row = prefix_.row(column) + n * prefix_stride_ * dtype_bytes(prefix_.dtype);
+        copy_row<T, kHeadDim>(tile, tile_row, row, prefix_.dtype, prefix_.whole_chunks, lane_, head_dim_, valid);
+      }
+    }
+  }
+
+ private:
+  HeadRows sequence_;
+  HeadRows prefix_;
+  int64_t prefix_stride_;
+  int head_dim_;
+  int row_;
+  int lane_;
+};
+
+}  // namespace prefix_kernels::cuda
