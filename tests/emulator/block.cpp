@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstring>
 
-#include "async_copy.h"
 #include "check.h"
 
 namespace emulator {
@@ -16,6 +15,11 @@ std::string text(Where where) {
   size_t cut = path.rfind('/');
   if (cut != std::string::npos && cut > 0) cut = path.rfind('/', cut - 1);
   return path.substr(cut == std::string::npos ? 0 : cut + 1) + ":" + std::to_string(where.line());
+}
+
+std::string name_of(const Lane& lane) {
+  return "thread " + std::to_string(lane.thread) + " (warp " + std::to_string(lane.warp) + " lane " +
+         std::to_string(lane.lane) + ")";
 }
 
 Block::Block() = default;
@@ -40,6 +44,7 @@ void Block::run(const Launch& launch, dim3 index, uint64_t seed) {
     lane.thread = thread;
     lane.warp = thread / kLanes;
     lane.lane = thread % kLanes;
+    copies(lane).reset();
   }
   for (int warp = 0; warp < num_warps_; ++warp) {
     const int lanes = std::min(kLanes, live_ - warp * kLanes);
@@ -48,7 +53,7 @@ void Block::run(const Launch& launch, dim3 index, uint64_t seed) {
     shuffle_turns(warp);
   }
   current_warp_ = in_order_ ? 0 : static_cast<int>(random_.below(num_warps_));
-  check::begin_block(live_);
+  check::begin_block(live_, index);
 
   Block* outer_block = current_block;
   Lane* outer_lane = current_lane;
@@ -68,7 +73,7 @@ void Block::lane_main(Lane* lane) {
 }
 
 void Block::lane_returned(Lane& lane) {
-  require_all_landed(lane);
+  copies(lane).require_all_landed(lane);
   Warp& warp = warps_[lane.warp];
   warp.live &= ~(1u << lane.lane);
   --live_;

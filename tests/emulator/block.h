@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 
+#include "async_copy.h"
 #include "emulator_launch.h"
 #include "fiber.h"
 #include "random.h"
@@ -40,6 +41,7 @@ class Block {
   void meet_block(Lane& lane, Where where);
   [[noreturn]] void fail(const std::string& message);
 
+  AsyncCopies& copies(const Lane& lane) { return copies_[lane.thread]; }
   SharedMemory& shared_memory() { return shared_; }
   Lane& lane(int warp, int lane) { return lanes_[warp * kLanes + lane]; }
   int warp_of_collective() const { return collective_warp_; }
@@ -67,6 +69,7 @@ class Block {
   std::string name_of_lanes(int warp, uint32_t mask) const;
 
   Stacks lanes_;
+  AsyncCopies copies_[kMaxThreads];
   SharedMemory shared_;
   Warp warps_[kMaxWarps];
   const Launch* launch_ = nullptr;
@@ -84,7 +87,8 @@ class Block {
 // The block that this host thread is running.
 extern __thread Block* current_block __attribute__((tls_model("initial-exec")));
 
-// The source line as reports print it: the last two parts of the path.
+// As reports print them: a source line with the last two parts of its path, and "thread 37 (warp 1 lane 5)".
 std::string text(Where where);
+std::string name_of(const Lane& lane);
 
 }  // namespace emulator

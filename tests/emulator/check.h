@@ -6,23 +6,29 @@
 
 #include "lane.h"
 
-namespace emulator::check {
+namespace emulator {
+
+struct Launch;
+
+namespace check {
 
 #if defined(PREFIX_KERNELS_CHECKED)
-#define EMULATOR_CHECK ;
+#define EMULATOR_HOOK(DECLARATION) DECLARATION;
 #else
-#define EMULATOR_CHECK \
-  {                    \
-  }
+#define EMULATOR_HOOK(DECLARATION) \
+  inline DECLARATION {}
 #endif
 
-inline void begin_launch() EMULATOR_CHECK inline void begin_block(int /*threads*/) EMULATOR_CHECK
-    inline void block_barrier() EMULATOR_CHECK inline void warp_barrier(int /*warp*/, uint32_t /*lanes*/) EMULATOR_CHECK
-    inline void read(const Lane&, const void* /*address*/, size_t /*bytes*/, Where) EMULATOR_CHECK
-    inline void write(const Lane&, const void* /*address*/, size_t /*bytes*/, Where) EMULATOR_CHECK
-    inline void atomic(const Lane&, const void* /*address*/, size_t /*bytes*/, Where) EMULATOR_CHECK
-    inline void begin_copy(const Lane&, const void* /*shared*/, size_t /*bytes*/, Where) EMULATOR_CHECK
-    inline void land_copy(const Lane&, const void* /*shared*/, size_t /*bytes*/, Where) EMULATOR_CHECK
-    inline void shared_buffer(const void* /*begin*/, size_t /*bytes*/) EMULATOR_CHECK
+EMULATOR_HOOK(void begin_launch(const Launch& launch))
+EMULATOR_HOOK(void begin_block(int threads, dim3 index))
+EMULATOR_HOOK(void block_barrier())
+EMULATOR_HOOK(void warp_barrier(int warp, uint32_t lanes))
+EMULATOR_HOOK(void read(const Lane& lane, const void* address, size_t bytes, Where where))
+EMULATOR_HOOK(void atomic(const Lane& lane, const void* address, size_t bytes, Where where))
+// Between these two nobody may touch the bytes of shared memory that an asynchronous copy is going to fill.
+EMULATOR_HOOK(void begin_copy(const Lane& lane, const void* shared, size_t bytes, Where where))
+EMULATOR_HOOK(void land_copy(const Lane& lane, const void* shared, size_t bytes, Where where))
+EMULATOR_HOOK(void shared_buffer(const void* begin, size_t bytes))
 
-}  // namespace emulator::check
+}  // namespace check
+}  // namespace emulator

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "check.h"
-#include "collectives.h"
+#include "instructions.h"
 #include "lane.h"
 #include "vector_types.h"
 

@@ -67,22 +67,13 @@ Stacks::Stacks() {
   for (int thread = 0; thread < kMaxThreads; ++thread) mprotect(slot(thread), kPage, PROT_NONE);
 }
 
-Stacks::~Stacks() {
-  for (int thread = 0; thread < kMaxThreads; ++thread) {
-    if (constructed_[thread]) (*this)[thread].~Lane();
-  }
-  munmap(base_, kMaxThreads * kStackBytes);
-}
+Stacks::~Stacks() { munmap(base_, kMaxThreads * kStackBytes); }
 
 char* Stacks::slot(int thread) const { return base_ + static_cast<size_t>(thread) * kStackBytes; }
 
 // The lane's own record lies at the top of its stack: one mapping holds all that the thread may touch of the host's.
 Lane& Stacks::operator[](int thread) {
   char* top = slot(thread) + kStackBytes - (sizeof(Lane) + 63) / 64 * 64;
-  if (!constructed_[thread]) {
-    new (top) Lane();
-    constructed_[thread] = true;
-  }
   return *reinterpret_cast<Lane*>(top);
 }
 
@@ -90,8 +81,6 @@ Lane& Stacks::reset(int thread, void (*start)(Lane*)) {
   Lane& lane = (*this)[thread];
   lane.stack_begin = slot(thread) + kPage;
   lane.stack_end = slot(thread) + kStackBytes;
-  lane.copies.clear();
-  lane.committed_groups = 0;
 
   char* top = reinterpret_cast<char*>(&lane);
   std::memset(top - kFilledBytes, 0xFF, kFilledBytes);

@@ -23,10 +23,13 @@ class Stacks {
   Lane& reset(int thread, void (*start)(Lane*));
   Lane& operator[](int thread);
 
+  bool contains(const void* address) const {
+    return address >= base_ && static_cast<const char*>(address) < base_ + kMaxThreads * kStackBytes;
+  }
+
  private:
   char* slot(int thread) const;
   char* base_;
-  bool constructed_[kMaxThreads] = {};
 };
 
 // Saves the running context's stack pointer in *from and goes on with the context saved as `to`.

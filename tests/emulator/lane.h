@@ -3,21 +3,12 @@
 
 #include <cstdint>
 #include <source_location>
-#include <vector>
 
 #include "vector_types.h"
 
 namespace emulator {
 
 using Where = std::source_location;
-
-// A 16-byte copy to shared memory that was issued and has not landed.
-struct AsyncCopy {
-  void* shared;
-  const void* global;  // null: zeros
-  int group;
-  Where where;
-};
 
 struct Lane {
   uint3 thread_index;
@@ -31,9 +22,6 @@ struct Lane {
   void* stack_pointer;
   char* stack_begin;
   char* stack_end;
-
-  std::vector<AsyncCopy> copies;
-  int committed_groups;
 };
 
 // The lane that this host thread is executing; null outside a kernel. No fiber ever moves to another host thread.

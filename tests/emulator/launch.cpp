@@ -67,7 +67,7 @@ void run_block(const Launch& launch, uint64_t linear) {
 
 void run(const Launch& launch) {
   require_launchable(launch);
-  check::begin_launch();
+  check::begin_launch(launch);
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   // A random permutation without a table: steps of a random odd length around a power of two.
   Random random(seed);

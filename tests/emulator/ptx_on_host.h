@@ -4,8 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "async_copy.h"
-#include "collectives.h"
+#include "instructions.h"
 
 namespace prefix_kernels::cuda::ptx {
 
@@ -20,8 +19,8 @@ inline void cp_async_16(void* shared, const void* global, bool valid, Where wher
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kPending>
-void cp_async_wait(Where where = Where::current()) {
-  emulator::wait_for_copies(kPending, where);
+void cp_async_wait() {
+  emulator::wait_for_copies(kPending);
 }
 
 inline void ldmatrix_x1(uint32_t (&r)[1], const void* shared_row, Where where = Where::current()) {

@@ -20,8 +20,15 @@ class SharedMemory {
 
   char* begin() const { return begin_; }
   char* end() const { return begin_ + bytes_; }
+  // Whether all of these bytes belong to the block.
+  bool holds(const void* address, size_t bytes) const {
+    const auto* first = static_cast<const char*>(address);
+    return first >= begin() && first + bytes <= end();
+  }
+  // Whether the address is in the mapping, pages that cannot be touched included.
   bool contains(const void* address) const {
-    return static_cast<const char*>(address) >= mapping_ && static_cast<const char*>(address) < mapping_ + mapped_;
+    const auto* byte = static_cast<const char*>(address);
+    return byte >= mapping_ && byte < mapping_ + mapped_;
   }
 
  private:

@@ -12,7 +12,7 @@
 
 #include "block.h"
 #include "check.h"
-#include "collectives.h"
+#include "instructions.h"
 
 namespace emulator {
 namespace {
@@ -47,7 +47,7 @@ void perform_load(void* const* payloads, uint32_t lanes) {
       const int lane = matrix * 8 + row;
       const auto& load = *static_cast<const LoadMatrices*>(payloads[lane]);
       const char* address = static_cast<const char*>(load.row);
-      const bool inside = address >= shared.begin() && address + kRowBytes <= shared.end();
+      const bool inside = shared.holds(address, kRowBytes);
       if (!inside || reinterpret_cast<uintptr_t>(address) % kRowBytes != 0) {
         current_block->fail("ldmatrix at " + text(load.where) + ": the row that warp " +
                             std::to_string(current_block->warp_of_collective()) + " lane " + std::to_string(lane) +
