@@ -1,0 +1,43 @@
+// What check mode remembers about memory: for every two bytes the last write and the last reads.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "clocks.h"
+
+namespace emulator::check {
+
+// Two bytes, the smallest thing that kernels store. (Two threads that store neighbouring single bytes would be taken
+// for a race.)
+inline constexpr size_t kGrain = 2;
+
+struct Cell {
+  Event write;
+  // The last read, the last one by another thread than that, and the last one by another warp than that: enough to
+  // find, in some order of lanes and warps, every read that a write does not wait for.
+  Event reads[3];
+};
+
+// An access that an earlier one forbids.
+struct Conflict {
+  const Event* earlier = nullptr;  // null: no conflict
+  const char* earlier_kind = "";
+};
+
+class Shadow {
+ public:
+  explicit Shadow(size_t bytes) : cells_((bytes + kGrain - 1) / kGrain) {}
+
+  Conflict read(const Clocks& clocks, size_t offset, size_t bytes, const Event& event);
+  Conflict write(const Clocks& clocks, size_t offset, size_t bytes, const Event& event);
+  void land_copy(size_t offset, size_t bytes, const Event& event);
+
+  // The first of these bytes that was not written; `in_block`: by this block. Or -1.
+  ptrdiff_t first_unwritten(const Clocks& clocks, size_t offset, size_t bytes, bool in_block) const;
+
+ private:
+  std::vector<Cell> cells_;
+};
+
+}  // namespace emulator::check
