@@ -13,6 +13,7 @@ from build_extension import BuildKernelExtension, KernelExtension
 TORCH_SOURCES = [
     "csrc/module.cpp",
     "csrc/ops.cpp",
+    "csrc/results.cpp",
     "csrc/validate.cpp",
     "csrc/cpu/api.cpp",
 ]
@@ -20,7 +21,16 @@ KERNEL_SOURCES = [
     "csrc/cpu/kernels_backward.cpp",
     "csrc/cpu/kernels_forward.cpp",
 ]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES = [
+    "csrc/cuda/api.cpp",
+    "csrc/cuda/device.cpp",
+    "csrc/cuda/dispatch.cpp",
+    "csrc/cuda/check_range.cu",
+    "csrc/cuda/simt/instantiations/backward_float32.cu",
+    "csrc/cuda/simt/instantiations/backward_float64.cu",
+    "csrc/cuda/simt/instantiations/forward_float32.cu",
+    "csrc/cuda/simt/instantiations/forward_float64.cu",
+]
 
 # A source distribution is made without torch; compiling without one is refused by the build_ext command.
 torch = find_torch()

@@ -68,6 +68,7 @@ struct AttentionParams {
 
   uint32_t dropout_threshold = 0;  // an element is dropped when its 16 random bits are below this; 0: no dropout
   uint64_t dropout_seed = 0;
+  const int64_t* dropout_seed_ptr = nullptr;  // on a GPU: where the seed stands; null: dropout_seed
 };
 
 struct BackwardParams {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 TORCH_REQUIREMENT = f"torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}"
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a"
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 # One compiler process on a torch header needs 1.2 GB at its peak.
 _BYTES_PER_JOB = 2 * 2**30

@@ -1,38 +1,57 @@
 // The operators' schemas, once. What Python adds (fake kernels, autograd, autocast) is in prefix_kernels/ops.py.
 #include <torch/library.h>
 
+#include "validate.h"
+
+#if defined(PREFIX_KERNELS_EMULATED) || defined(PREFIX_KERNELS_WITH_CUDA)
+#include "cuda/api.h"
+#endif
+#if !defined(PREFIX_KERNELS_EMULATED)
 #include "cpu/api.h"
+#endif
+
+// tests/emulated.py registers the same operators under a name of its own, where the CPU runs the CUDA kernels.
+#if defined(PREFIX_KERNELS_EMULATED)
+#define PREFIX_KERNELS_LIBRARY PREFIX_KERNELS_EMULATED
+#else
+#define PREFIX_KERNELS_LIBRARY prefix_kernels
+#endif
+// One step more, so that the macro's argument is replaced before torch makes a name of it.
+#define PREFIX_KERNELS_DEFINE(library, m) TORCH_LIBRARY(library, m)
+#define PREFIX_KERNELS_IMPLEMENT(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 
 namespace prefix_kernels {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                               const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
-                                               const OptionalTensor& attn_mask, const OptionalTensor& prefix_ids,
-                                               const OptionalTensor& prefix_lens, const OptionalTensor& query_offsets,
-                                               const OptionalTensor& dropout_seed, double dropout_p, bool is_causal,
-                                               std::optional<double> scale, std::optional<int64_t> query_offset,
-                                               int64_t window_left, int64_t window_right, bool window_includes_prefix,
-                                               double softcap) {
+template <auto kForward>
+std::tuple<at::Tensor, at::Tensor> forward_on(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                              const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
+                                              const OptionalTensor& attn_mask, const OptionalTensor& prefix_ids,
+                                              const OptionalTensor& prefix_lens, const OptionalTensor& query_offsets,
+                                              const OptionalTensor& dropout_seed, double dropout_p, bool is_causal,
+                                              std::optional<double> scale, std::optional<int64_t> query_offset,
+                                              int64_t window_left, int64_t window_right, bool window_includes_prefix,
+                                              double softcap) {
   const OptionalTensor some_key = key, some_value = value;
-  return cpu::forward({query, some_key, some_value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens,
-                       query_offsets, dropout_seed, dropout_p, is_causal, scale, query_offset, window_left,
-                       window_right, window_includes_prefix, softcap});
+  return kForward({query, some_key, some_value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens,
+                   query_offsets, dropout_seed, dropout_p, is_causal, scale, query_offset, window_left, window_right,
+                   window_includes_prefix, softcap});
 }
 
-std::vector<at::Tensor> backward_cpu(const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query,
-                                     const OptionalTensor& key, const OptionalTensor& value,
-                                     const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
-                                     const OptionalTensor& out, const at::Tensor& lse, const OptionalTensor& attn_mask,
-                                     const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
-                                     const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed,
-                                     double dropout_p, bool is_causal, std::optional<double> scale,
-                                     std::optional<int64_t> query_offset, int64_t window_left, int64_t window_right,
-                                     bool window_includes_prefix, double softcap, int64_t key_len,
-                                     std::array<bool, kNumGradients> needs) {
-  return cpu::backward(
+template <auto kBackward>
+std::vector<at::Tensor> backward_on(const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query,
+                                    const OptionalTensor& key, const OptionalTensor& value,
+                                    const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
+                                    const OptionalTensor& out, const at::Tensor& lse, const OptionalTensor& attn_mask,
+                                    const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
+                                    const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed,
+                                    double dropout_p, bool is_causal, std::optional<double> scale,
+                                    std::optional<int64_t> query_offset, int64_t window_left, int64_t window_right,
+                                    bool window_includes_prefix, double softcap, int64_t key_len,
+                                    std::array<bool, kNumGradients> needs) {
+  return kBackward(
       {query, key, value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens, query_offsets, dropout_seed,
        dropout_p, is_causal, scale, query_offset, window_left, window_right, window_includes_prefix, softcap},
       dout, dlse, out, lse, key_len, needs);
@@ -45,7 +64,7 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& dout, const OptionalTenso
   "float dropout_p, bool is_causal, float? scale, SymInt? query_offset, int window_left, int window_right, "  \
   "bool window_includes_prefix, float softcap"
 
-TORCH_LIBRARY(prefix_kernels, m) {
+PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? "
       "prefix_value, " PREFIX_KERNELS_OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -53,12 +72,28 @@ TORCH_LIBRARY(prefix_kernels, m) {
       "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor? key, Tensor? value, Tensor? prefix_key, "
       "Tensor? prefix_value, Tensor? out, Tensor lse, " PREFIX_KERNELS_OPTIONS
       ", SymInt key_len, bool[5] needs) -> Tensor[]");
+#if !defined(PREFIX_KERNELS_EMULATED)
   m.def("cpu_isa() -> str", &cpu::isa);
+#endif
 }
 
-TORCH_LIBRARY_IMPL(prefix_kernels, CPU, m) {
-  m.impl("forward", &forward_cpu);
-  m.impl("backward", &backward_cpu);
+#if defined(PREFIX_KERNELS_EMULATED)
+PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
+  m.impl("forward", &forward_on<&cuda::forward>);
+  m.impl("backward", &backward_on<&cuda::backward>);
 }
+#else
+PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
+  m.impl("forward", &forward_on<&cpu::forward>);
+  m.impl("backward", &backward_on<&cpu::backward>);
+}
+#endif
+
+#if defined(PREFIX_KERNELS_WITH_CUDA)
+PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CUDA, m) {
+  m.impl("forward", &forward_on<&cuda::forward>);
+  m.impl("backward", &backward_on<&cuda::backward>);
+}
+#endif
 
 }  // namespace prefix_kernels

@@ -34,6 +34,10 @@ PREFIX_KERNELS_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t row_group,
   return {{c0, c1, c2, c3}};
 }
 
+PREFIX_KERNELS_HOST_DEVICE uint64_t dropout_seed(const AttentionParams& p) {
+  return p.dropout_seed_ptr != nullptr ? static_cast<uint64_t>(*p.dropout_seed_ptr) : p.dropout_seed;
+}
+
 // A kept element is scaled by this, the exact inverse of the probability of keeping it.
 PREFIX_KERNELS_HOST_DEVICE double dropout_rescale(uint32_t threshold) {
   return threshold < 65536u ? 65536.0 / (65536.0 - threshold) : 0.0;

@@ -80,7 +80,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *, operator=backward):
     query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * (len(_DIFFERENTIABLE) + _NUM_OPTIONS)
     if dout is None and dlse is None:
@@ -88,7 +88,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     if dout is None:
         dout = torch.zeros_like(query)
     computed = iter(
-        backward(
+        operator(
             dout,
             dlse if ctx.uses_dlse else None,
             query,

@@ -1,12 +1,11 @@
 #include "api.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
 
+#include "../results.h"
 #include "kernels.h"
 
 namespace prefix_kernels::cpu {
@@ -89,15 +88,6 @@ struct HostIntegers {
 
 bool is_double(const at::Tensor& query) { return query.scalar_type() == at::kDouble; }
 
-// A dense tensor with the strides of its input where the kernels can write them.
-at::Tensor empty_gradient(const at::Tensor& input) {
-  at::Tensor gradient = at::empty_like(input);
-  const bool writable = input.numel() > 0 && (input.size(-1) == 1 || gradient.stride(-1) == 1);
-  return writable ? gradient : at::empty_like(input, {}, at::MemoryFormat::Contiguous);
-}
-
-at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
-
 }  // namespace
 
 std::string isa() { return chosen_isa().name; }
@@ -109,15 +99,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
   HostIntegers integers;
   integers.attach(args, p);
 
-  // Laid out [B, Sq, Hq, D], so that merging the heads afterwards is free.
-  at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
-  at::Tensor lse =
-      at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(is_double(query) ? at::kDouble : at::kFloat));
-  p.out = make_operand(out);
-  p.lse = lse.mutable_data_ptr();
+  const std::tuple<at::Tensor, at::Tensor> results = empty_results(query, p);
   const CpuKernels& kernels = chosen_isa().kernels;
   (is_double(query) ? kernels.forward_double : kernels.forward_float)(p, at::get_num_threads(), run_workers);
-  return {out, lse};
+  return results;
 }
 
 std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
@@ -131,29 +116,8 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   HostIntegers integers;
   integers.attach(args, p);
 
-  const at::Tensor dense_dout = with_unit_stride(dout);
-  const at::Tensor dense_lse = lse.contiguous();
-  const at::Tensor dense_dlse = dlse.has_value() ? dlse->to(lse.scalar_type()).contiguous() : at::Tensor();
-  b.dout = make_operand(dense_dout);
-  if (out.has_value()) p.out = make_operand(*out);
-  p.lse = const_cast<void*>(dense_lse.const_data_ptr());
-  if (dlse.has_value()) b.dlse = dense_dlse.const_data_ptr();
-
-  const at::Tensor* inputs[kNumGradients] = {
-      &query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
-      args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
-  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
-  // twin.
-  const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
-  std::vector<at::Tensor> gradients;
-  for (int i = 0; i < kNumGradients; ++i) {
-    if (!needs[i]) continue;
-    const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
-    TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
-    gradients.push_back(empty_gradient(*like));
-    b.gradients[i] = make_operand(gradients.back());
-    if (p.batch == 0 || p.q_len == 0) gradients.back().zero_();
-  }
+  const ArrivingGradients arriving(dout, dlse, out, lse, b);
+  const std::vector<at::Tensor> gradients = empty_gradients(args, needs, b);
   if (p.batch == 0 || p.q_len == 0) return gradients;
   const CpuKernels& kernels = chosen_isa().kernels;
   (is_double(query) ? kernels.backward_double : kernels.backward_float)(b, at::get_num_threads(), run_workers);

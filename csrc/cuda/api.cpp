@@ -1,0 +1,89 @@
+#include "api.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../results.h"
+#include "check_range.h"
+#include "device.h"
+#include "dispatch.h"
+
+namespace prefix_kernels::cuda {
+namespace {
+
+// Integer tensors in the kernels' own form, kept alive for the call.
+struct DeviceIntegers {
+  at::Tensor ids, lens, offsets, seed;
+
+  void attach(const AttentionArguments& args, AttentionParams& p, const Device& device) {
+    const auto to_int64 = [](const at::Tensor& x) { return x.to(at::kLong).contiguous(); };
+    const auto data = [&](const at::Tensor& x) {
+      device.may_read(x);
+      return x.const_data_ptr<int64_t>();
+    };
+    if (args.prefix_ids.has_value() && p.prefix_slots > 0) {
+      ids = to_int64(*args.prefix_ids);
+      p.prefix_ids = data(ids);
+      check_range({p.prefix_ids, ids.numel(), -1, p.num_prefixes - 1, "prefix_ids"}, device.context());
+    }
+    if (args.prefix_lens.has_value() && p.prefix_slots > 0) {
+      lens = to_int64(*args.prefix_lens);
+      p.prefix_lens = data(lens);
+      check_range({p.prefix_lens, lens.numel(), 0, p.prefix_len, "prefix_lens"}, device.context());
+    }
+    if (args.query_offsets.has_value()) {
+      offsets = to_int64(*args.query_offsets).clamp(-kMaxPosition, kMaxPosition);
+      p.query_offsets = data(offsets);
+    }
+    if (p.dropout_threshold > 0) {
+      seed = *args.dropout_seed;
+      p.dropout_seed_ptr = data(seed);
+    }
+  }
+};
+
+void may_read_inputs(const AttentionArguments& args, const Device& device) {
+  device.may_read(args.query);
+  for (const std::optional<at::Tensor>* x :
+       {&args.key, &args.value, &args.prefix_key, &args.prefix_value, &args.attn_mask})
+    if (x->has_value()) device.may_read(**x);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
+  validate_forward(args);
+  AttentionParams p = make_params(args, args.key->size(2));
+  Device device(args.query);
+  const std::tuple<at::Tensor, at::Tensor> results = empty_results(args.query, p);
+  if (p.batch == 0 || p.q_len == 0) return results;
+  DeviceIntegers integers;
+  integers.attach(args, p, device);
+  may_read_inputs(args, device);
+  device.may_write(std::get<0>(results));
+  device.may_write(std::get<1>(results));
+  dispatch_forward(p, device.context());
+  return results;
+}
+
+std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
+                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
+                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs) {
+  validate_backward(args, dout, dlse, out, lse, key_len);
+  BackwardParams b;
+  b.forward = make_params(args, key_len);
+  Device device(args.query);
+  const ArrivingGradients arriving(dout, dlse, out, lse, b);
+  const std::vector<at::Tensor> gradients = empty_gradients(args, needs, b);
+  if (b.forward.batch == 0 || b.forward.q_len == 0) return gradients;
+  DeviceIntegers integers;
+  integers.attach(args, b.forward, device);
+  may_read_inputs(args, device);
+  for (const at::Tensor& x : {arriving.dout, arriving.lse, arriving.dlse, out.value_or(at::Tensor())})
+    if (x.defined()) device.may_read(x);
+  for (const at::Tensor& x : gradients) device.may_write(x);
+  dispatch_backward(b, device.context());
+  return gradients;
+}
+
+}  // namespace prefix_kernels::cuda

@@ -1,0 +1,21 @@
+// A GPU's entry points: tensors in, tensors out. Nothing here reads what stands in the device's memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "../validate.h"
+
+namespace prefix_kernels::cuda {
+
+std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args);
+
+// The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
+std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
+                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
+                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs);
+
+}  // namespace prefix_kernels::cuda

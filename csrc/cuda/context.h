@@ -1,0 +1,24 @@
+// What a kernel's host function knows of the device that it launches on; no torch, no CUDA headers.
+#pragma once
+
+#include <cstddef>
+
+struct CUstream_st;
+
+namespace prefix_kernels::cuda {
+
+using Stream = CUstream_st*;  // a cudaStream_t
+
+struct Context {
+  int architecture = 0;  // 80, 86, 90, ...: the compute capability without its dot
+  int sm_count = 0;      // streaming multiprocessors
+  Stream stream = nullptr;
+
+  // Device memory, 256-byte aligned and not initialised, for kernels launched on `stream` until the operator returns.
+  void* allocate(size_t bytes) const { return allocate_in(owner, bytes); }
+
+  void* (*allocate_in)(void* owner, size_t bytes) = nullptr;
+  void* owner = nullptr;
+};
+
+}  // namespace prefix_kernels::cuda

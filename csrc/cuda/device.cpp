@@ -1,0 +1,47 @@
+#include "device.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "architectures.h"
+
+namespace prefix_kernels::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+struct Device::Guard {
+  explicit Guard(c10::Device device) : guard(device) {}
+  c10::cuda::CUDAGuard guard;
+};
+
+Device::Device(const at::Tensor& tensor) : guard_(std::make_unique<Guard>(tensor.device())), like_(tensor) {
+  const int device = tensor.get_device();
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  check_architecture(PREFIX_KERNELS_CUDA_ARCHITECTURES, major, minor, tensor.device().str());
+  context_ = {10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
+              c10::cuda::getCurrentCUDAStream(device).stream(), &Device::allocate, this};
+}
+
+Device::~Device() = default;
+
+void* Device::allocate(void* owner, size_t bytes) {
+  auto& self = *static_cast<Device*>(owner);
+  // The caching allocator hands memory out again in the order of the stream, and at multiples of 512 bytes.
+  self.workspaces_.push_back(at::empty({static_cast<int64_t>(bytes)}, self.like_.options().dtype(at::kByte)));
+  return self.workspaces_.back().mutable_data_ptr();
+}
+
+void Device::may_read(const at::Tensor&) const {}
+void Device::may_write(const at::Tensor&) const {}
+
+}  // namespace prefix_kernels::cuda

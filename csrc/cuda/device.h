@@ -1,0 +1,39 @@
+// The device that a tensor lies on: made current, checked, asked what a launch must know. device.cpp is a GPU's,
+// tests/emulator/device_on_host.cpp the emulator's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "context.h"
+
+namespace prefix_kernels::cuda {
+
+class Device {
+ public:
+  // Makes the tensor's device current until this object's end.
+  // Throws std::runtime_error where no kernel was compiled for its architecture.
+  explicit Device(const at::Tensor& tensor);
+  ~Device();
+
+  // On the device's current stream; valid as long as this object is.
+  const Context& context() const { return context_; }
+
+  // Tells the emulator's memory checks what the kernels may touch; a GPU needs no telling.
+  void may_read(const at::Tensor& tensor) const;
+  void may_write(const at::Tensor& tensor) const;
+
+ private:
+  struct Guard;
+
+  static void* allocate(void* owner, size_t bytes);
+
+  std::unique_ptr<Guard> guard_;
+  at::Tensor like_;  // where workspaces are allocated
+  std::vector<at::Tensor> workspaces_;
+  Context context_;
+};
+
+}  // namespace prefix_kernels::cuda

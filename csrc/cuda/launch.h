@@ -1,0 +1,44 @@
+// Launching a kernel that takes its parameters by value: by the CUDA runtime, or by the emulator on the host.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "context.h"
+#include "platform.cuh"
+
+#if !defined(__CUDACC__)
+#include "emulator_launch.h"
+#endif
+
+namespace prefix_kernels::cuda {
+
+#if defined(__CUDACC__)
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("prefix_kernels: ") + what + ": " + cudaGetErrorString(status));
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Params& params) {
+  // What a kernel may have without asking.
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (shared_bytes > kSharedWithoutAsking)
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "shared memory of a kernel");
+  kernel<<<grid, block, shared_bytes, stream>>>(params);
+  check_cuda(cudaGetLastError(), "launch of a kernel");
+}
+
+#else
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream, const Params& params) {
+  emulator::launch(kernel, grid, block, shared_bytes, params);
+}
+
+#endif
+
+}  // namespace prefix_kernels::cuda

@@ -1,0 +1,4 @@
+#include "../forward.cuh"
+
+template void prefix_kernels::cuda::simt::forward<float>(const prefix_kernels::AttentionParams&,
+                                                         const prefix_kernels::cuda::Context&);

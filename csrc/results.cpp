@@ -1,0 +1,62 @@
+#include "results.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+namespace prefix_kernels {
+namespace {
+
+// A dense tensor with the strides of its input where the kernels can write them.
+at::Tensor empty_gradient(const at::Tensor& input) {
+  at::Tensor gradient = at::empty_like(input);
+  const bool writable = input.numel() > 0 && (input.size(-1) == 1 || gradient.stride(-1) == 1);
+  return writable ? gradient : at::empty_like(input, {}, at::MemoryFormat::Contiguous);
+}
+
+at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, AttentionParams& p) {
+  const at::ScalarType lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
+  at::Tensor lse = at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(lse_type));
+  p.out = make_operand(out);
+  p.lse = lse.mutable_data_ptr();
+  return {out, lse};
+}
+
+std::vector<at::Tensor> empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs,
+                                        BackwardParams& b) {
+  const at::Tensor* inputs[kNumGradients] = {
+      &args.query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
+      args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
+  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
+  // twin.
+  const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
+  std::vector<at::Tensor> gradients;
+  for (int i = 0; i < kNumGradients; ++i) {
+    if (!needs[i]) continue;
+    const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
+    TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
+    gradients.push_back(empty_gradient(*like));
+    b.gradients[i] = make_operand(gradients.back());
+    if (b.forward.batch == 0 || b.forward.q_len == 0) gradients.back().zero_();
+  }
+  return gradients;
+}
+
+ArrivingGradients::ArrivingGradients(const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                                     const std::optional<at::Tensor>& out, const at::Tensor& lse, BackwardParams& b)
+    : dout(with_unit_stride(dout)), lse(lse.contiguous()) {
+  b.dout = make_operand(this->dout);
+  if (out.has_value()) b.forward.out = make_operand(*out);
+  b.forward.lse = const_cast<void*>(this->lse.const_data_ptr());
+  if (dlse.has_value()) {
+    this->dlse = dlse->to(lse.scalar_type()).contiguous();
+    b.dlse = this->dlse.const_data_ptr();
+  }
+}
+
+}  // namespace prefix_kernels

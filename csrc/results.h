@@ -1,0 +1,31 @@
+// The tensors that the operators make, alike on every device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "validate.h"
+
+namespace prefix_kernels {
+
+// (out, lse), not yet written, and p's view of them. out is laid out [B, Sq, Hq, D], so that merging the heads
+// afterwards is free; lse is float, or double for double queries.
+std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, AttentionParams& p);
+
+// The gradients asked for, in the order of the operator's list, and b's view of them: not yet written, or zero where
+// there is no query.
+std::vector<at::Tensor> empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs,
+                                        BackwardParams& b);
+
+// What arrives at the backward pass, in the layout that the kernels read. Keep it as long as b is used.
+struct ArrivingGradients {
+  at::Tensor dout, lse, dlse;
+
+  ArrivingGradients(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
+                    const at::Tensor& lse, BackwardParams& b);
+};
+
+}  // namespace prefix_kernels

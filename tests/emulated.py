@@ -1,0 +1,225 @@
+"""The CUDA kernels on a machine without a GPU: ``csrc/cuda`` compiled for the emulator of ``tests/emulator``.
+
+The same kernels, and the same host code that chooses and launches them, are compiled by g++ into a shared library that
+registers ``prefix_kernels_emulated::forward`` and ``backward`` (fast mode) or ``prefix_kernels_checked::...`` (check
+mode) for CPU tensors. Objects are kept in ``build/emulated`` and made anew when a file they were made from has changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from prefix_kernels import functional, ops
+
+CHECKOUT = Path(__file__).parent.parent
+EMULATOR = CHECKOUT / "tests" / "emulator"
+FOLDER = CHECKOUT / "build" / "emulated"
+MODES = ("fast", "check")
+NAMESPACES = {"fast": "prefix_kernels_emulated", "check": "prefix_kernels_checked"}
+
+_FLAGS = [
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-mavx2", "-mfma", "-mf16c"),
+    f"-I{EMULATOR}",
+]
+# An accumulator that nobody initialised must not be zero by luck.
+_KERNEL_FLAGS = {
+    "fast": ["-O2", "-g1", "-ftrivial-auto-var-init=pattern"],
+    "check": ["-O1", "-g", "-ftrivial-auto-var-init=pattern", "-fsanitize=thread", "-fno-tree-vectorize"],
+}
+_RUNTIME_FLAGS = {"fast": ["-O3", "-g1"], "check": ["-O3", "-g1", "-DPREFIX_KERNELS_CHECKED"]}
+
+
+class EmulatedBuildError(RuntimeError):
+    """The compiler refused a file; its messages are the text."""
+
+
+def kernel_sources() -> list[Path]:
+    """Every kernel of the CUDA build, in the order of setup.py."""
+    text = (CHECKOUT / "setup.py").read_text().partition("CUDA_SOURCES")[2].partition("\n]")[0]
+    return [CHECKOUT / line.strip(' ",') for line in text.splitlines() if line.strip().endswith('.cu",')]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "missing"
+
+
+@dataclass(frozen=True)
+class _Object:
+    source: Path
+    target: Path
+    command: tuple[str, ...]
+
+    @property
+    def _record(self) -> Path:
+        return self.target.with_suffix(".json")
+
+    def is_current(self) -> bool:
+        try:
+            record = json.loads(self._record.read_text())
+        except OSError:
+            return False
+        files = record["files"]
+        current = record["command"] == shlex.join(self.command) and self.target.is_file()
+        return current and all(_digest(Path(file)) == digest for file, digest in files.items())
+
+    def compile(self, stop: threading.Event) -> None:
+        if stop.is_set() or self.is_current():
+            return
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        run = subprocess.run(self.command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            stop.set()
+            raise EmulatedBuildError(f"{self.source.relative_to(CHECKOUT)}:\n{run.stderr}")
+        # A make rule: "object: source header header", long lines continued by a backslash.
+        rule = self.target.with_suffix(".d").read_text().replace("\\\n", " ")
+        digests = {file: _digest(CHECKOUT / file) for file in shlex.split(rule)[1:]}
+        digests = {str(CHECKOUT / file): digest for file, digest in digests.items()}
+        self._record.write_text(json.dumps({"command": shlex.join(self.command), "files": digests}))
+
+    def key(self) -> str:
+        return _digest(self.target)
+
+
+def _object(source: Path, mode: str, flags: list[str]) -> _Object:
+    name = str(source.relative_to(CHECKOUT)).replace("/", "_") + ".o"
+    target = FOLDER / mode / name
+    depend = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    command = (*compiler, "-x", "c++", *flags, *depend, "-c", str(source), "-o", str(target))
+    return _Object(source, target, command)
+
+
+def _torch_flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
+
+
+def _objects(mode: str) -> list[_Object]:
+    host = [*_FLAGS, *_RUNTIME_FLAGS[mode], "-O1", f"-DPREFIX_KERNELS_EMULATED={NAMESPACES[mode]}", *_torch_flags()]
+    # The slowest first.
+    objects = [_object(EMULATOR / "host_code.cpp", mode, host)]
+    return objects + [kernel_object(source, mode) for source in kernel_sources()] + runtime_objects(mode)
+
+
+def kernel_object(source: Path, mode: str) -> _Object:
+    """A file of kernels, compiled for the emulator."""
+    return _object(source, mode, [*_FLAGS, *_KERNEL_FLAGS[mode]])
+
+
+def runtime_objects(mode: str) -> list[_Object]:
+    """The emulator itself."""
+    runtime = [
+        path for path in sorted(EMULATOR.glob("*.cpp")) if path.name not in ("host_code.cpp", "device_on_host.cpp")
+    ]
+    if mode == "check":
+        runtime += sorted((EMULATOR / "check").glob("*.cpp"))
+    return [_object(source, mode, [*_FLAGS, *_RUNTIME_FLAGS[mode]]) for source in runtime]
+
+
+@contextmanager
+def _only_one_process() -> Iterator[None]:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(mode: str) -> Path:
+    """Compile what has changed and link it; returns the library.
+
+    Raises:
+        EmulatedBuildError: a file does not compile or the library does not link.
+    """
+    return build_library(mode, _objects(mode), [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"])
+
+
+def build_library(name: str, objects: list[_Object], libraries: list[str]) -> Path:
+    """`build` of other objects."""
+    with _only_one_process():
+        stop = threading.Event()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for finished in [pool.submit(each.compile, stop) for each in objects]:
+                finished.result()
+        # A library that a process has loaded is never written over.
+        key = hashlib.sha256("".join(each.key() for each in objects).encode()).hexdigest()[:16]
+        library = FOLDER / f"{name}-{key}.so"
+        if not library.is_file():
+            for old in FOLDER.glob(f"{name}-{16 * '?'}.so"):
+                old.unlink()
+            unfinished = library.with_suffix(".tmp")
+            # In check mode the runtime itself defines what -fsanitize=thread calls.
+            command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *[str(each.target) for each in objects]]
+            command += [*libraries, "-lpthread", "-ldl", "-o", str(unfinished)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode != 0:
+                raise EmulatedBuildError(run.stderr)
+            unfinished.rename(library)
+    return library
+
+
+@dataclass(frozen=True)
+class Library:
+    """The operators of one mode, and the emulator behind them."""
+
+    forward: Any
+    backward: Any
+    emulator: ctypes.CDLL
+
+    def seed(self, seed: int) -> None:
+        """The order of blocks, warps and lanes: 0 is the natural one, every other number another random one."""
+        self.emulator.prefix_kernels_emulator_seed(ctypes.c_uint64(seed))
+
+    def device(self, architecture: int, sm_count: int) -> None:
+        """Which GPU the host code sees: its compute capability (80 for 8.0) and number of multiprocessors."""
+        self.emulator.prefix_kernels_emulated_device(architecture, sm_count)
+
+
+@functools.cache
+def load(mode: str = "fast") -> Library:
+    """Build and load the operators of ``mode``, differentiable like those of the package."""
+    path = build(mode)
+    torch.ops.load_library(path)
+    namespace = getattr(torch.ops, NAMESPACES[mode])
+    torch.library.register_autograd(
+        f"{NAMESPACES[mode]}::forward",
+        functools.partial(ops._backward, operator=namespace.backward),
+        setup_context=ops._setup_context,
+    )
+    return Library(namespace.forward, namespace.backward, ctypes.CDLL(str(path)))
+
+
+def emulated_prefix_attention(
+    *arguments: Any, mode: str = "fast", seed: int = 0, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`prefix_kernels.prefix_attention` of CPU tensors by the CUDA kernels, with its arguments.
+
+    Args:
+        mode: ``fast``, or ``check``: every load and store of the kernels is checked.
+        seed: the order of blocks, warps and lanes, in the backward pass too unless another call changes it.
+    """
+    library = load(mode)
+    library.seed(seed)
+    with mock.patch.object(functional, "ops", SimpleNamespace(forward=library.forward)):
+        return functional.prefix_attention(*arguments, **options)

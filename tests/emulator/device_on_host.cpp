@@ -1,0 +1,62 @@
+// The emulated GPU as the host code of csrc/cuda sees it: what a Device tells, with tensors in the host's memory.
+#include <ATen/ops/empty.h>
+
+#include "../../csrc/cuda/architectures.h"
+#include "../../csrc/cuda/device.h"
+#include "emulator_launch.h"
+
+namespace {
+
+int architecture = 80;
+int sm_count = 4;
+
+}  // namespace
+
+// Which GPU the emulator is: its compute capability without the dot, and its number of multiprocessors.
+extern "C" __attribute__((visibility("default"))) void prefix_kernels_emulated_device(int new_architecture,
+                                                                                      int new_sm_count) {
+  architecture = new_architecture;
+  sm_count = new_sm_count;
+}
+
+namespace prefix_kernels::cuda {
+namespace {
+
+// From a tensor's first element to behind its last; what lies between its rows is left to the poison of the tests.
+size_t extent_in_bytes(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return static_cast<size_t>(last + 1) * tensor.element_size();
+}
+
+}  // namespace
+
+struct Device::Guard {};
+
+Device::Device(const at::Tensor& tensor) : like_(tensor) {
+  check_architecture("8.0;9.0+PTX", architecture / 10, architecture % 10, "the emulated GPU");
+  context_ = {architecture, sm_count, nullptr, &Device::allocate, this};
+  emulator::clear_globals();
+}
+
+Device::~Device() { emulator::clear_globals(); }
+
+void* Device::allocate(void* owner, size_t bytes) {
+  auto& self = *static_cast<Device*>(owner);
+  self.workspaces_.push_back(at::empty({static_cast<int64_t>(bytes)}, self.like_.options().dtype(at::kByte)));
+  // A byte that no kernel has written must not pass for a number.
+  self.workspaces_.back().fill_(0xFF);
+  emulator::register_global(self.workspaces_.back().const_data_ptr(), bytes, "workspace", true, false);
+  return self.workspaces_.back().mutable_data_ptr();
+}
+
+void Device::may_read(const at::Tensor& tensor) const {
+  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), "an input", false, true);
+}
+
+void Device::may_write(const at::Tensor& tensor) const {
+  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), "an output", true, false);
+}
+
+}  // namespace prefix_kernels::cuda
