@@ -1,0 +1,92 @@
+// What happens to the scores of a cell between the two products: scale, softcap, mask, visibility, dropout.
+//
+// A thread holds, of a 16 x 16 block, the rows g and g + 8 with g = lane / 4, and of each the columns 2t, 2t + 1, 2t +
+// 8, 2t + 9 with t = lane % 4: `left` and `right` are two accumulators of mma_16816.
+#pragma once
+
+#include "../philox.h"
+#include "kv_tiles.cuh"
+
+namespace prefix_kernels::cuda {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr int kColumnsPerThread = 4;  // of a row of a cell
+
+__device__ __forceinline__ float minus_infinity() { return -INFINITY; }
+
+// The k-th of the thread's columns.
+__device__ __forceinline__ int column_of(int lane, int k) { return 2 * (lane % 4) + (k & 1) + 8 * (k >> 1); }
+
+__device__ __forceinline__ void hide_unseen(float (&left)[4], float (&right)[4], Span top, Span bottom, int lane) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const Span& seen = e < 2 ? top : bottom;
+    if (!seen.holds(column_of(lane, e & 1))) left[e] = minus_infinity();
+    if (!seen.holds(column_of(lane, 2 + (e & 1)))) right[e] = minus_infinity();
+  }
+}
+
+// cap * tanh(x / cap)
+__device__ __forceinline__ float softcapped(float x, float cap) {
+  const float power = ptx::exp2_approx(x / cap * (2 * kLog2E));
+  return cap * (1 - 2 / (1 + power));
+}
+
+// The mask over one cell.
+struct CellMask {
+  const MaskOperand& mask;
+  int64_t column;  // the cell's first, in the mask
+  bool applies;
+
+  __device__ __forceinline__ CellMask(const AttentionParams& p, const Cell& cell) : mask(p.mask) {
+    const bool in_sequence = cell.segment == 0;
+    column = cell.first + (in_sequence ? mask.prefix_columns : (cell.segment - 1) * p.prefix_len);
+    applies = mask.data != nullptr && (in_sequence || mask.prefix_columns > 0);
+  }
+
+  // What is added to the scores of the thread's columns: -inf where the mask hides a column.
+  __device__ __forceinline__ void load(float (&bias)[kColumnsPerThread], int64_t batch, int64_t head, int64_t query,
+                                       int columns, int lane) const {
+    const int64_t row = batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride;
+#pragma unroll
+    for (int k = 0; k < kColumnsPerThread; ++k) {
+      bias[k] = 0.0f;
+      const int in_cell = column_of(lane, k);
+      if (!applies || in_cell >= columns) continue;
+      const int64_t at = row + (column + in_cell) * mask.column_stride;
+      const char* data = static_cast<const char*>(mask.data);
+      if (mask.is_bool) {
+        bias[k] = data[at] != 0 ? 0.0f : minus_infinity();
+      } else {
+        bias[k] = load_element(data + at * dtype_bytes(mask.dtype), mask.dtype);
+      }
+    }
+  }
+};
+
+// Scores of one row, two of `left` and two of `right` from index `from` on, made final: natural units.
+__device__ __forceinline__ void finish_scores(float (&left)[4], float (&right)[4], int from, float scale, float softcap,
+                                              const float (&bias)[kColumnsPerThread], Span seen, int lane) {
+#pragma unroll
+  for (int k = 0; k < kColumnsPerThread; ++k) {
+    float& score = k < 2 ? left[from + (k & 1)] : right[from + (k & 1)];
+    float x = score * scale;
+    if (softcap > 0) x = softcapped(x, softcap);
+    score = seen.holds(column_of(lane, k)) ? x + bias[k] : minus_infinity();
+  }
+}
+
+// Sets to zero the probabilities that dropout drops. `row_cell` is the number of the block's 16 rows among the queries.
+__device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], uint64_t seed, uint32_t threshold,
+                                         int row_cell, int64_t head, const Cell& cell, int lane) {
+  const PhiloxWords words = philox(seed, row_cell * 8 + lane / 4, cell.first / kCell * 4 + lane % 4,
+                                   static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int shift = 16 * (e & 1);
+    if (((words.word[(e >> 1) * 2] >> shift) & 0xFFFFu) < threshold) left[e] = 0.0f;
+    if (((words.word[(e >> 1) * 2 + 1] >> shift) & 0xFFFFu) < threshold) right[e] = 0.0f;
+  }
+}
+
+}  // namespace prefix_kernels::cuda

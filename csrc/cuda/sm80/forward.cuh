@@ -1,0 +1,397 @@
+// Attention of [prefixes ; sequence], forward, after FlashAttention-2 (Dao, 2023).
+//
+//   S = scale Q K'^T      P = softmax(S)      out = P V'      lse = log sum exp S
+//
+// A block of four warps owns kRows rows: queries of one head, or of several heads that share keys, the head running
+// fastest. A warp owns 16 kRowBlocks of them alone: it never exchanges scores with another. Keys and values pass by in
+// tiles of kCells cells, two buffers each:
+//
+//   copy   | K0 | V0 | K1        | V1        | K2        | V2 ...
+//   compute           S = Q K0^T   out += P V0  S = Q K1^T
+//
+// Scores stay in registers: a thread's accumulators of S are, packed to 16 bits, its operand of P V'.
+#pragma once
+
+#include "../launch.h"
+#include "../softmax.cuh"
+#include "forward.h"
+
+namespace prefix_kernels::cuda::sm80 {
+
+// Which query and head a row of a block stands for.
+struct PackedRows {
+  int first;  // the block's first row, among
+  int count;  // queries times packed heads
+  int pack;   // heads
+  int first_head;
+
+  __device__ __forceinline__ bool exists(int row) const { return first + row < count; }
+  __device__ __forceinline__ int query(int row) const { return pack == 1 ? first + row : (first + row) / pack; }
+  __device__ __forceinline__ int head(int row) const {
+    return pack == 1 ? first_head : first_head + (first + row) % pack;
+  }
+};
+
+// What a warp's rows see: all of them, and any of them.
+struct WarpView {
+  Span everyone{0, 0};        // columns of the sequence
+  Span anyone{0, 0};          // columns of the sequence
+  int prefix_cells_seen = 0;  // visited cells, from the first on, of which every row sees 16 columns
+  bool sees_prefix = false;
+
+  __device__ __forceinline__ WarpView(const AttentionParams& p, const VisitedCells& cells, int64_t first_position,
+                                      int64_t last_position) {
+    const QueryView first(p, cells.prefixes, first_position), last(p, cells.prefixes, last_position);
+    everyone = {last.sequence.begin, first.sequence.end};
+    anyone = {first.sequence.begin, last.sequence.end};
+    sees_prefix = true;
+    if (last.prefix_begin == 0) {
+      prefix_cells_seen = cells.prefixes.full         ? cells.prefix_cells
+                          : cells.prefixes.slots == 1 ? cells.prefixes.only_length / kCell
+                                                      : 0;
+    }
+  }
+
+  // A warp without rows.
+  WarpView() = default;
+
+  __device__ __forceinline__ bool everyone_sees(const VisitedCells& cells, int begin, int end) const {
+    const int from = cells.sequence_begin + (max(begin, cells.prefix_cells) - cells.prefix_cells) * kCell;
+    const int to = cells.sequence_begin + (end - cells.prefix_cells) * kCell;
+    return end <= cells.count && min(end, cells.prefix_cells) <= prefix_cells_seen &&
+           (end <= cells.prefix_cells || (from >= everyone.begin && to <= everyone.end));
+  }
+
+  __device__ __forceinline__ bool anyone_sees(const Cell& cell) const {
+    if (cell.segment != 0) return sees_prefix && cell.count > 0;
+    return cell.first + kCell > anyone.begin && cell.first < anyone.end;
+  }
+};
+
+struct ForwardParams {
+  AttentionParams attention;
+  int pack;          // heads packed into a block's rows
+  int row_tiles;     // blocks per (batch row, packed heads)
+  bool whole_query;  // has_whole_chunks
+  bool whole_key;
+  bool whole_value;
+  bool whole_prefix_key;
+  bool whole_prefix_value;
+  bool whole_out;
+};
+
+template <typename Element, int kHeadDim_, bool kGeneral_, int kRowBlocks_>
+struct ForwardTraits {
+  using T = Element;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kGeneral = kGeneral_;     // mask, softcap, dropout or a scale that is not positive
+  static constexpr int kRowBlocks = kRowBlocks_;  // per warp
+  static constexpr int kThreads = 4 * kWarpSize;
+  static constexpr int kWarpRows = kCell * kRowBlocks;
+  static constexpr int kRows = 4 * kWarpRows;
+  static constexpr int kCells = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kColumns = kCells * kCell;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+
+  static constexpr int kQueryBytes = SharedTile<kHeadDim>::bytes(kRows);
+  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kColumns);
+  static constexpr int kKeyOffset = kQueryBytes + kSharedGap;
+  static constexpr int kTileStride = kTileBytes + kSharedGap;
+  static constexpr int kValueOffset = kKeyOffset + 2 * kTileStride;
+  static constexpr int kSharedBytes = kValueOffset + 2 * kTileStride;
+  static_assert(kQueryBytes + 4 * kTileBytes <= 99 * 1024, "shared memory of a block on compute capability 8.6");
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const ForwardParams params) {
+  using T = typename Traits::T;
+  constexpr int kHeadDim = Traits::kHeadDim, kCells = Traits::kCells, kRowBlocks = Traits::kRowBlocks;
+  constexpr int kBlocksOfHead = kHeadDim / kCell;
+  const AttentionParams& p = params.attention;
+  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int head_dim = static_cast<int>(p.head_dim);
+
+  // Blocks that share keys follow one another; of a causal head, those with the most columns come first.
+  const int packs = static_cast<int>(p.q_heads) / params.pack;
+  const int tile_number = blockIdx.x % params.row_tiles, rest = blockIdx.x / params.row_tiles;
+  const int64_t batch = rest / packs;
+  PackedRows rows;
+  rows.first = (params.row_tiles - 1 - tile_number) * Traits::kRows;
+  rows.count = static_cast<int>(p.q_len) * params.pack;
+  rows.pack = params.pack;
+  rows.first_head = rest % packs * params.pack;
+  const int64_t kv_head = rows.first_head / (p.q_heads / p.kv_heads);
+
+  const int64_t offset = row_query_offset(p, batch);
+  const int last_row = min(Traits::kRows, rows.count - rows.first) - 1;
+  const VisitedCells cells(p, batch, rows.query(0) + offset, rows.query(last_row) + offset);
+  const int warp_row = warp * Traits::kWarpRows;
+  const WarpView view = rows.exists(warp_row)
+                            ? WarpView(p, cells, rows.query(warp_row) + offset,
+                                       rows.query(min(warp_row + Traits::kWarpRows - 1, last_row)) + offset)
+                            : WarpView();
+
+  T* const query_tile = reinterpret_cast<T*>(shared_memory());
+  shared_buffer(query_tile, Traits::kQueryBytes);
+  const auto key_tile = [](int j) {
+    return reinterpret_cast<T*>(shared_memory() + Traits::kKeyOffset + j % 2 * Traits::kTileStride);
+  };
+  const auto value_tile = [](int j) {
+    return reinterpret_cast<T*>(shared_memory() + Traits::kValueOffset + j % 2 * Traits::kTileStride);
+  };
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    shared_buffer(key_tile(j), Traits::kTileBytes);
+    shared_buffer(value_tile(j), Traits::kTileBytes);
+  }
+
+  const TileLoader<T, kHeadDim, Traits::kThreads> keys(p.key, params.whole_key, p.prefix_key, params.whole_prefix_key,
+                                                       batch, kv_head, head_dim, thread);
+  const TileLoader<T, kHeadDim, Traits::kThreads> values(p.value, params.whole_value, p.prefix_value,
+                                                         params.whole_prefix_value, batch, kv_head, head_dim, thread);
+  const int tiles = (cells.count + kCells - 1) / kCells;
+
+  {
+    constexpr int kLanes = kLanesPerRow<kHeadDim>;
+#pragma unroll
+    for (int row = thread / kLanes; row < Traits::kRows; row += Traits::kThreads / kLanes) {
+      const bool valid = row <= last_row;
+      const int source = valid ? row : 0;
+      const HeadRows head(p.query, batch, rows.head(source), params.whole_query);
+      copy_row<T, kHeadDim>(query_tile, row, head.row(rows.query(source)), head.dtype, head.whole_chunks,
+                            thread % kLanes, head_dim, valid);
+    }
+  }
+  keys.template load<kCells>(key_tile(0), p, cells, 0);
+  ptx::cp_async_commit();
+  values.template load<kCells>(value_tile(0), p, cells, 0);
+  ptx::cp_async_commit();
+
+  const BlockReader<T, kHeadDim, Quarters::kDown> query(query_tile + warp_row * kHeadDim, lane);
+  uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][kRowBlocks][4];
+  ptx::cp_async_wait<1>();
+  __syncthreads();  // the queries are there
+  if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kBlocksOfHead; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) query.load(query_blocks[k][m], m, k);
+    }
+  }
+  const auto load_query = [&](uint32_t (&a)[kRowBlocks][4], int k) {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+      if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = query_blocks[k][m][i];
+      } else {
+        query.load(a[m], m, k);
+      }
+    }
+  };
+
+  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
+  const uint64_t seed = Traits::kGeneral && p.dropout_threshold > 0 ? dropout_seed(p) : 0;
+  OnlineSoftmax<kRowBlocks, Traits::kGeneral> softmax(Traits::kGeneral ? 1.0f : scale);
+  float out[kRowBlocks][2 * kBlocksOfHead][4];
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
+    }
+  }
+
+#pragma unroll 1
+  for (int j = 0; j < tiles; ++j) {
+    const int first_cell = j * kCells;
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // all have key tile j, and none reads tile j - 1 any more
+    if (j + 1 < tiles) keys.template load<kCells>(key_tile(j + 1), p, cells, first_cell + kCells);
+    ptx::cp_async_commit();
+
+    // S = Q K'^T
+    float scores[kRowBlocks][2 * kCells][4];
+    const BlockReader<T, kHeadDim, Quarters::kAcross> key(key_tile(j), lane);
+    unsigned seen = 0;  // one bit per cell
+    if (!Traits::kGeneral && view.everyone_sees(cells, first_cell, first_cell + kCells)) {
+      seen = (1u << kCells) - 1;
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kCells; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kBlocksOfHead; ++k) {
+        uint32_t a[kRowBlocks][4];
+        load_query(a, k);
+#pragma unroll
+        for (int c = 0; c < kCells; ++c) {
+          uint32_t b[4];
+          key.load(b, c, k);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) mma_block<T>(scores[m][2 * c], scores[m][2 * c + 1], a[m], b);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kCells; ++c) {
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[m][2 * c][e] = scores[m][2 * c + 1][e] = minus_infinity();
+        }
+        if (first_cell + c >= cells.count) continue;
+        const Cell cell = cells.cell(p, first_cell + c);
+        if (!view.anyone_sees(cell)) continue;
+        seen |= 1u << c;
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[m][2 * c][e] = scores[m][2 * c + 1][e] = 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < kBlocksOfHead; ++k) {
+          uint32_t a[kRowBlocks][4], b[4];
+          load_query(a, k);
+          key.load(b, c, k);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) mma_block<T>(scores[m][2 * c], scores[m][2 * c + 1], a[m], b);
+        }
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          const int row = warp_row + m * kCell + lane / 4;
+          const Span top = QueryView(p, cells.prefixes, rows.query(row) + offset).in(p, cells, cell);
+          const Span bottom = QueryView(p, cells.prefixes, rows.query(row + 8) + offset).in(p, cells, cell);
+          if constexpr (Traits::kGeneral) {
+            const CellMask mask(p, cell);
+            float bias[kColumnsPerThread];
+            const int top_row = min(row, last_row), bottom_row = min(row + 8, last_row);
+            mask.load(bias, batch, rows.head(top_row), rows.query(top_row), cell.count, lane);
+            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 0, scale, softcap, bias, top, lane);
+            mask.load(bias, batch, rows.head(bottom_row), rows.query(bottom_row), cell.count, lane);
+            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 2, scale, softcap, bias, bottom, lane);
+          } else {
+            hide_unseen(scores[m][2 * c], scores[m][2 * c + 1], top, bottom, lane);
+          }
+        }
+      }
+    }
+    if (seen != 0) softmax.update(scores, out);
+
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // all have value tile j
+    if (j + 1 < tiles) values.template load<kCells>(value_tile(j + 1), p, cells, first_cell + kCells);
+    ptx::cp_async_commit();
+
+    // out += P V'
+    const BlockReader<T, kHeadDim, Quarters::kDown> value(value_tile(j), lane);
+#pragma unroll
+    for (int c = 0; c < kCells; ++c) {
+      if ((seen >> c & 1) == 0) continue;
+      uint32_t a[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        if constexpr (Traits::kGeneral) {
+          if (p.dropout_threshold > 0) {
+            drop_out(scores[m][2 * c], scores[m][2 * c + 1], seed, p.dropout_threshold,
+                     (rows.first + warp_row) / kCell + m, batch * p.q_heads + rows.first_head,
+                     cells.cell(p, first_cell + c), lane);
+          }
+        }
+        pack_operand<T>(a[m], scores[m][2 * c], scores[m][2 * c + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocksOfHead; ++n) {
+        uint32_t b[4];
+        value.load_transposed(b, c, n);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) mma_block<T>(out[m][2 * n], out[m][2 * n + 1], a[m], b);
+      }
+    }
+  }
+
+  // Of the queries' tile, a warp has read its own rows alone: they take the output, and leave in whole chunks.
+  ptx::cp_async_wait<0>();
+  const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int row = warp_row + m * kCell + half_row * 8 + lane / 4;
+      const RowResult result = softmax.finish(m, half_row);
+      const float factor = result.factor * rescale;
+#pragma unroll
+      for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
+        T* chunk = query_tile + SharedTile<kHeadDim>::offset(row, n);
+        *reinterpret_cast<uint32_t*>(chunk + 2 * (lane % 4)) =
+            pack2<T>(out[m][n][2 * half_row] * factor, out[m][n][2 * half_row + 1] * factor);
+      }
+      if (lane % 4 == 0 && row <= last_row) {
+        const int64_t head = batch * p.q_heads + rows.head(row);
+        static_cast<float*>(p.lse)[head * p.q_len + rows.query(row)] = result.lse;
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kLanes = kLanesPerRow<kHeadDim>;
+#pragma unroll
+  for (int i = 0; i < Traits::kWarpRows; i += kWarpSize / kLanes) {
+    const int row = warp_row + i + lane / kLanes;
+    if (row > last_row) continue;
+    const HeadRows head(p.out, batch, rows.head(row), params.whole_out);
+    T* const out_row = reinterpret_cast<T*>(const_cast<char*>(head.row(rows.query(row))));
+#pragma unroll
+    for (int chunk = lane % kLanes; chunk < kHeadDim / kChunk; chunk += kLanes) {
+      store_chunk(out_row, query_tile + SharedTile<kHeadDim>::offset(row, chunk), chunk * kChunk, head_dim,
+                  params.whole_out);
+    }
+  }
+}
+
+template <typename Traits>
+void launch_forward(ForwardParams& params, const Context& context) {
+  const AttentionParams& p = params.attention;
+  const int64_t group = p.q_heads / p.kv_heads;
+  const auto tiles = [&](int64_t rows) { return (rows + Traits::kRows - 1) / Traits::kRows; };
+  // Dropout bits belong to 16 queries of one head.
+  const bool packs = p.dropout_threshold == 0 && tiles(p.q_len * group) < tiles(p.q_len) * group;
+  params.pack = packs ? static_cast<int>(group) : 1;
+  params.row_tiles = static_cast<int>(tiles(p.q_len * params.pack));
+  const int64_t blocks = params.row_tiles * (p.q_heads / params.pack) * p.batch;
+  launch(forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
+         context.stream, params);
+}
+
+template <DType kDType, int kHeadDim>
+void forward(const AttentionParams& p, const Context& context) {
+  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
+  ForwardParams params;
+  params.attention = p;
+  params.whole_query = has_whole_chunks<T>(p.query, p.head_dim);
+  params.whole_key = has_whole_chunks<T>(p.key, p.head_dim);
+  params.whole_value = has_whole_chunks<T>(p.value, p.head_dim);
+  params.whole_prefix_key = has_whole_chunks<T>(p.prefix_key, p.head_dim);
+  params.whole_prefix_value = has_whole_chunks<T>(p.prefix_value, p.head_dim);
+  params.whole_out = has_whole_chunks<T>(p.out, p.head_dim);
+
+  constexpr int kRowBlocks = kHeadDim <= 128 ? 2 : 1;
+  const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
+  // Half as many rows per block where whole ones would leave multiprocessors without work.
+  const int64_t rows = ForwardTraits<T, kHeadDim, false, kRowBlocks>::kRows;
+  const bool small = (p.q_len + rows - 1) / rows * p.q_heads * p.batch < context.sm_count || p.q_len <= rows / 2;
+  if (general) {
+    launch_forward<ForwardTraits<T, kHeadDim, true, 1>>(params, context);
+  } else if (small) {
+    launch_forward<ForwardTraits<T, kHeadDim, false, 1>>(params, context);
+  } else {
+    launch_forward<ForwardTraits<T, kHeadDim, false, kRowBlocks>>(params, context);
+  }
+}
+
+}  // namespace prefix_kernels::cuda::sm80

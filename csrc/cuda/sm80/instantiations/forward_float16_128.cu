@@ -1,0 +1,7 @@
+#include "../forward.cuh"
+
+namespace prefix_kernels::cuda::sm80 {
+
+template void forward<DType::kFloat16, 128>(const AttentionParams&, const Context&);
+
+}  // namespace prefix_kernels::cuda::sm80

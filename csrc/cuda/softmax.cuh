@@ -1,0 +1,122 @@
+// The online softmax of a warp's rows, in base 2.
+//
+// Scores arrive tile by tile. Per row are kept the maximum so far and the sum of exp(score - maximum); when the maximum
+// grows, what was summed before, and the output with it, is scaled down. A thread sums its own columns; the four that
+// share a row add up at the end.
+#pragma once
+
+#include "scores.cuh"
+
+namespace prefix_kernels::cuda {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Over the four threads that hold a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// The finished row: its output is to be scaled by `factor`.
+struct RowResult {
+  float factor;
+  float lse;  // natural logarithm
+};
+
+// kRowBlocks: 16-row blocks of the warp. kScaled: scores are final, in natural units; else they are products of query
+// and key, to be scaled by a positive number, which costs one instruction less per score.
+template <int kRowBlocks, bool kScaled>
+class OnlineSoftmax {
+ public:
+  // `scale`: what turns scores into natural units.
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale_(scale) {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        maximum_[m][half_row] = minus_infinity();
+        sum_[m][half_row] = 0.0f;
+      }
+    }
+  }
+
+  // Turns scores into probabilities relative to the maximum so far, to which it brings `out`.
+  template <int kColumns, int kOut>
+  __device__ __forceinline__ void update(float (&scores)[kRowBlocks][kColumns][4], float (&out)[kRowBlocks][kOut][4]) {
+    const float factor = scale_ * kLog2E;
+    float now[kRowBlocks][2];
+    bool grew = false;
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        float most = maximum_[m][half_row];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          most = fmaxf(most, fmaxf(scores[m][n][2 * half_row], scores[m][n][2 * half_row + 1]));
+        }
+        now[m][half_row] = row_max(most);
+        grew = grew || now[m][half_row] > maximum_[m][half_row];
+      }
+    }
+    // Mostly nothing grows, after the first tiles.
+    if (__any_sync(kAllLanes, grew)) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int half_row = 0; half_row < 2; ++half_row) {
+          const float shrink = ptx::exp2_approx((maximum_[m][half_row] - finite(now[m][half_row])) * factor);
+          maximum_[m][half_row] = now[m][half_row];
+          sum_[m][half_row] *= shrink;
+#pragma unroll
+          for (int n = 0; n < kOut; ++n) {
+            out[m][n][2 * half_row] *= shrink;
+            out[m][n][2 * half_row + 1] *= shrink;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const float reference = finite(maximum_[m][half_row]);
+        const float offset = reference * factor;
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+          for (int e = 2 * half_row; e < 2 * half_row + 2; ++e) {
+            float& score = scores[m][n][e];
+            // Final scores may be as low as a mask can make them: their difference is finite, their multiple is not.
+            score = ptx::exp2_approx(kScaled ? (score - reference) * factor : score * factor - offset);
+            total += score;
+          }
+        }
+        sum_[m][half_row] += total;
+      }
+    }
+  }
+
+  // Of row half_row * 8 + lane / 4 of block m.
+  __device__ __forceinline__ RowResult finish(int m, int half_row) const {
+    const float sum = row_sum(sum_[m][half_row]);
+    if (sum == 0.0f) return {0.0f, minus_infinity()};
+    return {1.0f / sum, maximum_[m][half_row] * scale_ + logf(sum)};
+  }
+
+ private:
+  // A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is still 0.
+  __device__ __forceinline__ static float finite(float maximum) { return maximum == minus_infinity() ? 0.0f : maximum; }
+
+  float scale_;
+  float maximum_[kRowBlocks][2];
+  float sum_[kRowBlocks][2];
+};
+
+}  // namespace prefix_kernels::cuda
