@@ -196,9 +196,13 @@ class Library:
         self.emulator.prefix_kernels_emulated_device(architecture, sm_count)
 
 
-@functools.cache
 def load(mode: str = "fast") -> Library:
     """Build and load the operators of ``mode``, differentiable like those of the package."""
+    return _load(mode)
+
+
+@functools.cache
+def _load(mode: str) -> Library:
     path = build(mode)
     torch.ops.load_library(path)
     namespace = getattr(torch.ops, NAMESPACES[mode])

@@ -1,8 +1,5 @@
 #include "api.h"
 
-#include <algorithm>
-#include <cstring>
-
 #include "../results.h"
 #include "check_range.h"
 #include "device.h"
@@ -17,36 +14,42 @@ struct DeviceIntegers {
 
   void attach(const AttentionArguments& args, AttentionParams& p, const Device& device) {
     const auto to_int64 = [](const at::Tensor& x) { return x.to(at::kLong).contiguous(); };
-    const auto data = [&](const at::Tensor& x) {
-      device.may_read(x);
+    const auto data = [&](const at::Tensor& x, const char* name) {
+      device.may_read(x, name);
       return x.const_data_ptr<int64_t>();
     };
     if (args.prefix_ids.has_value() && p.prefix_slots > 0) {
       ids = to_int64(*args.prefix_ids);
-      p.prefix_ids = data(ids);
+      p.prefix_ids = data(ids, "prefix_ids");
       check_range({p.prefix_ids, ids.numel(), -1, p.num_prefixes - 1, "prefix_ids"}, device.context());
     }
     if (args.prefix_lens.has_value() && p.prefix_slots > 0) {
       lens = to_int64(*args.prefix_lens);
-      p.prefix_lens = data(lens);
+      p.prefix_lens = data(lens, "prefix_lens");
       check_range({p.prefix_lens, lens.numel(), 0, p.prefix_len, "prefix_lens"}, device.context());
     }
     if (args.query_offsets.has_value()) {
       offsets = to_int64(*args.query_offsets).clamp(-kMaxPosition, kMaxPosition);
-      p.query_offsets = data(offsets);
+      p.query_offsets = data(offsets, "query_offset");
     }
     if (p.dropout_threshold > 0) {
       seed = *args.dropout_seed;
-      p.dropout_seed_ptr = data(seed);
+      p.dropout_seed_ptr = data(seed, "dropout_seed");
     }
   }
 };
 
+void may_read(const Device& device, const std::optional<at::Tensor>& x, const char* name) {
+  if (x.has_value() && x->defined()) device.may_read(*x, name);
+}
+
 void may_read_inputs(const AttentionArguments& args, const Device& device) {
-  device.may_read(args.query);
-  for (const std::optional<at::Tensor>* x :
-       {&args.key, &args.value, &args.prefix_key, &args.prefix_value, &args.attn_mask})
-    if (x->has_value()) device.may_read(**x);
+  may_read(device, args.query, "query");
+  may_read(device, args.key, "key");
+  may_read(device, args.value, "value");
+  may_read(device, args.prefix_key, "prefix_key");
+  may_read(device, args.prefix_value, "prefix_value");
+  may_read(device, args.attn_mask, "attn_mask");
 }
 
 }  // namespace
@@ -60,8 +63,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
   DeviceIntegers integers;
   integers.attach(args, p, device);
   may_read_inputs(args, device);
-  device.may_write(std::get<0>(results));
-  device.may_write(std::get<1>(results));
+  device.may_write(std::get<0>(results), "out");
+  device.may_write(std::get<1>(results), "lse");
   dispatch_forward(p, device.context());
   return results;
 }
@@ -79,9 +82,13 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   DeviceIntegers integers;
   integers.attach(args, b.forward, device);
   may_read_inputs(args, device);
-  for (const at::Tensor& x : {arriving.dout, arriving.lse, arriving.dlse, out.value_or(at::Tensor())})
-    if (x.defined()) device.may_read(x);
-  for (const at::Tensor& x : gradients) device.may_write(x);
+  may_read(device, arriving.dout, "dout");
+  may_read(device, arriving.lse, "lse");
+  may_read(device, arriving.dlse, "dlse");
+  may_read(device, out, "out");
+  const char* names[kNumGradients] = {"dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value"};
+  for (size_t i = 0, given = 0; i < kNumGradients; ++i)
+    if (needs[i]) device.may_write(gradients[given++], names[i]);
   dispatch_backward(b, device.context());
   return gradients;
 }

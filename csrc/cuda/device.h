@@ -22,8 +22,8 @@ class Device {
   const Context& context() const { return context_; }
 
   // Tells the emulator's memory checks what the kernels may touch; a GPU needs no telling.
-  void may_read(const at::Tensor& tensor) const;
-  void may_write(const at::Tensor& tensor) const;
+  void may_read(const at::Tensor& tensor, const char* name) const;
+  void may_write(const at::Tensor& tensor, const char* name) const;
 
  private:
   struct Guard;

@@ -51,12 +51,12 @@ void* Device::allocate(void* owner, size_t bytes) {
   return self.workspaces_.back().mutable_data_ptr();
 }
 
-void Device::may_read(const at::Tensor& tensor) const {
-  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), "an input", false, true);
+void Device::may_read(const at::Tensor& tensor, const char* name) const {
+  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, false, true);
 }
 
-void Device::may_write(const at::Tensor& tensor) const {
-  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), "an output", true, false);
+void Device::may_write(const at::Tensor& tensor, const char* name) const {
+  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, true, false);
 }
 
 }  // namespace prefix_kernels::cuda
