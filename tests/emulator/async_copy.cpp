@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "check.h"
+#include "source_line.h"
 
 namespace emulator {
 namespace {

@@ -5,17 +5,11 @@
 #include <cstring>
 
 #include "check.h"
+#include "source_line.h"
 
 namespace emulator {
 
 __thread Block* current_block = nullptr;
-
-std::string text(Where where) {
-  std::string path = where.file_name();
-  size_t cut = path.rfind('/');
-  if (cut != std::string::npos && cut > 0) cut = path.rfind('/', cut - 1);
-  return path.substr(cut == std::string::npos ? 0 : cut + 1) + ":" + std::to_string(where.line());
-}
 
 std::string name_of(const Lane& lane) {
   return "thread " + std::to_string(lane.thread) + " (warp " + std::to_string(lane.warp) + " lane " +
@@ -89,6 +83,11 @@ void Block::fail(const std::string& message) {
   void* abandoned;
   emulator_switch(&abandoned, host_context_);
   __builtin_unreachable();
+}
+
+void Block::fail_collective(const std::string& message) {
+  fail(std::string(collective_->name) + " at " + text(collective_->where) + " by warp " +
+       std::to_string(collective_warp_) + ": " + message);
 }
 
 void Block::shuffle_turns(int warp) { warps_[warp].rotation = in_order_ ? 0 : static_cast<int>(random_.below(kLanes)); }
@@ -166,6 +165,7 @@ void Block::complete_warp(int index) {
       payloads[lane] = warp.posts[lane].payload;
     }
     collective_warp_ = index;
+    collective_ = &post;
     post.perform(payloads, expected);
     warp.waiting &= ~expected;
     warp.ready |= expected;
@@ -215,7 +215,9 @@ std::string Block::name_of_lanes(int warp, uint32_t mask) const {
     if ((mask >> lane & 1) == 0) continue;
     int last = lane;
     while (last + 1 < kLanes && (mask >> (last + 1) & 1) != 0) ++last;
-    names += (names.empty() ? "" : ",") + std::to_string(lane) + (last > lane ? "-" + std::to_string(last) : "");
+    if (!names.empty()) names += ",";
+    names += std::to_string(lane);
+    if (last > lane) names.append("-").append(std::to_string(last));
     lane = last;
   }
   return "warp " + std::to_string(warp) + (std::has_single_bit(mask) ? " lane " : " lanes ") + names;

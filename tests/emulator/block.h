@@ -44,7 +44,9 @@ class Block {
   AsyncCopies& copies(const Lane& lane) { return copies_[lane.thread]; }
   SharedMemory& shared_memory() { return shared_; }
   Lane& lane(int warp, int lane) { return lanes_[warp * kLanes + lane]; }
+  // While a collective is performed: its warp, and fail() with its name and line.
   int warp_of_collective() const { return collective_warp_; }
+  [[noreturn]] void fail_collective(const std::string& message);
 
  private:
   struct Warp {
@@ -78,6 +80,7 @@ class Block {
   int at_barrier_ = 0;  // of these, lanes at __syncthreads()
   int current_warp_ = 0;
   int collective_warp_ = 0;
+  const Post* collective_ = nullptr;
   bool in_order_ = true;
   Random random_{0};
   void* host_context_ = nullptr;
@@ -87,8 +90,7 @@ class Block {
 // The block that this host thread is running.
 extern __thread Block* current_block __attribute__((tls_model("initial-exec")));
 
-// As reports print them: a source line with the last two parts of its path, and "thread 37 (warp 1 lane 5)".
-std::string text(Where where);
+// As reports print it: "thread 37 (warp 1 lane 5)".
 std::string name_of(const Lane& lane);
 
 }  // namespace emulator

@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstring>
 
-#include "check.h"
 #include "instructions.h"
 #include "lane.h"
 #include "vector_types.h"
@@ -34,9 +33,6 @@ namespace emulator {
 
 // Bytes to leave between two sub-buffers of shared memory, so that running over the end of one is noticed.
 inline constexpr int kSharedGap = 128;
-
-// Declares a sub-buffer of shared memory. Once a block has declared one, only declared bytes may be touched.
-inline void shared_buffer(const void* begin, size_t bytes) { check::shared_buffer(begin, bytes); }
 
 }  // namespace emulator
 

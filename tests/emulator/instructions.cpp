@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "check.h"
+#include "source_line.h"
 
 namespace emulator {
 namespace {
@@ -21,9 +22,8 @@ void perform_exchange(void* const* payloads, uint32_t lanes) {
     auto* mine = static_cast<Exchange*>(payloads[std::countr_zero(rest)]);
     const auto* theirs = static_cast<const Exchange*>(payloads[mine->source]);
     if (theirs == nullptr) {
-      current_block->fail("a shuffle by warp " + std::to_string(current_block->warp_of_collective()) + " lane " +
-                          std::to_string(std::countr_zero(rest)) + " reads lane " + std::to_string(mine->source) +
-                          ", which takes no part in it");
+      current_block->fail_collective("lane " + std::to_string(std::countr_zero(rest)) + " reads lane " +
+                                     std::to_string(mine->source) + ", which takes no part in it");
     }
     mine->result = theirs->value;
   }
@@ -86,6 +86,7 @@ void copy_async(void* shared, const void* global, bool valid, Where where) {
 void commit_copies() { current_block->copies(*current_lane).commit(); }
 void wait_for_copies(int pending) { current_block->copies(*current_lane).wait(pending); }
 
+void shared_buffer(const void* begin, size_t bytes) { check::shared_buffer(begin, bytes); }
 char* shared_memory() { return current_block->shared_memory().begin(); }
 
 void trap(Where where) { current_block->fail("trap at " + text(where) + " by " + name_of(*current_lane)); }

@@ -30,6 +30,8 @@ void commit_copies();
 void wait_for_copies(int pending);
 
 char* shared_memory();
+// Declares a sub-buffer of shared memory. Once a block has declared one, only declared bytes may be touched.
+void shared_buffer(const void* begin, size_t bytes);
 [[noreturn]] void trap(Where where);
 
 template <typename T>

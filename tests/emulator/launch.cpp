@@ -10,6 +10,7 @@
 #include "block.h"
 #include "check.h"
 #include "emulator_launch.h"
+#include "faults.h"
 
 namespace emulator {
 namespace {
@@ -67,6 +68,9 @@ void run_block(const Launch& launch, uint64_t linear) {
 
 void run(const Launch& launch) {
   require_launchable(launch);
+  static std::mutex one_launch_at_a_time;
+  const std::lock_guard lock_launch(one_launch_at_a_time);
+  const FaultHandlers fault_handlers;
   check::begin_launch(launch);
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   // A random permutation without a table: steps of a random odd length around a power of two.
@@ -78,6 +82,7 @@ void run(const Launch& launch) {
   std::mutex mutex;
   std::string failure;
   const auto work = [&] {
+    const SignalStack signal_stack;
     for (uint64_t i = turn++; i < around; i = turn++) {
       const uint64_t linear = (start + i * step) & (around - 1);
       if (linear >= blocks) continue;

@@ -13,14 +13,13 @@
 #include "block.h"
 #include "check.h"
 #include "instructions.h"
+#include "source_line.h"
 
 namespace emulator {
 namespace {
 
-void require_whole_warp(const char* name, uint32_t lanes) {
-  if (lanes == ~0u) return;
-  current_block->fail(std::string(name) + ": warp " + std::to_string(current_block->warp_of_collective()) +
-                      " has lanes that do not exist or have returned");
+void require_whole_warp(uint32_t lanes) {
+  if (lanes != ~0u) current_block->fail_collective("some lanes of the warp do not exist or have returned");
 }
 
 struct LoadMatrices {
@@ -37,7 +36,7 @@ bool same_load(const void* mine, const void* theirs) {
 }
 
 void perform_load(void* const* payloads, uint32_t lanes) {
-  require_whole_warp("ldmatrix", lanes);
+  require_whole_warp(lanes);
   constexpr size_t kRowBytes = 16;
   const LoadMatrices& any = *static_cast<const LoadMatrices*>(payloads[0]);
   const SharedMemory& shared = current_block->shared_memory();
@@ -49,9 +48,8 @@ void perform_load(void* const* payloads, uint32_t lanes) {
       const char* address = static_cast<const char*>(load.row);
       const bool inside = shared.holds(address, kRowBytes);
       if (!inside || reinterpret_cast<uintptr_t>(address) % kRowBytes != 0) {
-        current_block->fail("ldmatrix at " + text(load.where) + ": the row that warp " +
-                            std::to_string(current_block->warp_of_collective()) + " lane " + std::to_string(lane) +
-                            " names is " + (inside ? "not aligned to 16 bytes" : "not in shared memory"));
+        current_block->fail_collective("the row that lane " + std::to_string(lane) + " names is " +
+                                       (inside ? "not aligned to 16 bytes" : "not in shared memory"));
       }
       check::read(current_block->lane(current_block->warp_of_collective(), lane), address, kRowBytes, load.where);
       std::memcpy(element[row], address, kRowBytes);
@@ -84,7 +82,7 @@ float element(uint32_t pair, int index) {
 // Products are exact in float32, as in the tensor cores; the order of the sum and its rounding are not theirs.
 template <bool kBFloat16>
 void perform_multiply(void* const* payloads, uint32_t lanes) {
-  require_whole_warp("mma", lanes);
+  require_whole_warp(lanes);
   float a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const auto& fragment = *static_cast<const Multiply*>(payloads[lane]);

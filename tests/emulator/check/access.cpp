@@ -17,7 +17,7 @@ namespace {
 
 struct State {
   Clocks clocks;
-  Shadow shared{kMaxSharedBytes};
+  Shadow shared{kMaxSharedBytes, true};
   std::vector<std::pair<const char*, const char*>> declared;  // sub-buffers of shared memory
   const Launch* launch = nullptr;
 };
@@ -85,11 +85,11 @@ struct Attempt {
              std::to_string(shared.end() - shared.begin()) + " bytes of shared memory");
     }
     if (!declared()) refuse("between the declared buffers: byte " + std::to_string(offset) + " of shared memory");
-    const std::string memory = "shared memory";
-    require_no_conflict(state().shared, offset, memory);
-    if (kind != Kind::kRead && kind != Kind::kAtomic) return;
-    const ptrdiff_t unwritten = state().shared.first_unwritten(state().clocks, offset, bytes, true);
-    if (unwritten >= 0 && kind == Kind::kRead) refuse("shared memory that this block has not written");
+    const bool needs_value = kind == Kind::kRead || kind == Kind::kAtomic;
+    if (needs_value && !state().shared.written(state().clocks, offset, bytes)) {
+      refuse("byte " + std::to_string(offset) + " of shared memory, which this block has not written");
+    }
+    require_no_conflict(state().shared, offset, "shared memory");
   }
 
   bool declared() const {
@@ -109,8 +109,7 @@ struct Attempt {
       return;
     }
     const auto offset = static_cast<size_t>(address - found->begin);
-    if (kind != Kind::kWrite && !found->initialized &&
-        found->shadow->first_unwritten(state().clocks, offset, bytes, false) >= 0) {
+    if (kind != Kind::kWrite && !found->initialized && !found->shadow->written(state().clocks, offset, bytes)) {
       refuse("byte " + std::to_string(offset) + " of '" + found->name + "', which nobody has written");
     }
     require_no_conflict(*found->shadow, offset, "'" + found->name + "' byte " + std::to_string(offset));

@@ -14,7 +14,7 @@ GlobalMemory& global_memory() {
 
 void GlobalMemory::add(const void* data, size_t bytes, const char* name, bool writable, bool initialized) {
   if (bytes == 0) return;
-  auto shadow = writable ? std::make_unique<Shadow>(bytes + kGrain) : nullptr;
+  auto shadow = writable ? std::make_unique<Shadow>(bytes + kGrain, false) : nullptr;
   Allocation allocation{static_cast<const char*>(data), bytes, name, writable, initialized, std::move(shadow)};
   // Writable ones first: find() takes the first that fits.
   const auto at = writable ? allocations_.begin() : allocations_.end();

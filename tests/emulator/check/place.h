@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../lane.h"
+#include "../source_line.h"
 
 namespace emulator::check {
 
@@ -14,10 +14,6 @@ using Place = uint32_t;
 Place place_of(const void* return_address);
 Place place_of(Where where);
 
-// "sm80/forward.cuh:120", followed by the lines that inlined it.
 std::string text(Place place);
-
-// Whether the address is in this library's code or data.
-bool in_this_library(const void* address);
 
 }  // namespace emulator::check

@@ -23,7 +23,7 @@ Conflict Shadow::read(const Clocks& clocks, size_t offset, size_t bytes, const E
   for (size_t i = first_cell(offset); i <= last_cell(offset, bytes); ++i) {
     Cell& cell = cells_[i];
     if (cell.write.copying && clocks.in_this_block(cell.write)) return {&cell.write, "copy that has not landed"};
-    if (!clocks.is_before(cell.write, event.thread)) return {&cell.write, cell.write.atomic ? "atomic" : "write"};
+    if (!is_before(clocks, cell.write, event.thread)) return {&cell.write, cell.write.atomic ? "atomic" : "write"};
     remember_read(clocks, cell, event);
   }
   return {};
@@ -34,11 +34,11 @@ Conflict Shadow::write(const Clocks& clocks, size_t offset, size_t bytes, const 
     Cell& cell = cells_[i];
     if (cell.write.copying && clocks.in_this_block(cell.write)) return {&cell.write, "copy that has not landed"};
     const bool both_atomic = cell.write.atomic && event.atomic;
-    if (!both_atomic && !clocks.is_before(cell.write, event.thread)) {
+    if (!both_atomic && !is_before(clocks, cell.write, event.thread)) {
       return {&cell.write, cell.write.atomic ? "atomic" : "write"};
     }
     for (Event& read : cell.reads) {
-      if (!clocks.is_before(read, event.thread)) return {&read, "read"};
+      if (!is_before(clocks, read, event.thread)) return {&read, "read"};
       read = {};
     }
     cell.write = event;
@@ -50,12 +50,16 @@ void Shadow::land_copy(size_t offset, size_t bytes, const Event& event) {
   for (size_t i = first_cell(offset); i <= last_cell(offset, bytes); ++i) cells_[i].write = event;
 }
 
-ptrdiff_t Shadow::first_unwritten(const Clocks& clocks, size_t offset, size_t bytes, bool in_block) const {
+bool Shadow::written(const Clocks& clocks, size_t offset, size_t bytes) const {
   for (size_t i = first_cell(offset); i <= last_cell(offset, bytes); ++i) {
     const Event& write = cells_[i].write;
-    if (in_block ? !clocks.in_this_block(write) : write.epoch == 0) return static_cast<ptrdiff_t>(i * kGrain);
+    if (of_one_block_ ? !clocks.in_this_block(write) : write.epoch == 0) return false;
   }
-  return -1;
+  return true;
+}
+
+bool Shadow::is_before(const Clocks& clocks, const Event& event, int thread) const {
+  return (of_one_block_ && !clocks.in_this_block(event)) || clocks.is_before(event, thread);
 }
 
 }  // namespace emulator::check

@@ -27,17 +27,20 @@ struct Conflict {
 
 class Shadow {
  public:
-  explicit Shadow(size_t bytes) : cells_((bytes + kGrain - 1) / kGrain) {}
+  // `of_one_block`: each block finds the memory as if it were new.
+  Shadow(size_t bytes, bool of_one_block) : cells_((bytes + kGrain - 1) / kGrain), of_one_block_(of_one_block) {}
 
   Conflict read(const Clocks& clocks, size_t offset, size_t bytes, const Event& event);
   Conflict write(const Clocks& clocks, size_t offset, size_t bytes, const Event& event);
   void land_copy(size_t offset, size_t bytes, const Event& event);
 
-  // The first of these bytes that was not written; `in_block`: by this block. Or -1.
-  ptrdiff_t first_unwritten(const Clocks& clocks, size_t offset, size_t bytes, bool in_block) const;
+  bool written(const Clocks& clocks, size_t offset, size_t bytes) const;
 
  private:
+  bool is_before(const Clocks& clocks, const Event& event, int thread) const;
+
   std::vector<Cell> cells_;
+  bool of_one_block_;
 };
 
 }  // namespace emulator::check
