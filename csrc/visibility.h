@@ -54,4 +54,24 @@ PREFIX_KERNELS_HOST_DEVICE int64_t visible_prefix_begin(const AttentionParams& p
   return clamp_to(position - p.window_left + prefix_total, 0, prefix_total);
 }
 
+// The queries [begin, end) of a row with this offset that see at least one of the sequence keys [first, last]; mask
+// apart. The inverse of visible_sequence.
+PREFIX_KERNELS_HOST_DEVICE KeyRange queries_of_sequence(const AttentionParams& p, int64_t first, int64_t last,
+                                                        int64_t offset) {
+  KeyRange range{0, p.q_len};
+  if (p.is_causal) range.begin = clamp_to(first - offset, 0, p.q_len);
+  if (p.window_right >= 0) range.begin = clamp_to(first - p.window_right - offset, range.begin, p.q_len);
+  if (p.window_left >= 0) range.end = clamp_to(last + p.window_left - offset + 1, 0, p.q_len);
+  return range;
+}
+
+// The same for columns up to `last` of the row's concatenated prefixes. The inverse of visible_prefix_begin.
+PREFIX_KERNELS_HOST_DEVICE KeyRange queries_of_prefix(const AttentionParams& p, int64_t last, int64_t prefix_total,
+                                                      int64_t offset) {
+  KeyRange range{0, p.q_len};
+  if (p.window_includes_prefix && p.window_left >= 0)
+    range.end = clamp_to(last + p.window_left - prefix_total - offset + 1, 0, p.q_len);
+  return range;
+}
+
 }  // namespace prefix_kernels

@@ -1,0 +1,346 @@
+// dkey, dvalue, dprefix_key and dprefix_value.
+//
+//   dK' = scale ds^T Q      dV' = p^T dO      summed over the heads of the group and, for a prefix, over the rows that
+//   name it
+//
+// One block owns kBlockN columns of one segment of one kv head and meets every query tile that sees them:
+//
+//   keys, values of the block     in registers, as left operands (values of head dim 256: in shared memory)
+//   query, dout tiles             two stages of shared memory, filled by cp.async while the other is at work
+//   S^T = K Q^T, dP^T = V dO^T    one warp: kTiles x 16 columns against 16 queries at a time
+//   dV += P^T dO, dK += dS^T Q    left operands straight from the registers; sums in registers to the end
+//
+// Few columns leave warps over: they share the queries of a tile instead (WarpLayout). A prefix's visits are split over
+// blocks; their sums meet in reduce.cuh.
+#pragma once
+
+#include "backward_gemm.cuh"
+#include "backward_params.cuh"
+#include "backward_scores.cuh"
+#include "gradient_rows.cuh"
+#include "query_tiles.cuh"
+
+namespace prefix_kernels::cuda::sm80 {
+
+struct ColumnsParams {
+  BackwardParams b;
+  const float* delta;  // [batch, q_heads, q_len]
+  ScoreScalars scalars;
+  WholeChunks whole;
+  bool whole_pairs[kNumGradients];
+
+  // Blocks of prefixes come first: ((prefix * kv_heads + kv_head) * prefix_tiles + tile) * splits + split.
+  int64_t prefix_blocks;
+  int prefix_tiles;
+  int splits;
+  float* partial_dkey;  // [num_prefixes, kv_heads, splits, prefix_len, kHeadDim]; null: one split writes the gradient
+  float* partial_dvalue;
+  // Then those of sequences: (batch * kv_heads + kv_head) * sequence_tiles + tile.
+  int sequence_tiles;
+};
+
+// kGeneral kernels need registers for their options, and find what does not fit in shared memory.
+template <int kHeadDim, bool kGeneral>
+struct ColumnsTile {
+  static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;      // blocks of 16 columns of a warp
+  static constexpr int kWarpN = kTiles * kCell;              // columns of a warp
+  static constexpr int kBlockN = kBackwardWarps * kWarpN;    // columns of a block
+  static constexpr int kBlockM = kHeadDim <= 128 ? 64 : 32;  // queries of a stage
+  static constexpr bool kBothSums = kHeadDim <= 128;         // dK and dV fit the registers together
+  // Which of the block's keys and values the sums leave registers for.
+  static constexpr bool kKeyInRegisters = !(kGeneral && (kHeadDim == 64 || kHeadDim == 128));
+  static constexpr bool kValueInRegisters = kHeadDim != 64 && kHeadDim != 128 && kHeadDim != 256;
+  static_assert(kBlockN <= 2 * kBlockM, "keys and values pass through the stages on their way to the registers");
+};
+
+inline constexpr int kNoColumn = 0x7FFFFFFF;
+
+// What a stage holds beside its tiles: one entry for each query of the tile.
+template <int kBlockM, typename Tiles>
+struct QueryInfo {
+  float reference[kBlockM];  // softmax_reference(lse)
+  float delta[kBlockM];
+  int begin[kBlockM];  // columns [begin, end) of the segment are visible
+  int end[kBlockM];
+  Tiles next;  // the visit after the tile's
+  // Of the tile, where the kernel is general.
+  int first_query, head, segment, queries;
+  const char* mask;  // mask_row
+  uint64_t seed;
+};
+
+template <typename T, int kHeadDim, bool kWantsDKey, bool kGeneral>
+struct ColumnsShared {
+  using Tile = ColumnsTile<kHeadDim, kGeneral>;
+  using Tiles = QueryTiles<Tile::kBlockM, Tile::kBlockN, kGeneral>;
+  using Info = QueryInfo<Tile::kBlockM, Tiles>;
+  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockM);
+  static constexpr int kTilesBytes = 4 * (kTileBytes + kSharedGap);
+  static constexpr int kInfoBytes = (sizeof(Info) + 127) / 128 * 128;
+  static constexpr int kColumnsBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockN);
+  static constexpr bool kHasKey = !Tile::kKeyInRegisters;
+  static constexpr bool kHasValue = kWantsDKey && !Tile::kValueInRegisters;
+  static constexpr int kKeyOffset = kTilesBytes + 2 * (kInfoBytes + kSharedGap);
+  static constexpr int kValueOffset = kKeyOffset + kHasKey * (kColumnsBytes + kSharedGap);
+  static constexpr int kBytes = kValueOffset + kHasValue * (kColumnsBytes + kSharedGap);
+  static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Tile::kTiles>, "the warps' sums meet where the tiles were");
+  static_assert(kSharedGap > 0 || kBytes <= 99 * 1024, "what a block may have on every GPU from sm_80 on");
+
+  char* memory;
+
+  // Of a stage: 0 the queries, 1 dout.
+  __device__ __forceinline__ T* tile(int stage, int which) const {
+    return reinterpret_cast<T*>(memory + (2 * stage + which) * (kTileBytes + kSharedGap));
+  }
+  __device__ __forceinline__ Info& info(int stage) const {
+    return *reinterpret_cast<Info*>(memory + kTilesBytes + stage * (kInfoBytes + kSharedGap));
+  }
+  // Rows [part * kBlockM, ...) of the block's keys (0) or values (1): where they stay, or, before the first stage is
+  // filled, on their way to the registers.
+  __device__ __forceinline__ T* columns(int which, int part) const {
+    if (which == 0 ? !kHasKey : !kHasValue) return tile(which, part);
+    return reinterpret_cast<T*>(memory + (which == 0 ? kKeyOffset : kValueOffset)) + part * Tile::kBlockM * kHeadDim;
+  }
+  __device__ __forceinline__ void declare() const {
+    for (int i = 0; i < 4; ++i) shared_buffer(tile(i / 2, i % 2), kTileBytes);
+    for (int i = 0; i < 2; ++i) shared_buffer(&info(i), kInfoBytes);
+    if (kHasKey) shared_buffer(columns(0, 0), kColumnsBytes);
+    if (kHasValue) shared_buffer(columns(1, 0), kColumnsBytes);
+  }
+};
+
+__device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& params, int block_n) {
+  const AttentionParams& p = params.b.forward;
+  const int heads = static_cast<int>(p.kv_heads);
+  ColumnsOwner owner;
+  int64_t block = blockIdx.x;
+  owner.is_prefix = block < params.prefix_blocks;
+  if (owner.is_prefix) {
+    owner.splits = params.splits;
+    owner.split = static_cast<int>(block % params.splits);
+    block /= params.splits;
+  } else {
+    owner.splits = 1;
+    owner.split = 0;
+    block -= params.prefix_blocks;
+  }
+  const int tiles = owner.is_prefix ? params.prefix_tiles : params.sequence_tiles;
+  owner.first = static_cast<int>(block % tiles) * block_n;
+  owner.kv_head = static_cast<int>(block / tiles % heads);
+  owner.index = static_cast<int>(block / tiles / heads);
+  owner.rows = static_cast<int>(owner.is_prefix ? p.prefix_len : p.k_len);
+  owner.length = owner.is_prefix ? static_cast<int>(prefix_length(p, owner.index)) : owner.rows;
+  return owner;
+}
+
+// kWantsDKey, kWantsDValue: which sums the kernel has; of a segment whose gradient was not asked for, dvalue is
+// skipped.
+template <typename T, int kHeadDim, bool kWantsDKey, bool kWantsDValue, bool kGeneral>
+__global__ void __launch_bounds__(kBackwardThreads) backward_columns(const ColumnsParams params) {
+  using Tile = ColumnsTile<kHeadDim, kGeneral>;
+  using Shared = ColumnsShared<T, kHeadDim, kWantsDKey, kGeneral>;
+  using Tiles = typename Shared::Tiles;
+  constexpr int kTiles = Tile::kTiles, kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN;
+  const AttentionParams& p = params.b.forward;
+  const int thread = threadIdx.x, lane = thread % kWarpSize;
+  const int head_dim = static_cast<int>(p.head_dim), q_len = static_cast<int>(p.q_len);
+
+  const Shared shared{shared_memory()};
+  shared.declare();
+
+  const ColumnsOwner owner = columns_owner(params, kBlockN);
+  const WarpLayout warps(thread / kWarpSize, (owner.rows - owner.first + Tile::kWarpN - 1) / Tile::kWarpN);
+  const int warp_row = warps.resident * Tile::kWarpN;  // among the block's columns
+  const int warp_column = owner.first + warp_row;
+
+  float dkey[kWantsDKey ? kTiles : 1][kHeadDim / 8][4];
+  float dvalue[kWantsDValue ? kTiles : 1][kHeadDim / 8][4];
+  if constexpr (kWantsDKey) clear(dkey);
+  if constexpr (kWantsDValue) clear(dvalue);
+  const bool adds_dvalue =
+      kWantsDValue && params.b.gradients[owner.is_prefix ? kDPrefixValue : kDValue].data != nullptr;
+
+  Tiles first_tiles;
+  first_tiles.begin(p, owner);
+  if (!first_tiles.done()) {
+    // The block's keys and values, by way of the stages.
+    Resident<T, kHeadDim, kTiles, Tile::kKeyInRegisters> key;
+    Resident<T, kHeadDim, kTiles, Tile::kValueInRegisters> value;
+    const auto copy_columns = [&](const Operand& x, bool whole, int stage) {
+      const HeadRows source(x, owner.index, owner.kv_head, whole);
+#pragma unroll
+      for (int part = 0; part < kBlockN / kBlockM; ++part) {
+        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.columns(stage, part), source,
+                                                          owner.first + part * kBlockM, owner.length, head_dim);
+      }
+    };
+    copy_columns(owner.is_prefix ? p.prefix_key : p.key, owner.is_prefix ? params.whole.prefix_key : params.whole.key,
+                 0);
+    if constexpr (kWantsDKey) {
+      copy_columns(owner.is_prefix ? p.prefix_value : p.value,
+                   owner.is_prefix ? params.whole.prefix_value : params.whole.value, 1);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    const auto own_rows = [&](int stage) {
+      return shared.columns(stage, warp_row / kBlockM) + warp_row % kBlockM * kHeadDim;
+    };
+    key.take(own_rows(0), lane);
+    if constexpr (kWantsDKey) value.take(own_rows(1), lane);
+    __syncthreads();
+
+    float lse = 0.0f, delta = 0.0f;
+
+    // Starts copying what `tiles` visits. What fetch loads by itself is stored by describe, when it has arrived.
+    const auto fetch = [&](const Tiles& tiles, int stage) {
+      const int first = tiles.first_query(), b = tiles.batch, h = tiles.head();
+      stream_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.tile(stage, 0), p.query, b, h, params.whole.query,
+                                                          first, q_len, head_dim);
+      stream_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.tile(stage, 1), params.b.dout, b, h, params.whole.dout,
+                                                          first, q_len, head_dim);
+      ptx::cp_async_commit();
+      if (thread < kBlockM && first + thread < q_len) {
+        const int64_t row = (b * p.q_heads + h) * p.q_len + first + thread;
+        lse = static_cast<const float*>(p.lse)[row];
+        if constexpr (kWantsDKey) delta = params.delta[row];
+      }
+    };
+    const auto describe = [&](const Tiles& tiles, int stage) {
+      typename Shared::Info& info = shared.info(stage);
+      const int first = tiles.first_query();
+      if (thread < kBlockM) {
+        const int i = first + thread;
+        const bool exists = i < q_len;
+        info.reference[thread] = exists ? softmax_reference(lse) : kInfinity;
+        info.delta[thread] = exists ? delta : 0.0f;
+        // Rows beyond the last query are skipped in blocks of 16; in a block with queries they go on like those, so
+        // that its first and last row tell what the block sees.
+        const Span visible = tiles.visible(p, i);
+        const bool in_block = i / kCell * kCell < q_len;
+        info.begin[thread] = in_block ? visible.begin : kNoColumn;
+        info.end[thread] = in_block ? visible.end : 0;
+      }
+      if (kGeneral && thread == kBlockM) {
+        info.first_query = first;
+        info.queries = q_len - first;
+        info.head = tiles.batch * static_cast<int>(p.q_heads) + tiles.head();
+        info.segment = tiles.segment;
+        info.mask = mask_row(p, tiles.batch, tiles.head(), first, tiles.segment);
+        info.seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
+      }
+      if (thread >= kBackwardThreads - kWarpSize) {
+        Tiles next = tiles;
+        next.next(p);
+        if (lane == 0) info.next = next;
+      }
+    };
+
+    const auto work = [&](int stage) {
+      const typename Shared::Info& info = shared.info(stage);
+#pragma unroll 1
+      for (int block = warps.part; block < kBlockM / kCell; block += warps.parts) {
+        const int row = block * kCell;
+        const int first_begin = info.begin[row], last_begin = info.begin[row + kCell - 1];
+        const int first_end = info.end[row], last_end = info.end[row + kCell - 1];
+        ActiveTiles<kTiles, false> active;
+        bool full[kTiles];
+        bool any = false, all = true;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int column = warp_column + tile * kCell;
+          active.tile[tile] = column < last_end && column + kCell > first_begin;
+          full[tile] = column >= last_begin && column + kCell <= first_end;
+          any = any || active.tile[tile];
+          all = all && active.tile[tile];
+        }
+        if (!any) continue;
+
+        const auto step = [&](auto active_tiles) {
+          const T* query = shared.tile(stage, 0) + row * kHeadDim;
+          const T* dout = shared.tile(stage, 1) + row * kHeadDim;
+          float s[kTiles][2][4], dp[kTiles][2][4];
+          score(s, key, query, lane, active_tiles);
+          if constexpr (kWantsDKey) score(dp, value, dout, lane, active_tiles);
+
+          LaneQueries<true> queries;
+#pragma unroll
+          for (int u = 0; u < 4; ++u) {
+            queries.reference[u] = info.reference[row + streamed_row(u)];
+            queries.delta[u] = kWantsDKey ? info.delta[row + streamed_row(u)] : 0.0f;
+            queries.begin[u] = info.begin[row + streamed_row(u)];
+            queries.end[u] = info.end[row + streamed_row(u)];
+          }
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            if (!active_tiles[tile]) continue;
+            ScoreCell cell{};
+            cell.first_key = warp_column + tile * kCell;
+            if constexpr (kGeneral) {
+              cell.first_query = info.first_query + row;
+              cell.head = info.head;
+              cell.segment = info.segment;
+              cell.queries = info.queries - row;
+              cell.seed = info.seed;
+              cell.mask = info.mask;
+              cell.move_mask(p.mask, row, cell.first_key);
+            }
+            finish_cell<kGeneral, true, kWantsDKey>(s[tile], dp[tile], queries, cell, params.scalars, p.mask,
+                                                    full[tile]);
+          }
+          if constexpr (kWantsDValue) {
+            if (adds_dvalue) accumulate<T, kHeadDim>(dvalue, s, dout, lane, active_tiles);
+          }
+          if constexpr (kWantsDKey) accumulate<T, kHeadDim>(dkey, dp, query, lane, active_tiles);
+        };
+        if (all)
+          step(ActiveTiles<kTiles, true>{});
+        else if constexpr (kTiles > 1)
+          step(active);
+      }
+    };
+
+    fetch(first_tiles, 0);
+    describe(first_tiles, 0);
+    bool more = true;
+    for (int stage = 0; more; stage = 1 - stage) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      const Tiles& next = shared.info(stage).next;
+      more = !next.done();
+      if (more) fetch(next, 1 - stage);
+      work(stage);
+      if (more) describe(next, 1 - stage);
+    }
+  }
+
+  const auto finish = [&](const ColumnsOwner& owner, auto& sums, Gradient gradient, float* partial, float factor) {
+    if (warps.parts > 1) {
+      shared_buffer(shared.memory, kPartsBytes<kHeadDim, kTiles>);
+      add_parts<kHeadDim, kTiles>(sums, warps, reinterpret_cast<float*>(shared.memory), lane);
+    }
+    if (warps.part > 0) return;
+    if (owner.is_prefix && partial != nullptr) {
+      const int64_t slot =
+          (static_cast<int64_t>(owner.index) * p.kv_heads + owner.kv_head) * owner.splits + owner.split;
+      store_sums<float, kHeadDim>(partial + slot * p.prefix_len * kHeadDim, kHeadDim, true, warp_column, owner.rows,
+                                  kHeadDim, factor, sums, lane);
+    } else {
+      const Operand& x = params.b.gradients[gradient];
+      T* head = static_cast<T*>(x.data) + owner.index * x.batch_stride + owner.kv_head * x.head_stride;
+      store_sums<T, kHeadDim>(head, x.row_stride, params.whole_pairs[gradient], warp_column, owner.rows, head_dim,
+                              factor, sums, lane);
+    }
+  };
+  const ColumnsOwner written = columns_owner(params, kBlockN);
+  if constexpr (kWantsDValue) {
+    // P was summed as it is where dropout kept it.
+    if (adds_dvalue)
+      finish(written, dvalue, written.is_prefix ? kDPrefixValue : kDValue, params.partial_dvalue,
+             params.scalars.rescale);
+  }
+  if constexpr (kWantsDKey)
+    finish(written, dkey, written.is_prefix ? kDPrefixKey : kDKey, params.partial_dkey, params.scalars.scale);
+}
+
+}  // namespace prefix_kernels::cuda::sm80

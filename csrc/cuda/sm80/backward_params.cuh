@@ -1,0 +1,69 @@
+// What the kernels of the backward pass share.
+#pragma once
+
+#include "../rows.cuh"
+
+namespace prefix_kernels::cuda::sm80 {
+
+// Which operands may be copied 16 bytes at a time.
+struct WholeChunks {
+  bool query, dout, key, value, prefix_key, prefix_value;
+
+  template <typename T>
+  static WholeChunks of(const BackwardParams& b) {
+    const AttentionParams& p = b.forward;
+    const auto whole = [&](const Operand& x) { return has_whole_chunks<T>(x, p.head_dim); };
+    return {whole(p.query), whole(b.dout), whole(p.key), whole(p.value), whole(p.prefix_key), whole(p.prefix_value)};
+  }
+};
+
+// Copies rows [first, first + kRows) of one head into a shared tile; rows from `count` on are zero.
+template <typename T, int kHeadDim, int kRows, int kThreads>
+__device__ __forceinline__ void copy_rows(T* tile, const HeadRows& rows, int first, int count, int head_dim) {
+  constexpr int kLanes = kLanesPerRow<kHeadDim>;
+#pragma unroll
+  for (int pass = 0; pass < kRows; pass += kThreads / kLanes) {
+    const int row = pass + static_cast<int>(threadIdx.x) / kLanes;
+    if (row >= kRows) continue;
+    const bool valid = first + row < count;
+    copy_row<T, kHeadDim>(tile, row, rows.row(valid ? first + row : 0), rows.dtype, rows.whole_chunks,
+                          threadIdx.x % kLanes, head_dim, valid);
+  }
+}
+
+// The same for rows of type T, in the middle of a kernel whose registers are taken: the narrow path moves one element
+// after another.
+template <typename T, int kHeadDim, int kRows, int kThreads>
+__device__ __forceinline__ void stream_rows(T* tile, const Operand& x, int64_t batch, int64_t head, bool whole_chunks,
+                                            int first, int count, int head_dim) {
+  using Tile = SharedTile<kHeadDim>;
+  constexpr int kLanes = kLanesPerRow<kHeadDim>;
+  const T* data = static_cast<const T*>(x.data) + batch * x.batch_stride + head * x.head_stride +
+                  static_cast<int64_t>(first) * x.row_stride;
+  const int first_row = threadIdx.x / kLanes, first_chunk = threadIdx.x % kLanes;
+  if (whole_chunks) {
+    constexpr int kPassRows = kThreads / kLanes;
+    const T* from = data + first_row * x.row_stride + first_chunk * kChunk;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kPassRows) {
+      const bool exists = first + first_row + row < count;
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
+        if (kRows % kPassRows != 0 && first_row + row >= kRows) continue;
+        const bool valid = exists && (first_chunk + chunk) * kChunk < head_dim;
+        ptx::cp_async_16(tile + Tile::offset(first_row + row, first_chunk + chunk),
+                         valid ? from + row * x.row_stride + chunk * kChunk : data, valid);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kHeadDim; i += kThreads) {
+      const int row = i / kHeadDim, column = i % kHeadDim;
+      const bool valid = first + row < count && column < head_dim;
+      tile[Tile::offset(row, column / kChunk) + column % kChunk] =
+          valid ? data[row * x.row_stride + column] : from_float<T>(0.0f);
+    }
+  }
+}
+
+}  // namespace prefix_kernels::cuda::sm80

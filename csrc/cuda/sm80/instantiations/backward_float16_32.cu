@@ -1,0 +1,7 @@
+#include "../backward.cuh"
+
+namespace prefix_kernels::cuda::sm80 {
+
+template void backward<DType::kFloat16, 32>(const BackwardParams&, const Context&);
+
+}  // namespace prefix_kernels::cuda::sm80
