@@ -21,15 +21,17 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another place in memory.
 
     ``contiguous``; ``transposed``: dimensions -3 and -2 swapped, as ``[B, S, H, D]`` seen through a transpose;
-    ``poisoned``: a slice of a larger tensor that is NaN everywhere else, with odd strides.
+    ``poisoned``: a slice of a larger tensor that is NaN everywhere else, with odd strides; ``aligned``: one whose rows
+    begin at multiples of 16 bytes, where head_dim is a multiple of 8.
     """
     if layout == "contiguous":
         return tensor.contiguous()
     if layout == "transposed":
         return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
     *outer, rows, columns = tensor.shape
-    around = tensor.new_full((*outer, rows + 3, columns + 5), math.nan)
-    inside = around[..., 1 : rows + 1, 2 : columns + 2]
+    before, extra = (8, 16) if layout == "aligned" else (2, 5)
+    around = tensor.new_full((*outer, rows + 3, columns + extra), math.nan)
+    inside = around[..., 1 : rows + 1, before : columns + before]
     inside.copy_(tensor)
     return inside
 
