@@ -272,8 +272,9 @@ class BackwardTask {
 
   void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
     const Operand head = head_of(gradient, task.batch, task.kv_head);
+    const bool past_caches = streams<T>(gradient, p_.batch * p_.kv_heads * p_.k_len, p_.head_dim);
     for (int r = 0; r < count; ++r)
-      write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth);
+      write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth, past_caches);
   }
 
   static constexpr int kAdvances = 3;  // of the prefetcher in one step

@@ -254,6 +254,7 @@ void run_tasks(void* argument, int) {
     }
     index = next_index;
   }
+  end_streams();
   workspace.trim();
 }
 

@@ -38,8 +38,27 @@ void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, T* cop
   }
 }
 
+// Whether the rows of a result of `rows` rows are written past the caches: whole lines, of a tensor that the caches of one
+// core would not keep. Lines that are written in full need not be fetched first.
+template <class T>
+bool streams(const Operand& x, int64_t rows, int64_t depth) {
+  constexpr int64_t kCachedBytes = int64_t{1} << 20;
+  const auto whole = [](int64_t elements) { return elements % kLanes<T> == 0; };
+  return kVectorIsLine && x.dtype == kComputeDType<T> && rows * depth * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
+         reinterpret_cast<uintptr_t>(x.data) % kVectorBytes == 0 && whole(x.batch_stride) && whole(x.head_stride) &&
+         whole(x.row_stride);
+}
+
+template <class T, class Dst, bool kStream>
+PREFIX_KERNELS_INLINE void write_vector(Dst* p, Vec<T> v) {
+  if constexpr (kStream && std::is_same_v<T, Dst>)
+    stream(p, v);
+  else
+    store_as<T, Dst>(p, v);
+}
+
 // row_of(lane)[d] = factor[lane] * src[d][lane], converted.
-template <class T, class Dst, class RowOf>
+template <class T, class Dst, bool kStream, class RowOf>
 void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const T* src) {
   constexpr int kN = kLanes<T>;
   for (int l0 = 0; l0 < count; l0 += kN) {
@@ -54,7 +73,7 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
       transpose<T>(tile);
 #pragma GCC unroll 16
       for (int l = 0; l < kN; ++l)
-        if (full || row[l] != nullptr) store_as<T, Dst>(row[l] + d, tile[l]);
+        if (full || row[l] != nullptr) write_vector<T, Dst, kStream>(row[l] + d, tile[l]);
     }
     for (; d < depth; ++d)
       for (int l = 0; l < kN && row[l] != nullptr; ++l)
@@ -85,10 +104,14 @@ void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst, T
 // x = factor * src, one factor per lane.
 template <class T>
 void unpack_queries(const Operand& x, const QueryBlock& block, const T* factor, const T* src) {
+  const AttentionParams& p = *block.params;
+  const bool past_caches = streams<T>(x, p.batch * p.q_heads * p.q_len, p.head_dim);
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return lane_row<Dst>(x, block, lane); };
-    unpack_lanes<T, Dst>(block.count, block.params->head_dim, factor, row_of, src);
+    const auto unpack = past_caches ? unpack_lanes<T, Dst, true, decltype(row_of)>
+                                    : unpack_lanes<T, Dst, false, decltype(row_of)>;
+    unpack(block.count, p.head_dim, factor, row_of, src);
   });
 }
 
@@ -135,15 +158,21 @@ void copy_queries(const Operand& x, const QueryBlock& block, T* copy, int64_t co
   });
 }
 
+template <class T, class Dst, bool kStream>
+void scale_row(const T* src, int64_t depth, T factor, Dst* dst) {
+  int64_t d = 0;
+  for (; d + kLanes<T> <= depth; d += kLanes<T>) write_vector<T, Dst, kStream>(dst + d, load(src + d) * factor);
+  for (; d < depth; ++d) dst[d] = from_float<Dst>(src[d] * factor);
+}
+
 // Row `row` of a gradient = factor * sum, converted.
 template <class T>
-void write_gradient_row(const Operand& gradient, int64_t row, int64_t depth, T factor, const T* sum) {
+void write_gradient_row(const Operand& gradient, int64_t row, int64_t depth, T factor, const T* sum, bool past_caches) {
   dispatch_dtype(gradient.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
     Dst* dst = static_cast<Dst*>(gradient.data) + row * gradient.row_stride;
-    int64_t d = 0;
-    for (; d + kLanes<T> <= depth; d += kLanes<T>) store_as<T, Dst>(dst + d, load(sum + d) * factor);
-    for (; d < depth; ++d) dst[d] = from_float<Dst>(sum[d] * factor);
+    const auto scale = past_caches ? scale_row<T, Dst, true> : scale_row<T, Dst, false>;
+    scale(sum, depth, factor, dst);
   });
 }
 

@@ -36,7 +36,7 @@ class Prefetcher {
     for (int64_t left = per_call_; left > 0 && at_ < count_;) {
       Range& range = ranges_[at_];
       for (; range.rows > 0 && left > 0; --left) {
-        __builtin_prefetch(range.row + line_ * kCacheLine);
+        __builtin_prefetch(range.row + line_ * kCacheLine, 0, 2);  // into the second level: the first is full
         if (++line_ < range.lines) continue;
         line_ = 0;
         range.row += range.stride;
