@@ -1,43 +1,40 @@
 // Elements of any dtype, read and written in the kernel's own arithmetic.
 #pragma once
 
+#include <type_traits>
+
 #include "../../attention_params.h"
 #include "../numeric.cuh"
 #include "../platform.cuh"
 
 namespace prefix_kernels::cuda::simt {
 
-template <class T>
-__device__ T load(const void* data, DType dtype, int64_t index) {
+// Calls visit(pointer) with `data` as a pointer to its elements.
+template <class Visit>
+__device__ __forceinline__ void with_type(const void* data, DType dtype, Visit visit) {
   switch (dtype) {
     case DType::kFloat64:
-      return static_cast<T>(static_cast<const double*>(data)[index]);
+      return visit(static_cast<const double*>(data));
     case DType::kFloat32:
-      return static_cast<T>(static_cast<const float*>(data)[index]);
+      return visit(static_cast<const float*>(data));
     case DType::kBFloat16:
-      return static_cast<T>(to_float(static_cast<const bfloat16*>(data)[index]));
+      return visit(static_cast<const bfloat16*>(data));
     case DType::kFloat16:
-      return static_cast<T>(to_float(static_cast<const half*>(data)[index]));
+      return visit(static_cast<const half*>(data));
   }
-  return T(0);
 }
 
-template <class T>
-__device__ void store(void* data, DType dtype, int64_t index, T x) {
-  switch (dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(data)[index] = static_cast<double>(x);
-      return;
-    case DType::kFloat32:
-      static_cast<float*>(data)[index] = static_cast<float>(x);
-      return;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(data)[index] = from_float<bfloat16>(static_cast<float>(x));
-      return;
-    case DType::kFloat16:
-      static_cast<half*>(data)[index] = from_float<half>(static_cast<float>(x));
-      return;
-  }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return to_float(x); }
+__device__ __forceinline__ float widen(half x) { return to_float(x); }
+
+template <class Element, class T>
+__device__ __forceinline__ Element narrow(T x) {
+  if constexpr (std::is_arithmetic_v<Element>)
+    return static_cast<Element>(x);
+  else
+    return from_float<Element>(static_cast<float>(x));
 }
 
 // Where row `row` of head `head` of an operand begins, in elements; `outer` is its batch row or prefix.

@@ -14,14 +14,22 @@
 namespace prefix_kernels::cuda::simt {
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const AttentionParams p) {
-  T* query_row = warp_memory<T>(p.head_dim + kWarpSize);
-  T* weights = query_row + p.head_dim;
-  const int64_t group = p.q_heads / p.kv_heads;
+struct ForwardRows {
+  AttentionParams p;
+  Factors<T> factors;
+};
 
-  for (Rows r(p.batch * p.q_heads * p.q_len); r.row < r.count; r.next()) {
-    const Query q{r.row / p.q_len / p.q_heads, r.row / p.q_len % p.q_heads, r.row % p.q_len};
-    copy_row(query_row, p.query, row_offset(p.query, q.batch, q.head, q.index), p.head_dim);
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(const ForwardRows<T> arguments) {
+  const AttentionParams& p = arguments.p;
+  const int head_dim = static_cast<int>(p.head_dim);
+  T* query_row = warp_memory<T>(head_dim + kWarpSize);
+  T* weights = query_row + head_dim;
+
+  for_each_row(query_grid(p), [&](int64_t batch, int64_t head, int64_t index) {
+    const Query q{batch, head, index};
+    const int64_t kv_head = kv_head_of(p, head);
+    copy_row(query_row, p.query, row_offset(p.query, q.batch, q.head, q.index), head_dim);
     __syncwarp();
 
     T max = -INFINITY, sum = 0, out[kPerLane] = {};
@@ -31,8 +39,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Attent
         const int64_t column = first + lane();
         T s = -INFINITY;
         if (column < segment.end) {
-          const int64_t offset = row_offset(key, segment.outer, q.head / group, column);
-          s = score(p, q, segment, column, product(query_row, key, offset, p.head_dim)).value;
+          const int64_t offset = row_offset(key, segment.outer, kv_head, column);
+          s = score(p, arguments.factors, q, segment, column, product(query_row, key, offset, head_dim)).value;
         }
         const T step_max = warp_max(s);
         if (step_max == -INFINITY) continue;
@@ -46,21 +54,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Attent
         for (T& x : out) x *= rescale;
         const int64_t left = segment.end - first;
         add_weighted_rows(out, weights, left < kWarpSize ? static_cast<int>(left) : kWarpSize, value,
-                          row_offset(value, segment.outer, q.head / group, first), p.head_dim);
+                          row_offset(value, segment.outer, kv_head, first), head_dim);
         __syncwarp();
       }
     });
 
-    const T factor = sum > 0 ? static_cast<T>(dropout_rescale(p.dropout_threshold)) / sum : T(0);
-    store_row(out, factor, p.out, row_offset(p.out, q.batch, q.head, q.index), p.head_dim);
-    if (lane() == 0) static_cast<T*>(p.lse)[r.row] = sum > 0 ? max + std::log(sum) : T(-INFINITY);
+    const T factor = sum > 0 ? arguments.factors.rescale / sum : T(0);
+    store_row(out, factor, p.out, row_offset(p.out, q.batch, q.head, q.index), head_dim);
+    if (lane() == 0) static_cast<T*>(p.lse)[lse_index(p, q)] = sum > 0 ? max + std::log(sum) : T(-INFINITY);
     __syncwarp();  // the next query's row replaces this one's
-  }
+  });
 }
 
 template <class T>
 void forward(const AttentionParams& p, const Context& context) {
-  launch_rows(forward_kernel<T>, p.batch * p.q_heads * p.q_len, (p.head_dim + kWarpSize) * sizeof(T), context, p);
+  launch_rows(forward_kernel<T>, query_grid(p), (p.head_dim + kWarpSize) * sizeof(T), context,
+              ForwardRows<T>{p, Factors<T>(p)});
 }
 
 }  // namespace prefix_kernels::cuda::simt

@@ -6,8 +6,21 @@
 
 #include "../../philox.h"
 #include "elements.cuh"
+#include "warp.cuh"
 
 namespace prefix_kernels::cuda::simt {
+
+// Quotients that are the same for every score: on the device a division is a call, and what it finds in registers moves
+// to memory.
+template <class T>
+struct Factors {
+  T rescale;          // of what dropout keeps
+  T inverse_softcap;  // 0: off
+
+  explicit Factors(const AttentionParams& p)
+      : rescale(static_cast<T>(dropout_rescale(p.dropout_threshold))),
+        inverse_softcap(p.softcap > 0 ? static_cast<T>(1 / p.softcap) : T(0)) {}
+};
 
 // One query of one head.
 struct Query {
@@ -15,6 +28,22 @@ struct Query {
   int64_t head;
   int64_t index;
 };
+
+// Query heads that share one key head. Numbers of heads fit in 32 bits, whose division is no call.
+__device__ inline int group_size(const AttentionParams& p) {
+  return static_cast<int>(p.q_heads) / static_cast<int>(p.kv_heads);
+}
+
+__device__ inline int64_t kv_head_of(const AttentionParams& p, int64_t head) {
+  return static_cast<int>(head) / group_size(p);
+}
+
+// Where the query stands among the rows of lse.
+__device__ inline int64_t lse_index(const AttentionParams& p, const Query& q) {
+  return (q.batch * p.q_heads + q.head) * p.q_len + q.index;
+}
+
+PREFIX_KERNELS_HOST_DEVICE RowGrid query_grid(const AttentionParams& p) { return {p.batch, p.q_heads, p.q_len}; }
 
 // The run of columns that a query sees of one operand: of one of its prefixes, or of its sequence.
 struct Segment {
@@ -60,12 +89,13 @@ template <class Visit>
 __device__ void for_each_segment(const AttentionParams& p, const Query& q, Visit visit) {
   const int64_t total = prefix_total(p, q.batch);
   int64_t start = 0;
-  for (int64_t m = 0; m < p.prefix_slots; ++m) {
-    const Segment segment = prefix_segment(p, q, m, start, total);
+#pragma unroll 1
+  for (int64_t m = 0; m <= p.prefix_slots; ++m) {
+    const bool is_prefix = m < p.prefix_slots;
+    const Segment segment = is_prefix ? prefix_segment(p, q, m, start, total) : sequence_segment(p, q);
     start += segment.end;
     visit(segment);
   }
-  visit(sequence_segment(p, q));
 }
 
 // What the mask adds to a score: -inf hides it.
@@ -76,7 +106,9 @@ __device__ T mask_bias(const AttentionParams& p, const Query& q, const Segment& 
   const int64_t index = q.batch * m.batch_stride + q.head * m.head_stride + q.index * m.row_stride +
                         (segment.mask_column + column) * m.column_stride;
   if (m.is_bool) return static_cast<const uint8_t*>(m.data)[index] != 0 ? T(0) : T(-INFINITY);
-  return load<T>(m.data, m.dtype, index);
+  T bias = 0;
+  with_type(m.data, m.dtype, [&](const auto* data) { bias = static_cast<T>(widen(data[index])); });
+  return bias;
 }
 
 template <class T>
@@ -87,13 +119,13 @@ struct Score {
 
 // The score of query and key from their product.
 template <class T>
-__device__ Score<T> score(const AttentionParams& p, const Query& q, const Segment& segment, int64_t column, T product) {
+__device__ Score<T> score(const AttentionParams& p, const Factors<T>& factors, const Query& q, const Segment& segment,
+                          int64_t column, T product) {
   const T scaled = static_cast<T>(p.scale) * product;
   const T bias = mask_bias<T>(p, q, segment, column);
-  if (p.softcap == 0) return {scaled + bias, T(1)};
-  const T cap = static_cast<T>(p.softcap);
-  const T bent = std::tanh(scaled / cap);
-  return {cap * bent + bias, T(1) - bent * bent};
+  if (factors.inverse_softcap == 0) return {scaled + bias, T(1)};
+  const T bent = std::tanh(scaled * factors.inverse_softcap);
+  return {static_cast<T>(p.softcap) * bent + bias, T(1) - bent * bent};
 }
 
 // What dropout multiplies a probability with, the rescaling of what is kept apart.

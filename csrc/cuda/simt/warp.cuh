@@ -6,24 +6,32 @@
 
 namespace prefix_kernels::cuda::simt {
 
-inline constexpr int kWarps = 4;                          // in a block; they share nothing
+inline constexpr int kWarps = 4;      // in a block; they share nothing
+inline constexpr int kMinBlocks = 1;  // on a multiprocessor: without it ptxas spills registers to fit more blocks
 inline constexpr int kPerLane = kMaxHeadDim / kWarpSize;  // elements of a row that one lane holds
 
-// The rows that this warp works on: for (Rows r(count); r.row < r.count; r.next()).
-struct Rows {
-  int64_t count;
-  int64_t row;
-
-  __device__ explicit Rows(int64_t count)
-      : count(count), row(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize) {}
-  __device__ void next() { row += static_cast<int64_t>(gridDim.x) * kWarps; }
+// A grid of [outers, heads, rows] rows: of queries, or of the columns of sequences or prefixes.
+struct RowGrid {
+  int64_t outers;
+  int64_t heads;
+  int64_t rows;
 };
+
+// Calls visit(outer, head, row) for the rows that this warp works on.
+template <class Visit>
+__device__ void for_each_row(const RowGrid& grid, Visit visit) {
+  for (int64_t outer = blockIdx.z; outer < grid.outers; outer += gridDim.z)
+    for (int64_t head = blockIdx.y; head < grid.heads; head += gridDim.y)
+      for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize; row < grid.rows;
+           row += static_cast<int64_t>(gridDim.x) * kWarps)
+        visit(outer, head, row);
+}
 
 __device__ inline int lane() { return threadIdx.x % kWarpSize; }
 
 // This warp's part of the block's shared memory, which holds `elements` for each warp.
 template <class T>
-__device__ T* warp_memory(int64_t elements) {
+__device__ T* warp_memory(int elements) {
   return reinterpret_cast<T*>(shared_memory()) + threadIdx.x / kWarpSize * elements;
 }
 
@@ -44,52 +52,79 @@ __device__ T warp_max(T x) {
 
 // Copies a row of an operand into shared memory, all lanes together.
 template <class T>
-__device__ void copy_row(T* target, const Operand& x, int64_t offset, int64_t head_dim) {
-  for (int64_t d = lane(); d < head_dim; d += kWarpSize) target[d] = load<T>(x.data, x.dtype, offset + d);
+__device__ void copy_row(T* target, const Operand& x, int64_t offset, int head_dim) {
+  with_type(x.data, x.dtype, [&](const auto* data) {
+    for (int d = lane(); d < head_dim; d += kWarpSize) target[d] = static_cast<T>(widen(data[offset + d]));
+  });
 }
 
-// One lane's product of a row in shared memory with a row of an operand.
-template <class T>
-__device__ T product(const T* row, const Operand& x, int64_t offset, int64_t head_dim) {
+// One lane's product of a row in shared memory with a row of any type.
+template <class T, class Element>
+__device__ T product(const T* row, const Element* other, int head_dim) {
   T sum = 0;
-  for (int64_t d = 0; d < head_dim; ++d) sum += row[d] * load<T>(x.data, x.dtype, offset + d);
+#pragma unroll 4
+  for (int d = 0; d < head_dim; ++d) sum += row[d] * static_cast<T>(widen(other[d]));
   return sum;
 }
 
-// sums[c] += sum over j < count of weights[j] * row j of the operand, at the elements that this lane holds. The sum
-// over the 32 rows of a step is formed first: long sums then round less.
+// The same with a row of an operand.
 template <class T>
-__device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int count, const Operand& x, int64_t offset,
-                                  int64_t head_dim) {
+__device__ T product(const T* row, const Operand& x, int64_t offset, int head_dim) {
+  T sum = 0;
+  with_type(x.data, x.dtype, [&](const auto* data) { sum = product(row, data + offset, head_dim); });
+  return sum;
+}
+
+// sums[c] += sum over j < count of weights[j] * rows[j], at the elements that this lane holds. The sum over the 32 rows
+// of a step is formed first: long sums then round less.
+template <class T, class Element>
+__device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int count, const Element* rows, int64_t stride,
+                                  int head_dim) {
 #pragma unroll
   for (int c = 0; c < kPerLane; ++c) {
-    const int64_t d = lane() + c * kWarpSize;
-    if (d >= head_dim) break;
-    T sum = 0;
-    for (int j = 0; j < count; ++j) sum += weights[j] * load<T>(x.data, x.dtype, offset + j * x.row_stride + d);
-    sums[c] += sum;
+    const int d = lane() + c * kWarpSize;
+    if (d < head_dim) {
+      T sum = 0;
+#pragma unroll 1
+      for (int j = 0; j < count; ++j) sum += weights[j] * static_cast<T>(widen(rows[j * stride + d]));
+      sums[c] += sum;
+    }
   }
+}
+
+// The same with rows of an operand.
+template <class T>
+__device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int count, const Operand& x, int64_t offset,
+                                  int head_dim) {
+  with_type(x.data, x.dtype,
+            [&](const auto* data) { add_weighted_rows(sums, weights, count, data + offset, x.row_stride, head_dim); });
 }
 
 // Writes the elements that the lanes hold, times a factor, as a row of an operand.
 template <class T>
-__device__ void store_row(const T (&sums)[kPerLane], T factor, const Operand& x, int64_t offset, int64_t head_dim) {
+__device__ void store_row(const T (&sums)[kPerLane], T factor, const Operand& x, int64_t offset, int head_dim) {
+  with_type(x.data, x.dtype, [&](const auto* data) {
+    using Element = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    Element* target = const_cast<Element*>(data) + offset;
 #pragma unroll
-  for (int c = 0; c < kPerLane; ++c) {
-    const int64_t d = lane() + c * kWarpSize;
-    if (d < head_dim) store<T>(x.data, x.dtype, offset + d, factor * sums[c]);
-  }
+    for (int c = 0; c < kPerLane; ++c) {
+      const int d = lane() + c * kWarpSize;
+      if (d < head_dim) target[d] = narrow<Element>(factor * sums[c]);
+    }
+  });
 }
 
 // Launches one warp per row, or fewer that take several rows each.
 template <class Params>
-void launch_rows(void (*kernel)(Params), int64_t rows, size_t bytes_per_warp, const Context& context,
+void launch_rows(void (*kernel)(Params), const RowGrid& grid, size_t bytes_per_warp, const Context& context,
                  const Params& params) {
-  constexpr int64_t kMaxBlocks = int64_t{1} << 30;
-  if (rows == 0) return;
-  const int64_t blocks = (rows + kWarps - 1) / kWarps;
-  launch(kernel, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)), dim3(kWarps * kWarpSize),
-         kWarps * bytes_per_warp, context.stream, params);
+  // What a grid may have at most along x, and along y and z.
+  constexpr int64_t kMaxX = (int64_t{1} << 31) - 1, kMaxYZ = 65535;
+  if (grid.outers == 0 || grid.heads == 0 || grid.rows == 0) return;
+  const auto at_most = [](int64_t x, int64_t most) { return static_cast<unsigned>(x < most ? x : most); };
+  const dim3 blocks(at_most((grid.rows + kWarps - 1) / kWarps, kMaxX), at_most(grid.heads, kMaxYZ),
+                    at_most(grid.outers, kMaxYZ));
+  launch(kernel, blocks, dim3(kWarps * kWarpSize), kWarps * bytes_per_warp, context.stream, params);
 }
 
 }  // namespace prefix_kernels::cuda::simt
