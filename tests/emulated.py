@@ -32,7 +32,9 @@ from prefix_kernels import functional, ops
 
 CHECKOUT = Path(__file__).parent.parent
 EMULATOR = CHECKOUT / "tests" / "emulator"
-FOLDER = CHECKOUT / "build" / "emulated"
+# "debug": kernels that a debugger can step through line by line; "coverage": gcov counts the lines that ran.
+VARIANT = os.environ.get("PREFIX_KERNELS_EMULATOR", "")
+FOLDER = CHECKOUT / "build" / f"emulated{VARIANT and '-' + VARIANT}"
 MODES = ("fast", "check")
 NAMESPACES = {"fast": "prefix_kernels_emulated", "check": "prefix_kernels_checked"}
 
@@ -43,8 +45,16 @@ _FLAGS = [
 # An accumulator that nobody initialised must not be zero by luck.
 _KERNEL_FLAGS = {
     "fast": ["-O2", "-g1", "-ftrivial-auto-var-init=pattern"],
-    "check": ["-O1", "-g", "-ftrivial-auto-var-init=pattern", "-fsanitize=thread", "-fno-tree-vectorize"],
+    "check": [
+        "-O1",
+        "-g",
+        "-ftrivial-auto-var-init=pattern",
+        "-fsanitize=thread",
+        "-fno-tree-vectorize",
+        "-fno-tree-sra",
+    ],
 }
+_VARIANT_FLAGS = {"": [], "debug": ["-O0", "-g"], "coverage": ["-O1", "--coverage", "-fprofile-update=atomic"]}
 _RUNTIME_FLAGS = {"fast": ["-O3", "-g1"], "check": ["-O3", "-g1", "-DPREFIX_KERNELS_CHECKED"]}
 
 
@@ -125,7 +135,7 @@ def _objects(mode: str) -> list[_Object]:
 
 def kernel_object(source: Path, mode: str) -> _Object:
     """A file of kernels, compiled for the emulator."""
-    return _object(source, mode, [*_FLAGS, *_KERNEL_FLAGS[mode]])
+    return _object(source, mode, [*_FLAGS, *_KERNEL_FLAGS[mode], *_VARIANT_FLAGS[VARIANT]])
 
 
 def runtime_objects(mode: str) -> list[_Object]:
@@ -169,8 +179,11 @@ def build_library(name: str, objects: list[_Object], libraries: list[str]) -> Pa
             for old in FOLDER.glob(f"{name}-{16 * '?'}.so"):
                 old.unlink()
             unfinished = library.with_suffix(".tmp")
-            # In check mode the runtime itself defines what -fsanitize=thread calls.
-            command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *[str(each.target) for each in objects]]
+            # In check mode the emulator itself defines what -fsanitize=thread calls. It comes first: of a function that
+            # several files define the linker takes the first, and its own must not be instrumented ones.
+            files = [str(each.target) for each in reversed(objects)]
+            command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *files]
+            command += ["--coverage"] if VARIANT == "coverage" else []
             command += [*libraries, "-lpthread", "-ldl", "-o", str(unfinished)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode != 0:

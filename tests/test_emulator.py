@@ -43,9 +43,7 @@ class Run:
 @functools.cache
 def _library(mode: str) -> ctypes.CDLL:
     objects = [emulated.kernel_object(path, mode) for path in sorted(SAMPLES.glob("*.cpp"))]
-    # The emulator first: of functions that several files define the linker takes the first, and the emulator's own
-    # must not be the ones that check mode instruments.
-    return ctypes.CDLL(str(emulated.build_library(f"samples-{mode}", emulated.runtime_objects(mode) + objects, [])))
+    return ctypes.CDLL(str(emulated.build_library(f"samples-{mode}", objects + emulated.runtime_objects(mode), [])))
 
 
 def run(name: str, source: Tensor, outputs: int, *, mode: str, seed: int = 0, count: int = 0) -> Run:

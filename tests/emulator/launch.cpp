@@ -11,6 +11,7 @@
 #include "check.h"
 #include "emulator_launch.h"
 #include "faults.h"
+#include "source_line.h"
 
 namespace emulator {
 namespace {
@@ -60,7 +61,8 @@ void run_block(const Launch& launch, uint64_t linear) {
     throw Error(std::string(error.what()) + "\n  in block (" + std::to_string(index.x) + ", " +
                 std::to_string(index.y) + ", " + std::to_string(index.z) + ") of grid (" +
                 std::to_string(launch.grid.x) + ", " + std::to_string(launch.grid.y) + ", " +
-                std::to_string(launch.grid.z) + "), seed " + std::to_string(seed));
+                std::to_string(launch.grid.z) + ") of " + function_at(reinterpret_cast<const void*>(launch.kernel)) +
+                ", seed " + std::to_string(seed));
   }
 }
 

@@ -67,6 +67,13 @@ std::string shortened(std::string line) {
   return line.substr(cut == std::string::npos ? 0 : cut + 1);
 }
 
+// What addr2line says of an address of this library.
+std::string addr2line(const std::string& options, const void* address) {
+  char offset[32];
+  std::snprintf(offset, sizeof offset, "0x%tx", static_cast<const char*>(address) - library_base());
+  return output_of("addr2line " + options + " -e '" + this_library().path + "' " + offset + " 2>/dev/null");
+}
+
 }  // namespace
 
 std::string text(Where where) {
@@ -74,9 +81,7 @@ std::string text(Where where) {
 }
 
 std::string line_of(const void* instruction) {
-  char offset[32];
-  std::snprintf(offset, sizeof offset, "0x%tx", static_cast<const char*>(instruction) - library_base());
-  const std::string frames = output_of("addr2line -i -e '" + this_library().path + "' " + offset + " 2>/dev/null");
+  const std::string frames = addr2line("-i", instruction);
   constexpr int kMostFrames = 6;
   std::string result;
   size_t begin = 0;
@@ -86,7 +91,12 @@ std::string line_of(const void* instruction) {
     result += shortened(frames.substr(begin, end - begin));
     begin = end + 1;
   }
-  return result.empty() ? std::string("offset ").append(offset) : result;
+  return result;
+}
+
+std::string function_at(const void* address) {
+  const std::string answer = addr2line("-C -f", address);
+  return answer.substr(0, answer.find('\n'));
 }
 
 bool in_this_library(const void* address) {
