@@ -145,7 +145,8 @@ def runtime_objects(mode: str) -> list[_Object]:
     ]
     if mode == "check":
         runtime += sorted((EMULATOR / "check").glob("*.cpp"))
-    return [_object(source, mode, [*_FLAGS, *_RUNTIME_FLAGS[mode]]) for source in runtime]
+    flags = [*_FLAGS, *_RUNTIME_FLAGS[mode], *(["-g"] if VARIANT == "debug" else [])]
+    return [_object(source, mode, flags) for source in runtime]
 
 
 @contextmanager
