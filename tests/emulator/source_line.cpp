@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <utility>
 #include <vector>
 
@@ -59,12 +60,11 @@ std::string output_of(const std::string& command) {
   return output;
 }
 
-// "/work/main/csrc/cuda/sm80/forward.cuh:120 (discriminator 3)" -> "sm80/forward.cuh:120"
-std::string shortened(std::string line) {
-  line = line.substr(0, line.find(" (discriminator"));
-  size_t cut = line.rfind('/');
-  if (cut != std::string::npos && cut > 0) cut = line.rfind('/', cut - 1);
-  return line.substr(cut == std::string::npos ? 0 : cut + 1);
+// "/work/main/csrc/cuda/sm80/x/../forward.cuh:120 (discriminator 3)" -> "sm80/forward.cuh:120"
+std::string shortened(const std::string& line) {
+  const std::string place = line.substr(0, line.find(" (discriminator"));
+  const std::filesystem::path path = std::filesystem::path(place).lexically_normal();
+  return path.has_parent_path() ? (path.parent_path().filename() / path.filename()).string() : path.string();
 }
 
 // What addr2line says of an address of this library.
