@@ -34,7 +34,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 _CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-DNDEBUG"]
-_CUDA_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 _TORCH_FLAGS = ["-O2", "-DTORCH_EXTENSION_NAME=_C", "-D_GLIBCXX_USE_CXX11_ABI=1"]
 # Results must not depend on -march=native: the flags name what each ISA has, tuned for no particular processor.
 _KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -183,7 +183,7 @@ class BuildKernelExtension(build_ext):
         if not cuda.toolkit:
             return []
         nvcc = [str(cuda.toolkit.home / "bin" / "nvcc"), "-ccbin", compiler[0]]
-        flags = [*_CUDA_FLAGS, *cuda.gencode_flags]
+        flags = [*CUDA_FLAGS, *cuda.gencode_flags]
         return [self._unit(source, "cuda", nvcc, flags) for source in extension.cuda_sources if source.endswith(".cu")]
 
     @staticmethod
