@@ -58,6 +58,9 @@ _VARIANT_FLAGS = {"": [], "debug": ["-O0", "-g"], "coverage": ["-O1", "--coverag
 _RUNTIME_FLAGS = {"fast": ["-O3", "-g1"], "check": ["-O3", "-g1", "-DPREFIX_KERNELS_CHECKED"]}
 
 
+TORCH_LIBRARIES = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
 class EmulatedBuildError(RuntimeError):
     """The compiler refused a file; its messages are the text."""
 
@@ -126,7 +129,8 @@ def _torch_flags() -> list[str]:
     return ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
 
 
-def _objects(mode: str) -> list[_Object]:
+def all_objects(mode: str) -> list[_Object]:
+    """Everything that the library of ``mode`` is linked from."""
     host = [*_FLAGS, *_RUNTIME_FLAGS[mode], "-O1", f"-DPREFIX_KERNELS_EMULATED={NAMESPACES[mode]}", *_torch_flags()]
     # The slowest first.
     objects = [_object(EMULATOR / "host_code.cpp", mode, host)]
@@ -163,7 +167,7 @@ def build(mode: str) -> Path:
     Raises:
         EmulatedBuildError: a file does not compile or the library does not link.
     """
-    return build_library(mode, _objects(mode), [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return build_library(mode, all_objects(mode), TORCH_LIBRARIES)
 
 
 def build_library(name: str, objects: list[_Object], libraries: list[str]) -> Path:
@@ -179,18 +183,27 @@ def build_library(name: str, objects: list[_Object], libraries: list[str]) -> Pa
         if not library.is_file():
             for old in FOLDER.glob(f"{name}-{16 * '?'}.so"):
                 old.unlink()
-            unfinished = library.with_suffix(".tmp")
-            # In check mode the emulator itself defines what -fsanitize=thread calls. It comes first: of a function that
-            # several files define the linker takes the first, and its own must not be instrumented ones.
-            files = [str(each.target) for each in reversed(objects)]
-            command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *files]
-            command += ["--coverage"] if VARIANT == "coverage" else []
-            command += [*libraries, "-lpthread", "-ldl", "-o", str(unfinished)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode != 0:
-                raise EmulatedBuildError(run.stderr)
-            unfinished.rename(library)
+            link(objects, libraries, library)
     return library
+
+
+def link(objects: list[_Object], libraries: list[str], library: Path) -> None:
+    """The last step of `build_library`.
+
+    Raises:
+        EmulatedBuildError: what the linker said.
+    """
+    unfinished = library.with_suffix(".tmp")
+    # In check mode the emulator itself defines what -fsanitize=thread calls. It comes first: of a function that several
+    # files define the linker takes the first, and its own must not be instrumented ones.
+    files = [str(each.target) for each in reversed(objects)]
+    command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *files]
+    command += ["--coverage"] if VARIANT == "coverage" else []
+    command += [*libraries, "-lpthread", "-ldl", "-o", str(unfinished)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise EmulatedBuildError(run.stderr)
+    unfinished.rename(library)
 
 
 @dataclass(frozen=True)
@@ -217,7 +230,11 @@ def load(mode: str = "fast") -> Library:
 
 @functools.cache
 def _load(mode: str) -> Library:
-    path = build(mode)
+    return load_library(build(mode), mode)
+
+
+def load_library(path: Path, mode: str) -> Library:
+    """The operators of a library that `build_library` made; only one of each mode fits into a process."""
     torch.ops.load_library(path)
     namespace = getattr(torch.ops, NAMESPACES[mode])
     torch.library.register_autograd(
