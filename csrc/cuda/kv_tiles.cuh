@@ -19,6 +19,7 @@ struct Cell {
   int segment;  // 0: the sequence; 1 + m: the prefix in slot m
   int first;    // its first column, counted from the start of the segment
   int count;    // how many of the 16 columns exist
+  int before;   // of a prefix: columns of the row's prefixes before the cell's, where a window counts them
 };
 
 // Columns of a cell or of a sequence, [begin, end).
@@ -73,6 +74,7 @@ struct PrefixSlots {
   // The columns that exist before this slot's.
   __device__ __forceinline__ int columns_before(const AttentionParams& p, int64_t batch, int slot) const {
     int columns = 0;
+#pragma unroll 1
     for (int m = 0; m < slot; ++m) columns += length(p, batch, m);
     return columns;
   }
@@ -103,12 +105,13 @@ struct VisitedCells {
   __device__ __forceinline__ Cell cell(const AttentionParams& p, int i) const {
     if (i >= prefix_cells) {
       const int column = sequence_begin + (i - prefix_cells) * kCell;
-      return {0, column, min(kCell, static_cast<int>(p.k_len) - column)};
+      return {0, column, min(kCell, static_cast<int>(p.k_len) - column), 0};
     }
     const int from_first = prefix_begin + i;
     const int slot = prefixes.slots == 1 ? 0 : from_first / prefixes.cells_per_slot;
     const int column = (from_first - slot * prefixes.cells_per_slot) * kCell;
-    return {1 + slot, column, max(0, min(kCell, prefixes.length(p, batch, slot) - column))};
+    const int before = p.window_includes_prefix ? prefixes.columns_before(p, batch, slot) + column : 0;
+    return {1 + slot, column, max(0, min(kCell, prefixes.length(p, batch, slot) - column)), before};
   }
 };
 
@@ -122,10 +125,9 @@ struct QueryView {
         prefix_begin(static_cast<int>(visible_prefix_begin(p, position, prefixes.total))) {}
 
   // Of a cell's columns those that it sees, counted from the cell's first.
-  __device__ __forceinline__ Span in(const AttentionParams& p, const VisitedCells& cells, const Cell& cell) const {
+  __device__ __forceinline__ Span in(const Cell& cell) const {
     if (cell.segment == 0) return {sequence.begin - cell.first, min(cell.count, sequence.end - cell.first)};
-    if (prefix_begin == 0) return {0, cell.count};
-    return {prefix_begin - cells.prefixes.columns_before(p, cells.batch, cell.segment - 1) - cell.first, cell.count};
+    return {prefix_begin - cell.before, cell.count};
   }
 };
 
@@ -137,44 +139,65 @@ class TileLoader {
   static_assert(kRowsPerPass % kCell == 0, "the threads of a warp work on one cell");
 
  public:
+  // `whole_sequence`, `whole_prefix`: has_whole_chunks.
   __device__ __forceinline__ TileLoader(const Operand& sequence, bool whole_sequence, const Operand& prefix,
-                                        bool whole_prefix, int64_t batch, int64_t kv_head, int head_dim, int thread)
-      : sequence_(sequence, batch, kv_head, whole_sequence),
-        prefix_(prefix, 0, kv_head, whole_prefix),
-        prefix_stride_(prefix.batch_stride),
-        head_dim_(head_dim),
+                                        bool whole_prefix, int64_t batch, int kv_head, int thread)
+      : sequence_(sequence),
+        prefix_(prefix),
+        whole_sequence_(whole_sequence),
+        whole_prefix_(whole_prefix),
+        kv_head_(kv_head),
         row_(thread / kLanes),
-        lane_(thread % kLanes) {}
+        lane_(thread % kLanes),
+        sequence_row_(HeadRows(sequence, batch, kv_head, whole_sequence).row(row_)) {}
 
   // Copies the visited cells [first, first + kCells), as many as there are.
   template <int kCells>
   __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first) const {
-#pragma unroll
-    for (int row = 0; row < kCells * kCell; row += kRowsPerPass) {
-      const int tile_row = row + row_, i = first + tile_row / kCell;
-      if (tile_row >= kCells * kCell || i >= cells.count) continue;
+    if (first >= cells.prefix_cells && whole_sequence_) {
+      load_sequence<kCells>(tile, p, cells.sequence_begin + (first - cells.prefix_cells) * kCell);
+      return;
+    }
+#pragma unroll 1
+    for (int tile_row = row_; tile_row < kCells * kCell; tile_row += kRowsPerPass) {
+      const int i = first + tile_row / kCell;
+      if (i >= cells.count) break;
       const Cell cell = cells.cell(p, i);
       const int in_cell = tile_row % kCell;
       const bool valid = in_cell < cell.count;
-      const int64_t column = cell.first + (valid ? in_cell : 0);
-      if (cell.segment == 0) {
-        copy_row<T, kHeadDim>(tile, tile_row, sequence_.row(column), sequence_.dtype, sequence_.whole_chunks, lane_,
-                              head_dim_, valid);
-      } else if (cell.count > 0) {
-        const int64_t n = cells.prefixes.prefix(p, cells.batch, cell.segment - 1);
-        const char* row = prefix_.row(column) + n * prefix_stride_ * dtype_bytes(prefix_.dtype);
-        copy_row<T, kHeadDim>(tile, tile_row, row, prefix_.dtype, prefix_.whole_chunks, lane_, head_dim_, valid);
-      }
+      if (cell.count == 0) continue;
+      const bool in_sequence = cell.segment == 0;
+      const int64_t owner = in_sequence ? cells.batch : cells.prefixes.prefix(p, cells.batch, cell.segment - 1);
+      const HeadRows rows(in_sequence ? sequence_ : prefix_, owner, kv_head_,
+                          in_sequence ? whole_sequence_ : whole_prefix_);
+      copy_row<T, kHeadDim>(tile, tile_row, rows.row(cell.first + (valid ? in_cell : 0)), rows.dtype, rows.whole_chunks,
+                            lane_, static_cast<int>(p.head_dim), valid);
     }
   }
 
  private:
-  HeadRows sequence_;
-  HeadRows prefix_;
-  int64_t prefix_stride_;
-  int head_dim_;
+  // The tile lies in the sequence: its rows follow one another. Rows that do not exist are zero up to the tile's end.
+  template <int kCells>
+  __device__ __forceinline__ void load_sequence(T* tile, const AttentionParams& p, int first_column) const {
+    const int64_t row_bytes = sequence_.row_stride * static_cast<int64_t>(sizeof(T));
+    const char* row = sequence_row_ + first_column * row_bytes;
+    T* const first = settled(tile + SharedTile<kHeadDim>::offset(row_, lane_));
+    const int head_dim = static_cast<int>(p.head_dim), rows = static_cast<int>(p.k_len) - first_column - row_;
+#pragma unroll
+    for (int i = 0; i < kCells * kCell; i += kRowsPerPass) {
+      copy_chunks<T, kHeadDim>(first + i * kHeadDim, row, kDTypeOf<T>, true, lane_, head_dim, i < rows);
+      row += kRowsPerPass * row_bytes;
+    }
+  }
+
+  const Operand& sequence_;
+  const Operand& prefix_;
+  bool whole_sequence_;
+  bool whole_prefix_;
+  int kv_head_;
   int row_;
   int lane_;
+  const char* sequence_row_;  // this thread's row of the sequence's first rows
 };
 
 }  // namespace prefix_kernels::cuda

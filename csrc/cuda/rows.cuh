@@ -73,26 +73,34 @@ __device__ __forceinline__ void convert_chunk(T* shared, const char* row, DType 
   *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Copies one row; every one of the kLanesPerRow<kHeadDim> threads that share it calls this with its number. What
-// arrives by cp.async is there after its wait; what does not, at once: both after the next barrier for other threads.
+// Copies one row; every one of the kLanesPerRow<kHeadDim> threads that share it calls this with its number, and with
+// the address of the first of its chunks in the tile. What arrives by cp.async is there after its wait, what does not
+// at once; for other threads, both after the next barrier.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void copy_row(T* tile, int tile_row, const char* row, DType dtype, bool whole_chunks,
-                                         int lane_of_row, int head_dim, bool valid) {
+__device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dtype, bool whole_chunks, int lane_of_row,
+                                            int head_dim, bool valid) {
   using Tile = SharedTile<kHeadDim>;
   constexpr int kLanes = kLanesPerRow<kHeadDim>;
+  static_assert(kLanes % Tile::kPermuted == 0, "chunks that are kLanes apart are so in the tile");
   if (whole_chunks) {
 #pragma unroll
-    for (int i = 0; i < Tile::kChunks / kLanes; ++i) {
-      const int chunk = lane_of_row + i * kLanes;
-      ptx::cp_async_16(tile + Tile::offset(tile_row, chunk), row + chunk * 16, valid && chunk * kChunk < head_dim);
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
+      ptx::cp_async_16(first + chunk * kChunk, row + (lane_of_row + chunk) * 16,
+                       valid && (lane_of_row + chunk) * kChunk < head_dim);
     }
   } else {
 #pragma unroll 1
-    for (int i = 0; i < Tile::kChunks / kLanes; ++i) {
-      const int chunk = lane_of_row + i * kLanes;
-      convert_chunk(tile + Tile::offset(tile_row, chunk), row, dtype, chunk * kChunk, head_dim, valid);
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
+      convert_chunk(first + chunk * kChunk, row, dtype, (lane_of_row + chunk) * kChunk, head_dim, valid);
     }
   }
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void copy_row(T* tile, int tile_row, const char* row, DType dtype, bool whole_chunks,
+                                         int lane_of_row, int head_dim, bool valid) {
+  T* const first = settled(tile + SharedTile<kHeadDim>::offset(tile_row, lane_of_row));
+  copy_chunks<T, kHeadDim>(first, row, dtype, whole_chunks, lane_of_row, head_dim, valid);
 }
 
 // Writes one chunk of a finished row.

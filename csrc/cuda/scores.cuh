@@ -28,8 +28,8 @@ __device__ __forceinline__ void hide_unseen(float (&left)[4], float (&right)[4],
 
 // cap * tanh(x / cap)
 __device__ __forceinline__ float softcapped(float x, float cap) {
-  const float power = ptx::exp2_approx(x / cap * (2 * kLog2E));
-  return cap * (1 - 2 / (1 + power));
+  const float power = ptx::exp2_approx(__fdividef(x, cap) * (2 * kLog2E));
+  return cap * (1 - __fdividef(2.0f, 1 + power));
 }
 
 // The mask over one cell.

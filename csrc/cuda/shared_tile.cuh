@@ -40,17 +40,20 @@ enum class Quarters { kDown, kAcross };
 //   A = block^T                                across    load_transposed
 //   B = block^T (two operands: 0, 1 and 2, 3)  across    load              scores: the block's rows are keys
 //   B = block   (two operands: 0, 1 and 2, 3)  down      load_transposed   output: the block's rows are values
+//
+// A tile is read through a reader of its own: the few instructions that make one take no registers from tile to tile.
 template <typename T, int kHeadDim, Quarters kQuarters>
 class BlockReader {
   using Tile = SharedTile<kHeadDim>;
 
  public:
-  __device__ __forceinline__ BlockReader(const T* tile, int lane) {
-    const int down = kQuarters == Quarters::kDown ? (lane / 8) % 2 : lane / 16;
-    const int across = kQuarters == Quarters::kDown ? lane / 16 : (lane / 8) % 2;
+  __device__ __forceinline__ BlockReader(const T* tile, int lane_number) {
+    const int lane = settled(lane_number);
+    const int down = kQuarters == Quarters::kDown ? lane / 8 % 2 : lane / 16;
+    const int across = kQuarters == Quarters::kDown ? lane / 16 : lane / 8 % 2;
     const int row = lane % 8 + 8 * down;
-    row_ = tile + row * kHeadDim;
-    chunk_ = across ^ Tile::permutation(row);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) columns_[i] = settled(tile + Tile::offset(row, 2 * i + across));
   }
 
   __device__ __forceinline__ void load(uint32_t (&r)[4], int block_row, int block_column) const {
@@ -62,16 +65,28 @@ class BlockReader {
   }
 
  private:
-  // Sixteen rows on, the permutation is the same; of a block's first chunk, only the bits that it touches meet a
-  // number that is not known to the compiler.
+  // Block columns, of two chunks each, after which the permutation begins anew, as it does after sixteen rows.
+  static constexpr int kColumns = Tile::kPermuted / 2;
+
   __device__ __forceinline__ const T* address(int block_row, int block_column) const {
-    const int first = 2 * block_column, permuted = first & (Tile::kPermuted - 1);
-    return row_ + block_row * kCell * kHeadDim + (first - permuted) * kChunk + (permuted ^ chunk_) * kChunk;
+    return columns_[block_column % kColumns] + block_row * kCell * kHeadDim +
+           block_column / kColumns * (kColumns * kCell);
   }
 
-  const T* row_;
-  int chunk_;
+  const T* columns_[kColumns];
 };
+
+template <int kRowBlocks, int kColumns>
+__device__ __forceinline__ void set_all(float (&accumulators)[kRowBlocks][kColumns][4], float value) {
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) accumulators[m][n][e] = value;
+    }
+  }
+}
 
 // d[16 x 16] += a b for the two B operands of one block, which make columns 0..7 and 8..15.
 template <typename T>

@@ -33,8 +33,7 @@ struct RowResult {
 template <int kRowBlocks, bool kScaled>
 class OnlineSoftmax {
  public:
-  // `scale`: what turns scores into natural units.
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale_(scale) {
+  __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -45,10 +44,11 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities relative to the maximum so far, to which it brings `out`.
+  // Turns scores into probabilities relative to the maximum so far, to which it brings `out`. `factor` takes scores to
+  // base 2.
   template <int kColumns, int kOut>
-  __device__ __forceinline__ void update(float (&scores)[kRowBlocks][kColumns][4], float (&out)[kRowBlocks][kOut][4]) {
-    const float factor = scale_ * kLog2E;
+  __device__ __forceinline__ void update(float (&scores)[kRowBlocks][kColumns][4], float (&out)[kRowBlocks][kOut][4],
+                                         float factor) {
     float now[kRowBlocks][2];
     bool grew = false;
 #pragma unroll
@@ -103,18 +103,17 @@ class OnlineSoftmax {
     }
   }
 
-  // Of row half_row * 8 + lane / 4 of block m.
-  __device__ __forceinline__ RowResult finish(int m, int half_row) const {
+  // Of row half_row * 8 + lane / 4 of block m; `scale` takes scores to natural units.
+  __device__ __forceinline__ RowResult finish(int m, int half_row, float scale) const {
     const float sum = row_sum(sum_[m][half_row]);
     if (sum == 0.0f) return {0.0f, minus_infinity()};
-    return {1.0f / sum, maximum_[m][half_row] * scale_ + logf(sum)};
+    return {__fdividef(1.0f, sum), maximum_[m][half_row] * scale + logf(sum)};
   }
 
  private:
   // A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is still 0.
   __device__ __forceinline__ static float finite(float maximum) { return maximum == minus_infinity() ? 0.0f : maximum; }
 
-  float scale_;
   float maximum_[kRowBlocks][2];
   float sum_[kRowBlocks][2];
 };

@@ -18,14 +18,15 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Which query and head a row of a block stands for.
-struct PackedRows {
-  int first;  // the block's first row, among
-  int count;  // queries times packed heads
-  int pack;   // heads
+// Which queries and heads a block's rows stand for: of one batch row and one key head.
+struct BlockRows {
+  int batch;
+  int kv_head;
   int first_head;
+  int pack;   // heads, running fastest
+  int first;  // the block's first row, among all queries of these heads
+  int last;   // its last row that exists, counted from the first
 
-  __device__ __forceinline__ bool exists(int row) const { return first + row < count; }
   __device__ __forceinline__ int query(int row) const { return pack == 1 ? first + row : (first + row) / pack; }
   __device__ __forceinline__ int head(int row) const {
     return pack == 1 ? first_head : first_head + (first + row) % pack;
@@ -39,9 +40,7 @@ struct WarpView {
   int prefix_cells_seen = 0;  // visited cells, from the first on, of which every row sees 16 columns
   bool sees_prefix = false;
 
-  __device__ __forceinline__ WarpView(const AttentionParams& p, const VisitedCells& cells, int64_t first_position,
-                                      int64_t last_position) {
-    const QueryView first(p, cells.prefixes, first_position), last(p, cells.prefixes, last_position);
+  __device__ __forceinline__ WarpView(const VisitedCells& cells, const QueryView& first, const QueryView& last) {
     everyone = {last.sequence.begin, first.sequence.end};
     anyone = {first.sequence.begin, last.sequence.end};
     sees_prefix = true;
@@ -53,7 +52,7 @@ struct WarpView {
   }
 
   // A warp without rows.
-  WarpView() = default;
+  __device__ __forceinline__ WarpView() {}
 
   __device__ __forceinline__ bool everyone_sees(const VisitedCells& cells, int begin, int end) const {
     const int from = cells.sequence_begin + (max(begin, cells.prefix_cells) - cells.prefix_cells) * kCell;
@@ -68,8 +67,21 @@ struct WarpView {
   }
 };
 
+// What a warp decides once, kept in shared memory: registers are for the products.
+template <int kRows, int kCells>
+struct WarpPlan {
+  BlockRows rows;
+  VisitedCells cells;  // of the block
+  WarpView view;
+  Cell tile[kCells];  // the tile at hand
+  QueryView views[kRows];
+};
+
 struct ForwardParams {
   AttentionParams attention;
+  float scale;       // from scores to natural units,
+  float scale_log2;  // and to base 2
+  float softcap;
   int pack;          // heads packed into a block's rows
   int row_tiles;     // blocks per (batch row, packed heads)
   bool whole_query;  // has_whole_chunks
@@ -86,58 +98,82 @@ struct ForwardTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGeneral = kGeneral_;     // mask, softcap, dropout or a scale that is not positive
   static constexpr int kRowBlocks = kRowBlocks_;  // per warp
-  static constexpr int kThreads = 4 * kWarpSize;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = kCell * kRowBlocks;
-  static constexpr int kRows = 4 * kWarpRows;
+  static constexpr int kRows = kWarps * kWarpRows;
+  // As many as registers and shared memory allow without spills.
+  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 ? 3 : 2)
+                                      : kHeadDim == 32 ? 4
+                                      : kHeadDim <= 96 ? 3
+                                                       : 2;
   static constexpr int kCells = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kColumns = kCells * kCell;
   static constexpr bool kQueryInRegisters = kHeadDim <= 64;
 
   static constexpr int kQueryBytes = SharedTile<kHeadDim>::bytes(kRows);
   static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kColumns);
+  static constexpr int kPlanBytes = sizeof(WarpPlan<kWarpRows, kCells>);
   static constexpr int kKeyOffset = kQueryBytes + kSharedGap;
   static constexpr int kTileStride = kTileBytes + kSharedGap;
   static constexpr int kValueOffset = kKeyOffset + 2 * kTileStride;
-  static constexpr int kSharedBytes = kValueOffset + 2 * kTileStride;
-  static_assert(kQueryBytes + 4 * kTileBytes <= 99 * 1024, "shared memory of a block on compute capability 8.6");
+  static constexpr int kPlanOffset = kValueOffset + 2 * kTileStride;
+  static constexpr int kPlanStride = kPlanBytes + kSharedGap;
+  static constexpr int kSharedBytes = kPlanOffset + kWarps * kPlanStride;
+  static_assert(kQueryBytes + 4 * kTileBytes + kWarps * kPlanBytes <= 99 * 1024,
+                "shared memory of a block on compute capability 8.6");
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const ForwardParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forward_kernel(const ForwardParams params) {
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim, kCells = Traits::kCells, kRowBlocks = Traits::kRowBlocks;
   constexpr int kBlocksOfHead = kHeadDim / kCell;
   const AttentionParams& p = params.attention;
-  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int thread = threadIdx.x % Traits::kThreads, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head_dim = static_cast<int>(p.head_dim);
 
   // Blocks that share keys follow one another; of a causal head, those with the most columns come first.
   const int packs = static_cast<int>(p.q_heads) / params.pack;
   const int tile_number = blockIdx.x % params.row_tiles, rest = blockIdx.x / params.row_tiles;
-  const int64_t batch = rest / packs;
-  PackedRows rows;
-  rows.first = (params.row_tiles - 1 - tile_number) * Traits::kRows;
-  rows.count = static_cast<int>(p.q_len) * params.pack;
-  rows.pack = params.pack;
-  rows.first_head = rest % packs * params.pack;
-  const int64_t kv_head = rows.first_head / (p.q_heads / p.kv_heads);
-
-  const int64_t offset = row_query_offset(p, batch);
-  const int last_row = min(Traits::kRows, rows.count - rows.first) - 1;
-  const VisitedCells cells(p, batch, rows.query(0) + offset, rows.query(last_row) + offset);
+  BlockRows block_rows;
+  block_rows.batch = rest / packs;
+  block_rows.pack = params.pack;
+  block_rows.first_head = rest % packs * params.pack;
+  block_rows.kv_head = block_rows.first_head / (static_cast<int>(p.q_heads) / static_cast<int>(p.kv_heads));
+  block_rows.first = (params.row_tiles - 1 - tile_number) * Traits::kRows;
+  block_rows.last = min(Traits::kRows, static_cast<int>(p.q_len) * params.pack - block_rows.first) - 1;
   const int warp_row = warp * Traits::kWarpRows;
-  const WarpView view = rows.exists(warp_row)
-                            ? WarpView(p, cells, rows.query(warp_row) + offset,
-                                       rows.query(min(warp_row + Traits::kWarpRows - 1, last_row)) + offset)
-                            : WarpView();
+
+  using Plan = WarpPlan<Traits::kWarpRows, kCells>;
+  Plan& plan = *reinterpret_cast<Plan*>(shared_memory() + Traits::kPlanOffset + warp * Traits::kPlanStride);
+  shared_buffer(&plan, sizeof(Plan));
+  {
+    const BlockRows& rows = block_rows;
+    const int64_t offset = row_query_offset(p, rows.batch);
+    const VisitedCells cells(p, rows.batch, rows.query(0) + offset, rows.query(rows.last) + offset);
+    for (int row = lane; row < Traits::kWarpRows; row += kWarpSize) {
+      plan.views[row] = QueryView(p, cells.prefixes, rows.query(warp_row + row) + offset);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      const int last = min(Traits::kWarpRows - 1, rows.last - warp_row);
+      plan.rows = rows;
+      plan.cells = cells;
+      plan.view = last >= 0 ? WarpView(cells, plan.views[0], plan.views[last]) : WarpView();
+    }
+    __syncwarp();
+  }
+  const BlockRows& rows = plan.rows;
+  const VisitedCells& cells = plan.cells;
 
   T* const query_tile = reinterpret_cast<T*>(shared_memory());
   shared_buffer(query_tile, Traits::kQueryBytes);
   const auto key_tile = [](int j) {
-    return reinterpret_cast<T*>(shared_memory() + Traits::kKeyOffset + j % 2 * Traits::kTileStride);
+    return reinterpret_cast<T*>(shared_memory() + Traits::kKeyOffset + (j & 1) * Traits::kTileStride);
   };
   const auto value_tile = [](int j) {
-    return reinterpret_cast<T*>(shared_memory() + Traits::kValueOffset + j % 2 * Traits::kTileStride);
+    return reinterpret_cast<T*>(shared_memory() + Traits::kValueOffset + (j & 1) * Traits::kTileStride);
   };
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -145,40 +181,32 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
     shared_buffer(value_tile(j), Traits::kTileBytes);
   }
 
-  const TileLoader<T, kHeadDim, Traits::kThreads> keys(p.key, params.whole_key, p.prefix_key, params.whole_prefix_key,
-                                                       batch, kv_head, head_dim, thread);
-  const TileLoader<T, kHeadDim, Traits::kThreads> values(p.value, params.whole_value, p.prefix_value,
-                                                         params.whole_prefix_value, batch, kv_head, head_dim, thread);
+  // Made anew for every tile, as the readers are.
+  using Loader = TileLoader<T, kHeadDim, Traits::kThreads>;
+  const auto load_keys = [&](int j) {
+    const Loader loader(p.key, params.whole_key, p.prefix_key, params.whole_prefix_key, rows.batch, rows.kv_head,
+                        settled(thread));
+    loader.template load<kCells>(key_tile(j), p, cells, j * kCells);
+  };
+  const auto load_values = [&](int j) {
+    const Loader loader(p.value, params.whole_value, p.prefix_value, params.whole_prefix_value, rows.batch,
+                        rows.kv_head, settled(thread));
+    loader.template load<kCells>(value_tile(j), p, cells, j * kCells);
+  };
   const int tiles = (cells.count + kCells - 1) / kCells;
 
-  {
-    constexpr int kLanes = kLanesPerRow<kHeadDim>;
-#pragma unroll
-    for (int row = thread / kLanes; row < Traits::kRows; row += Traits::kThreads / kLanes) {
-      const bool valid = row <= last_row;
-      const int source = valid ? row : 0;
-      const HeadRows head(p.query, batch, rows.head(source), params.whole_query);
-      copy_row<T, kHeadDim>(query_tile, row, head.row(rows.query(source)), head.dtype, head.whole_chunks,
-                            thread % kLanes, head_dim, valid);
-    }
+  constexpr int kLanes = kLanesPerRow<kHeadDim>;
+#pragma unroll 1
+  for (int row = thread / kLanes; row < Traits::kRows; row += Traits::kThreads / kLanes) {
+    const bool valid = row <= rows.last;
+    const int source = valid ? row : 0;
+    const HeadRows head(p.query, rows.batch, rows.head(source), params.whole_query);
+    copy_row<T, kHeadDim>(query_tile, row, head.row(rows.query(source)), head.dtype, head.whole_chunks, thread % kLanes,
+                          head_dim, valid);
   }
-  keys.template load<kCells>(key_tile(0), p, cells, 0);
-  ptx::cp_async_commit();
-  values.template load<kCells>(value_tile(0), p, cells, 0);
-  ptx::cp_async_commit();
-
-  const BlockReader<T, kHeadDim, Quarters::kDown> query(query_tile + warp_row * kHeadDim, lane);
   uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][kRowBlocks][4];
-  ptx::cp_async_wait<1>();
-  __syncthreads();  // the queries are there
-  if constexpr (Traits::kQueryInRegisters) {
-#pragma unroll
-    for (int k = 0; k < kBlocksOfHead; ++k) {
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) query.load(query_blocks[k][m], m, k);
-    }
-  }
-  const auto load_query = [&](uint32_t (&a)[kRowBlocks][4], int k) {
+  using QueryReader = BlockReader<T, kHeadDim, Quarters::kDown>;
+  const auto load_query = [&](uint32_t (&a)[kRowBlocks][4], const QueryReader& query, int k) {
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       if constexpr (Traits::kQueryInRegisters) {
@@ -190,45 +218,39 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
     }
   };
 
-  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   const uint64_t seed = Traits::kGeneral && p.dropout_threshold > 0 ? dropout_seed(p) : 0;
-  OnlineSoftmax<kRowBlocks, Traits::kGeneral> softmax(Traits::kGeneral ? 1.0f : scale);
+  OnlineSoftmax<kRowBlocks, Traits::kGeneral> softmax;
   float out[kRowBlocks][2 * kBlocksOfHead][4];
-#pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-    for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
-    }
-  }
+  set_all(out, 0.0f);
 
+  // Before tile 0, a turn that only copies: every copy has one place in the code.
 #pragma unroll 1
-  for (int j = 0; j < tiles; ++j) {
+  for (int j = -1; j < tiles; ++j) {
     const int first_cell = j * kCells;
     ptx::cp_async_wait<1>();
     __syncthreads();  // all have key tile j, and none reads tile j - 1 any more
-    if (j + 1 < tiles) keys.template load<kCells>(key_tile(j + 1), p, cells, first_cell + kCells);
+    if (j + 1 < tiles) load_keys(j + 1);
     ptx::cp_async_commit();
+    const QueryReader query(query_tile + warp_row * kHeadDim, lane);
+    if (Traits::kQueryInRegisters && j == 0) {
+#pragma unroll
+      for (int k = 0; k < kBlocksOfHead; ++k) {
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) query.load(query_blocks[k][m], m, k);
+      }
+    }
 
     // S = Q K'^T
     float scores[kRowBlocks][2 * kCells][4];
-    const BlockReader<T, kHeadDim, Quarters::kAcross> key(key_tile(j), lane);
     unsigned seen = 0;  // one bit per cell
-    if (!Traits::kGeneral && view.everyone_sees(cells, first_cell, first_cell + kCells)) {
+    const BlockReader<T, kHeadDim, Quarters::kAcross> key(key_tile(j), lane);
+    if (!Traits::kGeneral && j >= 0 && plan.view.everyone_sees(cells, first_cell, first_cell + kCells)) {
       seen = (1u << kCells) - 1;
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2 * kCells; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
-        }
-      }
+      set_all(scores, 0.0f);
 #pragma unroll
       for (int k = 0; k < kBlocksOfHead; ++k) {
         uint32_t a[kRowBlocks][4];
-        load_query(a, k);
+        load_query(a, query, k);
 #pragma unroll
         for (int c = 0; c < kCells; ++c) {
           uint32_t b[4];
@@ -237,18 +259,18 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
           for (int m = 0; m < kRowBlocks; ++m) mma_block<T>(scores[m][2 * c], scores[m][2 * c + 1], a[m], b);
         }
       }
-    } else {
+    } else if (j >= 0) {
+      bool is_seen = false;
+      if (lane < kCells && first_cell + lane < cells.count) {
+        plan.tile[lane] = cells.cell(p, first_cell + lane);
+        is_seen = plan.view.anyone_sees(plan.tile[lane]);
+      }
+      seen = __ballot_sync(kAllLanes, is_seen);
+      __syncwarp();
+      set_all(scores, minus_infinity());
 #pragma unroll
       for (int c = 0; c < kCells; ++c) {
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) scores[m][2 * c][e] = scores[m][2 * c + 1][e] = minus_infinity();
-        }
-        if (first_cell + c >= cells.count) continue;
-        const Cell cell = cells.cell(p, first_cell + c);
-        if (!view.anyone_sees(cell)) continue;
-        seen |= 1u << c;
+        if ((seen >> c & 1) == 0) continue;
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -257,35 +279,35 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
 #pragma unroll
         for (int k = 0; k < kBlocksOfHead; ++k) {
           uint32_t a[kRowBlocks][4], b[4];
-          load_query(a, k);
+          load_query(a, query, k);
           key.load(b, c, k);
 #pragma unroll
           for (int m = 0; m < kRowBlocks; ++m) mma_block<T>(scores[m][2 * c], scores[m][2 * c + 1], a[m], b);
         }
+        const Cell cell = plan.tile[c];
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          const int row = warp_row + m * kCell + lane / 4;
-          const Span top = QueryView(p, cells.prefixes, rows.query(row) + offset).in(p, cells, cell);
-          const Span bottom = QueryView(p, cells.prefixes, rows.query(row + 8) + offset).in(p, cells, cell);
+          const int row = m * kCell + lane / 4;
+          const Span top = plan.views[row].in(cell), bottom = plan.views[row + 8].in(cell);
           if constexpr (Traits::kGeneral) {
             const CellMask mask(p, cell);
             float bias[kColumnsPerThread];
-            const int top_row = min(row, last_row), bottom_row = min(row + 8, last_row);
-            mask.load(bias, batch, rows.head(top_row), rows.query(top_row), cell.count, lane);
-            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 0, scale, softcap, bias, top, lane);
-            mask.load(bias, batch, rows.head(bottom_row), rows.query(bottom_row), cell.count, lane);
-            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 2, scale, softcap, bias, bottom, lane);
+            const int top_row = min(warp_row + row, rows.last), bottom_row = min(warp_row + row + 8, rows.last);
+            mask.load(bias, rows.batch, rows.head(top_row), rows.query(top_row), cell.count, lane);
+            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 0, params.scale, params.softcap, bias, top, lane);
+            mask.load(bias, rows.batch, rows.head(bottom_row), rows.query(bottom_row), cell.count, lane);
+            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 2, params.scale, params.softcap, bias, bottom, lane);
           } else {
             hide_unseen(scores[m][2 * c], scores[m][2 * c + 1], top, bottom, lane);
           }
         }
       }
     }
-    if (seen != 0) softmax.update(scores, out);
+    if (seen != 0) softmax.update(scores, out, Traits::kGeneral ? kLog2E : params.scale_log2);
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // all have value tile j
-    if (j + 1 < tiles) values.template load<kCells>(value_tile(j + 1), p, cells, first_cell + kCells);
+    if (j + 1 < tiles) load_values(j + 1);
     ptx::cp_async_commit();
 
     // out += P V'
@@ -299,8 +321,7 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
         if constexpr (Traits::kGeneral) {
           if (p.dropout_threshold > 0) {
             drop_out(scores[m][2 * c], scores[m][2 * c + 1], seed, p.dropout_threshold,
-                     (rows.first + warp_row) / kCell + m, batch * p.q_heads + rows.first_head,
-                     cells.cell(p, first_cell + c), lane);
+                     (rows.first + warp_row) / kCell + m, rows.batch * p.q_heads + rows.first_head, plan.tile[c], lane);
           }
         }
         pack_operand<T>(a[m], scores[m][2 * c], scores[m][2 * c + 1]);
@@ -315,37 +336,39 @@ __global__ void __launch_bounds__(Traits::kThreads) forward_kernel(const Forward
     }
   }
 
-  // Of the queries' tile, a warp has read its own rows alone: they take the output, and leave in whole chunks.
+  // Of the queries' tile, a warp has read its own rows alone: they take the output, and leave in whole chunks. The
+  // rows' views have served.
   ptx::cp_async_wait<0>();
-  const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
   __syncwarp();
+  float* const lse = reinterpret_cast<float*>(plan.views);
+  const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
-      const int row = warp_row + m * kCell + half_row * 8 + lane / 4;
-      const RowResult result = softmax.finish(m, half_row);
+      const int row = m * kCell + half_row * 8 + lane / 4;
+      const RowResult result = softmax.finish(m, half_row, Traits::kGeneral ? 1.0f : params.scale);
       const float factor = result.factor * rescale;
 #pragma unroll
       for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
-        T* chunk = query_tile + SharedTile<kHeadDim>::offset(row, n);
+        T* chunk = query_tile + SharedTile<kHeadDim>::offset(warp_row + row, n);
         *reinterpret_cast<uint32_t*>(chunk + 2 * (lane % 4)) =
             pack2<T>(out[m][n][2 * half_row] * factor, out[m][n][2 * half_row + 1] * factor);
       }
-      if (lane % 4 == 0 && row <= last_row) {
-        const int64_t head = batch * p.q_heads + rows.head(row);
-        static_cast<float*>(p.lse)[head * p.q_len + rows.query(row)] = result.lse;
-      }
+      if (lane % 4 == 0) lse[row] = result.lse;
     }
   }
   __syncwarp();
-  constexpr int kLanes = kLanesPerRow<kHeadDim>;
-#pragma unroll
-  for (int i = 0; i < Traits::kWarpRows; i += kWarpSize / kLanes) {
-    const int row = warp_row + i + lane / kLanes;
-    if (row > last_row) continue;
-    const HeadRows head(p.out, batch, rows.head(row), params.whole_out);
-    T* const out_row = reinterpret_cast<T*>(const_cast<char*>(head.row(rows.query(row))));
+#pragma unroll 1
+  for (int i = lane / kLanes; i < Traits::kWarpRows; i += kWarpSize / kLanes) {
+    const int row = warp_row + i;
+    if (row > rows.last) break;
+    const int head = rows.head(row), query_number = rows.query(row);
+    if (lane % kLanes == 0) {
+      static_cast<float*>(p.lse)[(rows.batch * p.q_heads + head) * p.q_len + query_number] = lse[i];
+    }
+    const HeadRows out_rows(p.out, rows.batch, head, params.whole_out);
+    T* const out_row = reinterpret_cast<T*>(const_cast<char*>(out_rows.row(query_number)));
 #pragma unroll
     for (int chunk = lane % kLanes; chunk < kHeadDim / kChunk; chunk += kLanes) {
       store_chunk(out_row, query_tile + SharedTile<kHeadDim>::offset(row, chunk), chunk * kChunk, head_dim,
@@ -373,6 +396,9 @@ void forward(const AttentionParams& p, const Context& context) {
   using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
   ForwardParams params;
   params.attention = p;
+  params.scale = static_cast<float>(p.scale);
+  params.scale_log2 = static_cast<float>(p.scale) * kLog2E;
+  params.softcap = static_cast<float>(p.softcap);
   params.whole_query = has_whole_chunks<T>(p.query, p.head_dim);
   params.whole_key = has_whole_chunks<T>(p.key, p.head_dim);
   params.whole_value = has_whole_chunks<T>(p.value, p.head_dim);
