@@ -117,7 +117,7 @@ class BackwardTask {
 
   // Asks for what follows the step of block i with the tile at `first`: the next block that was not packed yet, and in
   // the last step of a tile the next tile; after the last tile, what follows.
-  void plan_prefetch(int64_t i, const Segment& segment, int64_t first) {
+  void plan_prefetch(int64_t i, const Segment& segment, int64_t first, int count) {
     prefetcher_.clear();
     const bool last_block = i + 1 == blocks_;
     if (!last_block) {
@@ -127,7 +127,10 @@ class BackwardTask {
     } else if (segment.is_prefix() != plan_.needs.visits_sequence()) {
       prefetch_following();
     }
-    prefetcher_.spread(kAdvances);
+    const Needs& needs = plan_.needs;
+    prefetcher_.spread(gemm_blocks<T>(count, kBlockQ) * (1 + needs.ds(segment)) +
+                       gemm_blocks<T>(count, plan_.padded_depth) * (needs.key(segment) + needs.value(segment)) +
+                       gemm_blocks<T>(p_.head_dim, kBlockQ) * needs.dquery);
   }
 
   // Packs a block when the first tile meets it.
@@ -186,7 +189,7 @@ class BackwardTask {
     if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
     for (int64_t i = 0; i < blocks_; ++i) {
       if (!intersects(states_[i].block.hull(segment), first, first + count)) continue;
-      plan_prefetch(i, segment, first);
+      plan_prefetch(i, segment, first, count);
       step(states_[i], segment, first, count, key, value, dkey, dvalue);
     }
 
@@ -211,40 +214,26 @@ class BackwardTask {
     if (!state.ready) prepare(state);
     const int64_t skipped = bias.first - tile_first;
 
-    // S^T = K Q^T,  dP^T = V dO^T
-    prefetcher_.advance();
+    // P^T from S^T = K Q^T,  dS^T from dP^T = V dO^T
+    const uint32_t threshold = p_.dropout_threshold;
+    if (threshold > 0) dropout_bits(block, segment, bias.first, bias.count, bits_);
+    const Scores<T> scores(block, segment, plan, bias, scores_, capped_);
+    Probabilities<T> probabilities{scores, state.lse, bits_, ds ? 0 : threshold};
+    ScoreGradients<T> gradients{scores_, dp_, state.delta, p_.softcap > 0 ? capped_ : nullptr, bits_, threshold};
     for (int g = 0; g < plan.num_groups; ++g) {
       const auto& group = plan.groups[g];
       const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
-      const int64_t row = skipped + group.row_begin, at = group.row_begin * kBlockQ + group.vector_begin * kN;
+      const int64_t row = skipped + group.row_begin;
+      probabilities.first_row = gradients.first_row = group.row_begin;
+      probabilities.first_column = gradients.first_column = group.vector_begin * kN;
       gemm<ALayout::kRowMajor, T>(rows, columns, depth, key.data + row * key.stride, key.stride,
-                                  state.query + group.vector_begin * kN, kBlockQ, scores_ + at, kBlockQ, false);
+                                  state.query + group.vector_begin * kN, kBlockQ, prefetcher_, probabilities);
       if (ds)
         gemm<ALayout::kRowMajor, T>(rows, columns, depth, value.data + row * value.stride, value.stride,
-                                    state.dout + group.vector_begin * kN, kBlockQ, dp_ + at, kBlockQ, false);
-    }
-    prefetcher_.advance();
-    finish_scores<T>(block, segment, bias.first, plan, bias, scores_, capped_);
-
-    // P^T and dS^T, in place
-    const bool dropout = p_.dropout_threshold > 0;
-    if (dropout) dropout_bits(block, segment, bias.first, bias.count, bits_);
-    const auto softmax = dropout ? softmax_backward<T, true> : softmax_backward<T, false>;
-    for (int v = 0; v < plan.vectors; ++v) {
-      const auto& rows = plan.rows[v];
-      softmax(scores_ + v * kN, ds ? dp_ + v * kN : nullptr, rows.begin, rows.end, bits_ + v * kN, p_.dropout_threshold,
-              load(state.lse + v * kN), load(state.delta + v * kN));
-      if (ds && p_.softcap > 0) {
-        for (int r = rows.begin; r < rows.end; ++r) {
-          const Vec<T> t = load(capped_ + r * kBlockQ + v * kN);
-          T* out = dp_ + r * kBlockQ + v * kN;
-          store(out, load(out) * (1 - t * t));
-        }
-      }
+                                    state.dout + group.vector_begin * kN, kBlockQ, prefetcher_, gradients);
     }
 
     // dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-    prefetcher_.advance();
     for (int g = 0; g < plan.num_groups; ++g) {
       const auto& group = plan.groups[g];
       const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
@@ -253,13 +242,14 @@ class BackwardTask {
       const int lane_end = group.vector_end * kN < block.count ? group.vector_end * kN : block.count;
       if (dvalue != nullptr)
         gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, scores_ + at, kBlockQ,
-                                    state.dout_rows + lane * padded, padded, dvalue + row * padded, padded, true);
+                                    state.dout_rows + lane * padded, padded, prefetcher_,
+                                    AddTo<T>{dvalue + row * padded, padded});
       if (dkey != nullptr)
         gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ, state.query_rows + lane * padded,
-                                    padded, dkey + row * padded, padded, true);
+                                    padded, prefetcher_, AddTo<T>{dkey + row * padded, padded});
       if (plan_.needs.dquery)
         gemm<ALayout::kTransposed, T>(depth, columns, rows, key.data + row * key.stride, key.stride, dp_ + at, kBlockQ,
-                                      state.dquery + lane, kBlockQ, true);
+                                      prefetcher_, AddTo<T>{state.dquery + lane, kBlockQ});
     }
   }
 
@@ -276,8 +266,6 @@ class BackwardTask {
     for (int r = 0; r < count; ++r)
       write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth, past_caches);
   }
-
-  static constexpr int kAdvances = 3;  // of the prefetcher in one step
 
   const BackwardPlan<T>& plan_;
   const AttentionParams& p_;

@@ -3,7 +3,7 @@
 // One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with
 // an online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
-//   P^T   = e^(S^T - max)     in place, with a running max and sum per lane
+//   P^T   = e^(S^T - max)     while S^T is in registers, with a running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
@@ -13,7 +13,6 @@
 
 #include "gemm.h"
 #include "kernels.h"
-#include "prefetch.h"
 #include "softmax.h"
 #include "workspace.h"
 
@@ -32,7 +31,7 @@ struct ForwardState {
 template <class T>
 struct ForwardScratch {
   ForwardState<T>* states;  // [kMaxTaskBlocks]
-  T *scores, *key, *value, *bias;
+  T *scores, *key, *value, *bias, *tile_sum;
   uint16_t* bits;
 
   ForwardScratch(Workspace& workspace, int64_t head_dim) {
@@ -40,7 +39,7 @@ struct ForwardScratch {
     const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
     workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
                       2 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(rows) +
-                      Workspace::bytes_for<uint16_t>(tile));
+                      Workspace::bytes_for<T>(kBlockQ) + Workspace::bytes_for<uint16_t>(tile));
     states = workspace.take<ForwardState<T>>(kMaxTaskBlocks);
     for (int i = 0; i < kMaxTaskBlocks; ++i) {
       states[i].query = workspace.take<T>(panel);
@@ -52,6 +51,7 @@ struct ForwardScratch {
     key = workspace.take<T>(rows);
     value = workspace.take<T>(rows);
     bias = workspace.take<T>(tile);
+    tile_sum = workspace.take<T>(kBlockQ);
     bits = workspace.take<uint16_t>(tile);
   }
 };
@@ -61,8 +61,6 @@ template <class T>
 T query_factor(const AttentionParams& p) {
   return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
-
-inline constexpr int kForwardAdvances = 3;  // of the prefetcher in one step
 
 // One block against the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given.
 template <class T>
@@ -76,41 +74,29 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   const TilePlan<T> plan(block, segment, bias.first, bias.count);
   const int64_t skipped = bias.first - tile_first;
 
-  prefetcher.advance();
-  for (int g = 0; g < plan.num_groups; ++g) {
-    const auto& group = plan.groups[g];
-    gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN,
-                                p.head_dim, key.data + (skipped + group.row_begin) * key.stride, key.stride,
-                                state.query + group.vector_begin * kN, kBlockQ,
-                                scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ, false);
-  }
-  finish_scores<T>(block, segment, bias.first, plan, bias, scratch.scores, nullptr);
-
-  prefetcher.advance();
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_bits(block, segment, bias.first, bias.count, scratch.bits);
-  const auto softmax = dropout ? online_softmax<T, true> : online_softmax<T, false>;
-  for (int v = 0; v < plan.vectors; ++v) {
-    const auto& rows = plan.rows[v];
-    if (rows.begin >= rows.end) continue;
-    Vec<T> factor;
-    if (!softmax(scratch.scores + v * kN, rows.begin, rows.end, scratch.bits + v * kN, p.dropout_threshold,
-                 state.reference + v * kN, state.sum + v * kN, &factor))
-      continue;
-    for (int64_t d = 0; d < p.head_dim; ++d) {
-      T* out = state.out + d * kBlockQ + v * kN;
-      store(out, load(out) * factor);
-    }
+  const Scores<T> scores(block, segment, plan, bias, scratch.scores, nullptr);
+  fill_zero(scratch.tile_sum, kBlockQ);
+  OnlineSoftmax<T> softmax{scores,    state.reference, state.sum,    scratch.tile_sum,
+                           state.out, p.head_dim,      scratch.bits, p.dropout_threshold};
+  for (int g = 0; g < plan.num_groups; ++g) {
+    const auto& group = plan.groups[g];
+    softmax.first_row = group.row_begin;
+    softmax.first_column = group.vector_begin * kN;
+    gemm<ALayout::kRowMajor, T>(group.row_end - group.row_begin, (group.vector_end - group.vector_begin) * kN,
+                                p.head_dim, key.data + (skipped + group.row_begin) * key.stride, key.stride,
+                                state.query + group.vector_begin * kN, kBlockQ, prefetcher, softmax);
   }
+  for (int l = 0; l < kBlockQ; ++l) state.sum[l] += scratch.tile_sum[l];
 
-  prefetcher.advance();
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     gemm<ALayout::kTransposed, T>(p.head_dim, (group.vector_end - group.vector_begin) * kN,
                                   group.row_end - group.row_begin,
                                   value.data + (skipped + group.row_begin) * value.stride, value.stride,
                                   scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ,
-                                  state.out + group.vector_begin * kN, kBlockQ, true);
+                                  prefetcher, AddTo<T>{state.out + group.vector_begin * kN, kBlockQ});
   }
 }
 
@@ -168,7 +154,7 @@ void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const
     } else {
       prefetch_next(prefetcher);
     }
-    prefetcher.spread(blocks * kForwardAdvances);
+    prefetcher.spread(blocks * (gemm_blocks<T>(count, kBlockQ) + gemm_blocks<T>(head_dim, kBlockQ)));
     for (int i = 0; i < blocks; ++i)
       if (intersects(hulls[i], first, first + count))
         forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch, prefetcher);

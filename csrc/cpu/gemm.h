@@ -1,11 +1,13 @@
-// C[M][N] (+)= A[M][K] B[K][N]: the one matrix product of all five of attention's.
+// A[M][K] B[K][N]: the one matrix product of all five of attention's.
 //
-// B and C are row-major with N in the SIMD lanes (a multiple of the lane count). A is read one element at a time and
+// B is row-major with N in the SIMD lanes (a multiple of the lane count). A is read one element at a time and
 // broadcast, in its natural layout: row-major (keys times queries) or transposed (values^T times probabilities).
-// Nothing of A is packed, so a tile of 20 prefix rows costs 20 rows.
+// Nothing of A is packed, so a tile of 20 prefix rows costs 20 rows. What becomes of a block of results, still in
+// registers, is the caller's: finish(block, row, column), where block is a Vec<T>[rows][vectors]. While blocks are
+// computed, `prefetcher` asks for what comes next, a few lines a block.
 #pragma once
 
-#include "simd.h"
+#include "prefetch.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
@@ -29,9 +31,9 @@ inline constexpr int kMaxBlockVectors = 4;
 inline constexpr int kMaxBlockVectors = 2;
 #endif
 
-template <class T, ALayout kLayout, int kRows, int kVectors>
-void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                bool accumulate) {
+template <class T, ALayout kLayout, int kRows, int kVectors, class Finish>
+void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t row, int64_t column,
+                const Finish& finish) {
   constexpr int kN = kLanes<T>;
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16
@@ -51,67 +53,78 @@ void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
     a += kLayout == ALayout::kRowMajor ? 1 : a_stride;
     b += b_stride;
   }
-  // What C holds is added last: sums over many calls then round once a call and not once a term.
-  if (accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[m][v] += load(c + m * c_stride + v * kN);
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + m * c_stride + v * kN, acc[m][v]);
+  finish(acc, row, column);
 }
 
 // The last rows, fewer than a register block.
-template <class T, ALayout kLayout, int kRows, int kVectors>
+template <class T, ALayout kLayout, int kRows, int kVectors, class Finish>
 PREFIX_KERNELS_INLINE void gemm_tail(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
-                                     int64_t b_stride, T* c, int64_t c_stride, bool accumulate) {
+                                     int64_t b_stride, int64_t row, int64_t column, const Finish& finish) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      gemm_block<T, kLayout, kRows, kVectors>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      gemm_block<T, kLayout, kRows, kVectors>(depth, a, a_stride, b, b_stride, row, column, finish);
     } else {
-      gemm_tail<T, kLayout, kRows - 1, kVectors>(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      gemm_tail<T, kLayout, kRows - 1, kVectors>(rows, depth, a, a_stride, b, b_stride, row, column, finish);
     }
   }
 }
 
-template <class T, ALayout kLayout, int kVectors>
-void gemm_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                int64_t c_stride, bool accumulate) {
+template <class T, ALayout kLayout, int kVectors, class Finish>
+void gemm_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t column,
+                Prefetcher& prefetcher, const Finish& finish) {
   constexpr int kRows = block_rows<kVectors>();
   const int64_t a_row = kLayout == ALayout::kRowMajor ? a_stride : 1;
-  while (rows >= kRows) {
-    gemm_block<T, kLayout, kRows, kVectors>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    a += kRows * a_row;
-    c += kRows * c_stride;
-    rows -= kRows;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows, a += kRows * a_row) {
+    prefetcher.advance();
+    gemm_block<T, kLayout, kRows, kVectors>(depth, a, a_stride, b, b_stride, row, column, finish);
   }
-  gemm_tail<T, kLayout, kRows - 1, kVectors>(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+  gemm_tail<T, kLayout, kRows - 1, kVectors>(rows - row, depth, a, a_stride, b, b_stride, row, column, finish);
 }
 
-template <class T, ALayout kLayout, int kVectors>
-PREFIX_KERNELS_INLINE void gemm_panels(int64_t vectors, int64_t rows, int64_t depth, const T* a, int64_t a_stride,
-                                       const T* b, int64_t b_stride, T* c, int64_t c_stride, bool accumulate) {
-  while (vectors >= kVectors) {
-    gemm_panel<T, kLayout, kVectors>(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    b += kVectors * kLanes<T>;
-    c += kVectors * kLanes<T>;
-    vectors -= kVectors;
-  }
+template <class T, ALayout kLayout, int kVectors, class Finish>
+PREFIX_KERNELS_INLINE void gemm_panels(int64_t columns, int64_t rows, int64_t depth, const T* a, int64_t a_stride,
+                                       const T* b, int64_t b_stride, int64_t column, Prefetcher& prefetcher,
+                                       const Finish& finish) {
+  constexpr int64_t kColumns = kVectors * kLanes<T>;
+  for (; column + kColumns <= columns; column += kColumns)
+    gemm_panel<T, kLayout, kVectors>(rows, depth, a, a_stride, b + column, b_stride, column, prefetcher, finish);
   if constexpr (kVectors > 1) {
-    if (vectors > 0)
-      gemm_panels<T, kLayout, kVectors - 1>(vectors, rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    if (column < columns)
+      gemm_panels<T, kLayout, kVectors - 1>(columns, rows, depth, a, a_stride, b, b_stride, column, prefetcher, finish);
   }
 }
 
 // a_stride steps from row to row of A as stored: over m for kRowMajor, over k for kTransposed.
-template <ALayout kLayout, class T>
+template <ALayout kLayout, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-          T* c, int64_t c_stride, bool accumulate) {
-  gemm_panels<T, kLayout, kMaxBlockVectors>(columns / kLanes<T>, rows, depth, a, a_stride, b, b_stride, c, c_stride,
-                                            accumulate);
+          Prefetcher& prefetcher, const Finish& finish) {
+  gemm_panels<T, kLayout, kMaxBlockVectors>(columns, rows, depth, a, a_stride, b, b_stride, 0, prefetcher, finish);
 }
+
+// About how many whole register blocks a product of this size has.
+template <class T>
+int64_t gemm_blocks(int64_t rows, int64_t columns) {
+  return rows / block_rows<kMaxBlockVectors>() * ceil_div(columns, kMaxBlockVectors * kLanes<T>);
+}
+
+// C += the block. What C holds is added last: sums over many calls then round once a call and not once a term.
+template <class T>
+struct AddTo {
+  T* c;
+  int64_t stride;
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&acc)[kRows][kVectors], int64_t row, int64_t column) const {
+    T* at = c + row * stride + column;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        T* p = at + m * stride + v * kLanes<T>;
+        store(p, load(p) + acc[m][v]);
+      }
+  }
+};
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

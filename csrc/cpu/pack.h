@@ -38,13 +38,14 @@ void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, T* cop
   }
 }
 
-// Whether the rows of a result of `rows` rows are written past the caches: whole lines, of a tensor that the caches of one
-// core would not keep. Lines that are written in full need not be fetched first.
+// Whether the rows of a result of `rows` rows are written past the caches: whole lines, of a tensor that the caches of
+// one core would not keep. Lines that are written in full need not be fetched first.
 template <class T>
 bool streams(const Operand& x, int64_t rows, int64_t depth) {
   constexpr int64_t kCachedBytes = int64_t{1} << 20;
   const auto whole = [](int64_t elements) { return elements % kLanes<T> == 0; };
-  return kVectorIsLine && x.dtype == kComputeDType<T> && rows * depth * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
+  return kVectorIsLine && x.dtype == kComputeDType<T> &&
+         rows * depth * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
          reinterpret_cast<uintptr_t>(x.data) % kVectorBytes == 0 && whole(x.batch_stride) && whole(x.head_stride) &&
          whole(x.row_stride);
 }
@@ -109,8 +110,8 @@ void unpack_queries(const Operand& x, const QueryBlock& block, const T* factor, 
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return lane_row<Dst>(x, block, lane); };
-    const auto unpack = past_caches ? unpack_lanes<T, Dst, true, decltype(row_of)>
-                                    : unpack_lanes<T, Dst, false, decltype(row_of)>;
+    const auto unpack =
+        past_caches ? unpack_lanes<T, Dst, true, decltype(row_of)> : unpack_lanes<T, Dst, false, decltype(row_of)>;
     unpack(block.count, p.head_dim, factor, row_of, src);
   });
 }

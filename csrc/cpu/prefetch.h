@@ -1,6 +1,6 @@
 // Brings in what comes next while the matrix products run. Rows of one head lie a page or so apart in a [batch, rows,
 // heads, head_dim] layout, where the hardware does not prefetch, and a thread can only wait for some 20 lines at a
-// time: the lines are asked for a few at once, spread over the steps in between.
+// time: the lines are asked for a few at once, spread over the register blocks of the products in between.
 #pragma once
 
 #include "tiles.h"
@@ -29,20 +29,25 @@ class Prefetcher {
       add_rows(head_of(x, block.batch, block.head(0)), block.query(0), block.count, block.params->head_dim);
   }
 
-  // To be asked for in this many calls of advance().
-  void spread(int64_t calls) { per_call_ = ceil_div(lines_, calls < 1 ? 1 : calls); }
+  // To be asked for in about this many calls of advance(): rather in fewer, since some may not come.
+  void spread(int64_t calls) { per_call_ = ceil_div(lines_ * 3, calls < 2 ? 2 : calls * 2); }
 
   void advance() {
     for (int64_t left = per_call_; left > 0 && at_ < count_;) {
       Range& range = ranges_[at_];
-      for (; range.rows > 0 && left > 0; --left) {
-        __builtin_prefetch(range.row + line_ * kCacheLine, 0, 2);  // into the second level: the first is full
-        if (++line_ < range.lines) continue;
-        line_ = 0;
-        range.row += range.stride;
-        --range.rows;
+      const char* row = range.row;
+      int64_t rows = range.rows, line = line_;
+      for (; rows > 0 && left > 0; --left) {
+        __builtin_prefetch(row + line * kCacheLine, 0, 2);  // into the second level: the first is full
+        if (++line < range.lines) continue;
+        line = 0;
+        row += range.stride;
+        --rows;
       }
-      if (range.rows == 0) ++at_;
+      range.row = row;
+      range.rows = rows;
+      line_ = line;
+      if (rows == 0) ++at_;
     }
   }
 

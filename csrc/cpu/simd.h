@@ -4,8 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -40,7 +41,7 @@ struct SimdTypes<float> {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits per lane
   static constexpr int kMantissaBits = 23;
   static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kMinExp = -87.3f;  // exp of less would be subnormal
+  static constexpr float kMinExp = -87.3f;           // exp of less would be subnormal
 };
 template <>
 struct SimdTypes<double> {
@@ -57,6 +58,8 @@ template <class T>
 using Vec = typename SimdTypes<T>::Vec;
 template <class T>
 using Int = typename SimdTypes<T>::Int;
+template <class T>
+using LaneIndex = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // an element of Int<T>
 template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -109,11 +112,17 @@ PREFIX_KERNELS_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 // Whether a comparison held in some lane.
 template <class T>
 PREFIX_KERNELS_INLINE bool any_lane(Int<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask)) == 0;
+#else
   constexpr int kWords = kVectorBytes / 8;
   uint64_t words[kWords], any = 0;
   std::memcpy(words, &mask, sizeof(words));
   for (int i = 0; i < kWords; ++i) any |= words[i];
   return any != 0;
+#endif
 }
 
 template <class T>
@@ -293,31 +302,28 @@ struct Exp2Series;
 
 template <>
 struct Exp2Series<float> {
-  // Fitted to the least largest relative error (2e-9 before the coefficients are rounded).
   static constexpr int kDegree = 6;
-  static constexpr float kCoefficient[kDegree + 1] = {
-      1.0f, 0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6aee8p-5f, 0x1.3b2d4cp-7f, 0x1.5f3e52p-10f, 0x1.41fbbcp-13f};
-};
-
-template <int kTerms>
-struct Exp2Taylor {
-  double coefficient[kTerms];
-  constexpr Exp2Taylor() : coefficient{} {
-    double term = 1.0;
-    for (int k = 0; k < kTerms; ++k) {
-      coefficient[k] = term;
-      term *= 0.693147180559945309417 / (k + 1);
-    }
-  }
-  constexpr double operator[](int k) const { return coefficient[k]; }
+  // Fitted to the least largest relative error (2e-9 before the coefficients are rounded).
+  float coefficient[kDegree + 1] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
+                                    0x1.3b2d4cp-7f, 0x1.5f3e52p-10f, 0x1.41fbbcp-13f};
 };
 
 template <>
 struct Exp2Series<double> {
-  // (ln 2)^k / k!, exact to the last bit at this degree.
   static constexpr int kDegree = 14;
-  static constexpr Exp2Taylor<kDegree + 1> kCoefficient{};
+  double coefficient[kDegree + 1] = {};  // the Taylor series (ln 2)^k / k!, exact to the last bit at this degree
+
+  constexpr Exp2Series() {
+    double term = 1.0;
+    for (int k = 0; k <= kDegree; ++k) {
+      coefficient[k] = term;
+      term *= 0.693147180559945309417 / (k + 1);
+    }
+  }
 };
+
+template <class T>
+inline constexpr Exp2Series<T> kExp2Series{};
 
 // e^x = 2^n 2^f with n an integer and |f| <= 1/2. One product of x with log2(e) serves: it is wrong by as much as the
 // rounding of x itself.
@@ -334,12 +340,13 @@ struct ReducedExp {
     exponent = reinterpret_cast<Int<T>>(shifted) << S::kMantissaBits;
   }
 
-  // The series of 2^f without its terms below f^first, over f^first.
+  // The polynomial without its terms below f^first, over f^first.
   template <int kFirst>
   PREFIX_KERNELS_INLINE Vec<T> series() const {
     constexpr int kDegree = Exp2Series<T>::kDegree;
-    Vec<T> p = broadcast<T>(Exp2Series<T>::kCoefficient[kDegree]);
-    for (int k = kDegree - 1; k >= kFirst; --k) p = p * f + Exp2Series<T>::kCoefficient[k];
+    Vec<T> p = broadcast<T>(kExp2Series<T>.coefficient[kDegree]);
+#pragma GCC unroll 16
+    for (int k = kDegree - 1; k >= kFirst; --k) p = p * f + kExp2Series<T>.coefficient[k];
     return p;
   }
 };

@@ -1,52 +1,13 @@
-// What happens to a tile of scores between the matrix products. Tiles are [kBlockK][kBlockQ], queries in the lanes.
+// What becomes of scores while they are still in the registers of the matrix product: scores -> probabilities, and
+// their gradients -> dS. Tiles are [kBlockK][kBlockQ],
+// queries in the lanes; a block is a Vec<T>[rows][vectors] at (row, column) of its tile.
 #pragma once
 
 #include "dropout.h"
+#include "gemm.h"
 #include "mask.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
-
-// The scores as the products left them -> capped, biased, and -infinity where a lane does not see the key.
-// `capped` keeps tanh for the backward pass; null in the forward pass.
-template <class T>
-void finish_scores(const QueryBlock& block, const Segment& segment, int64_t first, const TilePlan<T>& plan,
-                   const TileBias<T>& bias, T* scores, T* capped) {
-  constexpr int kN = kLanes<T>;
-  const AttentionParams& p = *block.params;
-  const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
-  for (int v = 0; v < plan.vectors; ++v) {
-    const auto& rows = plan.rows[v];
-    T* tile = scores + v * kN;
-    if (p.softcap > 0) {
-      const T cap = static_cast<T>(p.softcap);
-      for (int r = rows.begin; r < rows.end; ++r) {
-        const Vec<T> t = tanh<T>(load(tile + r * kBlockQ));
-        if (capped != nullptr) store(capped + v * kN + r * kBlockQ, t);
-        store(tile + r * kBlockQ, t * cap);
-      }
-    }
-    if (bias.kind == TileBias<T>::kPerKey) {
-      for (int r = rows.begin; r < rows.end; ++r) store(tile + r * kBlockQ, load(tile + r * kBlockQ) + bias.data[r]);
-    } else if (bias.kind == TileBias<T>::kFull) {
-      for (int r = rows.begin; r < rows.end; ++r)
-        store(tile + r * kBlockQ, load(tile + r * kBlockQ) + load(bias.data + r * kBlockQ + v * kN));
-    }
-    if (rows.core_begin == rows.begin && rows.core_end == rows.end) continue;
-    Int<T> begin, end;
-    for (int l = 0; l < kN; ++l) {
-      const KeyRange range = block.visible(segment, v * kN + l);
-      begin[l] = clamp_to(range.begin - first, 0, kBlockK);
-      end[l] = clamp_to(range.end - first, 0, kBlockK);
-    }
-    for (int r = rows.begin; r < rows.end; ++r) {
-      if (r == rows.core_begin) r = rows.core_end;
-      if (r >= rows.end) break;
-      const Int<T> row = Int<T>{} + r;
-      const Vec<T> s = load(tile + r * kBlockQ);
-      store(tile + r * kBlockQ, (row >= begin) & (row < end) ? s : hidden);
-    }
-  }
-}
 
 // One vector of the random bits as a lane mask: all ones where kept.
 template <class T>
@@ -56,69 +17,255 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
   return x >= static_cast<int>(threshold);
 }
 
-// The online softmax of one vector of lanes over a tile's rows, in place: scores -> e^(scores - reference).
-//   sum' = sum e^(reference - reference') + sum_rows e^(scores - reference')
-// The reference follows the maximum of the scores, but lags while the maximum is less than kReferenceLag above it: the
-// exponentials stay far from overflow, and what was summed before seldom needs its factor. Dropped elements count in
-// the sum and are stored as 0. Returns whether something was summed before that is to be multiplied by `factor`.
-template <class T, bool kDropout>
-PREFIX_KERNELS_INLINE bool online_softmax(T* tile, int row_begin, int row_end, const uint16_t* bits, uint32_t threshold,
-                                          T* running_reference, T* running_sum, Vec<T>* factor) {
-  constexpr T kReferenceLag = 8;
-  const Vec<T> before = load(running_reference);
-  Vec<T> top = before, top1 = before;
-  int r = row_begin;
-  for (; r + 2 <= row_end; r += 2) {
-    top = maximum<T>(load(tile + r * kBlockQ), top);
-    top1 = maximum<T>(load(tile + (r + 1) * kBlockQ), top1);
-  }
-  for (; r < row_end; ++r) top = maximum<T>(load(tile + r * kBlockQ), top);
-  top = maximum<T>(top1, top);
-  Vec<T> reference = before, sum{};
-  const bool moved = any_lane<T>(top > before + kReferenceLag);
-  if (moved) {
-    reference = top > before + kReferenceLag ? top : before;
-    *factor = exp<T>(before - reference);
-    store(running_reference, reference);
-    // A lane whose reference was -infinity has summed nothing, and must not be multiplied by NaN.
-    *factor = before == -std::numeric_limits<T>::infinity() ? Vec<T>{} : *factor;
-    sum = load(running_sum) * *factor;
-  } else {
-    sum = load(running_sum);
-  }
-  // A lane that has seen nothing keeps -infinity, and must not subtract it from itself.
-  reference = reference == -std::numeric_limits<T>::infinity() ? Vec<T>{} : reference;
-  Vec<T> tile_sum{};
-#pragma GCC unroll 2
-  for (r = row_begin; r < row_end; ++r) {
-    Vec<T> e = exp<T>(load(tile + r * kBlockQ) - reference);
-    tile_sum += e;
-    if constexpr (kDropout) e = kept<T>(bits + r * kBlockQ, threshold) ? e : Vec<T>{};
-    store(tile + r * kBlockQ, e);
-  }
-  store(running_sum, sum + tile_sum);
-  return moved && any_lane<T>(before != -std::numeric_limits<T>::infinity());
-}
+// The scores of one step, as the products leave them -> capped, biased, and -infinity where a lane does not see the
+// key. `capped` keeps tanh for the backward pass; null in the forward pass.
+template <class T>
+class Scores {
+ public:
+  T* const tile;
 
-// The backward step of one vector of lanes, in place:
-//   scores -> p = e^(scores - lse), as dV' = p^T dout needs it;  dp -> ds = p (dp - delta)
-// With dropout the dropped p become 0 after ds; dp arrives scaled by 1/(1 - r).
-template <class T, bool kDropout>
-PREFIX_KERNELS_INLINE void softmax_backward(T* scores, T* dp, int row_begin, int row_end, const uint16_t* bits,
-                                            uint32_t threshold, Vec<T> lse, Vec<T> delta) {
-#pragma GCC unroll 2
-  for (int r = row_begin; r < row_end; ++r) {
-    Vec<T> p = exp<T>(load(scores + r * kBlockQ) - lse);
-    Int<T> keep{};
-    if constexpr (kDropout) keep = kept<T>(bits + r * kBlockQ, threshold);
-    if (dp != nullptr) {
-      Vec<T> d = load(dp + r * kBlockQ);
-      if constexpr (kDropout) d = keep ? d : Vec<T>{};
-      store(dp + r * kBlockQ, p * (d - delta));
-    }
-    if constexpr (kDropout) p = keep ? p : Vec<T>{};
-    store(scores + r * kBlockQ, p);
+  Scores(const QueryBlock& block, const Segment& segment, const TilePlan<T>& plan, const TileBias<T>& bias, T* tile,
+         T* capped)
+      : tile(tile), plan_(plan), bias_(bias), cap_(static_cast<T>(block.params->softcap)), capped_(capped) {
+    for (int v = 0; v < plan.vectors; ++v)
+      ranged_ = ranged_ || plan.rows[v].core_begin > plan.rows[v].begin || plan.rows[v].core_end < plan.rows[v].end;
+    if (ranged_) block.tile_ranges(segment, bias.first, begin_, end_);
   }
-}
+
+  int row_begin(int64_t column) const { return plan_.rows[column / kLanes<T>].begin; }
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void finish(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    if (cap_ > 0 || bias_.kind == TileBias<T>::kFull) {
+      store_block(s, tile + row * kBlockQ + column);
+      cap_and_bias(row, kRows, column, kVectors);
+      load_block(s, tile + row * kBlockQ + column);
+    }
+    if (bias_.kind == TileBias<T>::kPerKey) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) s[m][v] += bias_.data[row + m];
+    }
+    if (ranged_ && !in_core<kVectors>(row, row + kRows, column)) {
+      const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto begin = load_bits<Int<T>>(begin_ + column + v * kN), end = load_bits<Int<T>>(end_ + column + v * kN);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          const Int<T> at = Int<T>{} + static_cast<Index>(row + m);
+          s[m][v] = (at >= begin) & (at < end) ? s[m][v] : hidden;
+        }
+      }
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static PREFIX_KERNELS_INLINE void store_block(const Vec<T> (&s)[kRows][kVectors], T* at) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(at + m * kBlockQ + v * kLanes<T>, s[m][v]);
+  }
+
+  template <int kRows, int kVectors>
+  static PREFIX_KERNELS_INLINE void load_block(Vec<T> (&s)[kRows][kVectors], const T* at) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) s[m][v] = load(at + m * kBlockQ + v * kLanes<T>);
+  }
+
+ private:
+  using Index = LaneIndex<T>;
+
+  template <int kVectors>
+  bool in_core(int64_t begin, int64_t end, int64_t column) const {
+    bool core = true;
+    for (int v = 0; v < kVectors; ++v) {
+      const auto& rows = plan_.rows[column / kLanes<T> + v];
+      core = core && begin >= rows.core_begin && end <= rows.core_end;
+    }
+    return core;
+  }
+
+  __attribute__((noinline)) void cap_and_bias(int64_t row, int rows, int64_t column, int vectors) const {
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = r * kBlockQ + column + v * kLanes<T>;
+        Vec<T> s = load(tile + at);
+        if (cap_ > 0) {
+          const Vec<T> t = tanh<T>(s);
+          if (capped_ != nullptr) store(capped_ + at, t);
+          s = t * cap_;
+        }
+        if (bias_.kind == TileBias<T>::kFull) s += load(bias_.data + at);
+        store(tile + at, s);
+      }
+    }
+  }
+
+  const TilePlan<T>& plan_;
+  const TileBias<T>& bias_;
+  T cap_;
+  T* capped_;
+  bool ranged_ = false;
+  alignas(64) Index begin_[kBlockQ];  // rows of the tile that each lane sees; only where ranged_
+  alignas(64) Index end_[kBlockQ];
+};
+
+// The online softmax of a block of queries over its tiles: scores -> e^(scores - reference), with
+//   sum = sum e^(scores - reference)        out = sum e^(scores - reference) V
+// The reference of a lane follows the maximum of its scores, but lags while that is less than kReferenceLag above it:
+// the exponentials stay far from overflow, and what was summed before seldom needs a factor. Dropped elements count in
+// the sum and are stored as 0.
+template <class T>
+struct OnlineSoftmax {
+  static constexpr T kReferenceLag = 16;
+
+  const Scores<T>& scores;
+  T *reference, *sum;  // [kBlockQ]
+  T* tile_sum;         // [kBlockQ], of this tile alone, so that long sums round seldom
+  T* out;              // [head_dim][kBlockQ]
+  int64_t head_dim;
+  const uint16_t* bits;
+  uint32_t threshold;
+  int64_t first_row = 0, first_column = 0;  // of the product in the tile
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    row += first_row;
+    column += first_column;
+    scores.finish(s, row, column);
+
+    Vec<T> top[kVectors];
+    Int<T> above{};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      top[v] = s[0][v];
+#pragma GCC unroll 16
+      for (int m = 1; m < kRows; ++m) top[v] = maximum<T>(s[m][v], top[v]);
+      above |= top[v] > load(reference + column + v * kN) + kReferenceLag;
+    }
+    if (__builtin_expect(any_lane<T>(above), false)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) raise(top[v], row, column + v * kN);
+    }
+
+    T* tile = scores.tile + row * kBlockQ + column;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      // A lane that has seen nothing keeps -infinity, and must not subtract it from itself.
+      const Vec<T> kept_reference = load(reference + column + v * kN);
+      const Vec<T> from = kept_reference == -std::numeric_limits<T>::infinity() ? Vec<T>{} : kept_reference;
+      Vec<T> total{};
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const Vec<T> e = exp<T>(s[m][v] - from);
+        total += e;
+        store(tile + m * kBlockQ + v * kN, e);
+      }
+      store(tile_sum + column + v * kN, load(tile_sum + column + v * kN) + total);
+    }
+    if (threshold > 0) drop(row, kRows, column, kVectors);
+  }
+
+ private:
+  // Moves the reference of one vector of lanes up to `top` where it lags too far.
+  __attribute__((noinline)) void raise(Vec<T> top, int64_t row, int64_t column) const {
+    const Vec<T> before = load(reference + column);
+    const Vec<T> after = top > before + kReferenceLag ? top : before;
+    store(reference + column, after);
+    // A lane whose reference was -infinity has summed nothing, and must not be multiplied by NaN.
+    const Vec<T> factor = before == -std::numeric_limits<T>::infinity() ? Vec<T>{} : exp<T>(before - after);
+    if (!any_lane<T>(before != -std::numeric_limits<T>::infinity())) return;
+    const auto rescale = [&](T* p) { store(p, load(p) * factor); };
+    rescale(sum + column);
+    rescale(tile_sum + column);
+    for (int64_t d = 0; d < head_dim; ++d) rescale(out + d * kBlockQ + column);
+    for (int64_t r = scores.row_begin(column); r < row; ++r) rescale(scores.tile + r * kBlockQ + column);
+  }
+
+  __attribute__((noinline)) void drop(int64_t row, int rows, int64_t column, int vectors) const {
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = r * kBlockQ + column + v * kLanes<T>;
+        store(scores.tile + at, kept<T>(bits + at, threshold) ? load(scores.tile + at) : Vec<T>{});
+      }
+    }
+  }
+};
+
+// The backward pass: scores -> p = e^(scores - lse). With dropout and no dS to come, the dropped p become 0.
+template <class T>
+struct Probabilities {
+  const Scores<T>& scores;
+  const T* lse;  // [kBlockQ]
+  const uint16_t* bits;
+  uint32_t threshold;  // 0: keep all
+  int64_t first_row = 0, first_column = 0;
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    row += first_row;
+    column += first_column;
+    scores.finish(s, row, column);
+    const int64_t at = row * kBlockQ + column;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> normaliser = load(lse + column + v * kN);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        Vec<T> p = exp<T>(s[m][v] - normaliser);
+        if (threshold > 0) p = kept<T>(bits + at + m * kBlockQ + v * kN, threshold) ? p : Vec<T>{};
+        store(scores.tile + at + m * kBlockQ + v * kN, p);
+      }
+    }
+  }
+};
+
+// The backward pass: dp -> ds = p (dp - delta), with dp scaled by 1/(1 - r) where there is dropout. Then the dropped dp
+// count as 0, and p, which dV' = p^T dout is still to read, becomes 0 there.
+template <class T>
+struct ScoreGradients {
+  T* probabilities;  // [kBlockK][kBlockQ]
+  T* ds;             // [kBlockK][kBlockQ]
+  const T* delta;    // [kBlockQ]
+  const T* capped;   // tanh of the scores; null without softcap
+  const uint16_t* bits;
+  uint32_t threshold;
+  int64_t first_row = 0, first_column = 0;
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&dp)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    const int64_t origin = (row + first_row) * kBlockQ + column + first_column;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> center = load(delta + column + first_column + v * kN);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const int64_t at = origin + m * kBlockQ + v * kN;
+        const Vec<T> p = load(probabilities + at);
+        Vec<T> d = dp[m][v];
+        if (threshold > 0) {
+          const Int<T> keep = kept<T>(bits + at, threshold);
+          d = keep ? d : Vec<T>{};
+          store(probabilities + at, keep ? p : Vec<T>{});
+        }
+        d = p * (d - center);
+        if (capped != nullptr) {
+          const Vec<T> t = load(capped + at);
+          d *= 1 - t * t;
+        }
+        store(ds + at, d);
+      }
+    }
+  }
+};
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

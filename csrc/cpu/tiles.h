@@ -122,6 +122,13 @@ struct QueryBlock {
     first_head = kv_head * partition.group + first_row / p.q_len;
     first_query = first_row % p.q_len;
     one_head = first_query + count <= p.q_len;
+    if (!p.is_causal && p.window_left < 0 && p.window_right < 0) {  // everybody sees everything
+      for (int l = 0; l < kBlockQ; ++l) {
+        sequence[l] = {0, p.k_len};
+        prefix_begin[l] = 0;
+      }
+      return;
+    }
     for (int l = 0; l < kBlockQ; ++l) {
       const int64_t position = query(l < count ? l : count - 1) + offset;
       sequence[l] = visible_sequence(p, position);
@@ -142,6 +149,16 @@ struct QueryBlock {
   KeyRange visible(const Segment& segment, int lane) const {
     if (!segment.is_prefix()) return sequence[lane];
     return {clamp_to(prefix_begin[lane] - segment.start, 0, segment.length), segment.length};
+  }
+
+  // The rows that each lane sees, counted from row `first` of the segment, as far as they lie in a tile there.
+  template <class Index>
+  void tile_ranges(const Segment& segment, int64_t first, Index* begin, Index* end) const {
+    for (int l = 0; l < kBlockQ; ++l) {
+      const KeyRange range = visible(segment, l);
+      begin[l] = static_cast<Index>(clamp_to(range.begin - first, 0, kBlockK));
+      end[l] = static_cast<Index>(clamp_to(range.end - first, 0, kBlockK));
+    }
   }
 
   // The rows that some lane may see; empty when begin >= end.
