@@ -43,7 +43,7 @@ class Backward {
   }
 
  private:
-  static constexpr bool kBothSums = ColumnsTile<kHeadDim, false>::kBothSums;
+  static constexpr bool kBothSums = ColumnsTile<kHeadDim, true, false>::kBothSums;
 
   static dim3 grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -92,7 +92,7 @@ class Backward {
   // How many blocks share a prefix's columns, and where their sums wait for each other.
   template <bool kGeneral>
   void plan_prefixes(const Sums& prefix) {
-    using Tile = ColumnsTile<kHeadDim, kGeneral>;
+    using Tile = ColumnsTile<kHeadDim, true, kGeneral>;
     splits_ = 1;
     if (!prefix.any()) return;
     const int64_t owners = p_.num_prefixes * p_.kv_heads * ceil_div(p_.prefix_len, Tile::kBlockN);

@@ -40,17 +40,19 @@ struct ColumnsParams {
 };
 
 // kGeneral kernels need registers for their options, and find what does not fit in shared memory.
-template <int kHeadDim, bool kGeneral>
+template <int kHeadDim, bool kWantsDKey, bool kGeneral>
 struct ColumnsTile {
-  static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;      // blocks of 16 columns of a warp
-  static constexpr int kWarpN = kTiles * kCell;              // columns of a warp
-  static constexpr int kBlockN = kBackwardWarps * kWarpN;    // columns of a block
-  static constexpr int kBlockM = kHeadDim <= 128 ? 64 : 32;  // queries of a stage
-  static constexpr bool kBothSums = kHeadDim <= 128;         // dK and dV fit the registers together
+  static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;    // blocks of 16 columns of a warp
+  static constexpr int kWarpN = kTiles * kCell;            // columns of a warp
+  static constexpr int kBlockN = kBackwardWarps * kWarpN;  // columns of a block
+  static constexpr int kBlockM = kHeadDim <= 128 ? 64 : kHeadDim < 256 || !kGeneral ? 32 : 16;  // queries of a stage
+  static constexpr bool kBothSums = kHeadDim <= 128;  // dK and dV fit the registers together
   // Which of the block's keys and values the sums leave registers for.
-  static constexpr bool kKeyInRegisters = !(kGeneral && (kHeadDim == 64 || kHeadDim == 128));
-  static constexpr bool kValueInRegisters = kHeadDim != 64 && kHeadDim != 128 && kHeadDim != 256;
-  static_assert(kBlockN <= 2 * kBlockM, "keys and values pass through the stages on their way to the registers");
+  static constexpr bool kKeyInRegisters =
+      kHeadDim == 256 ? kWantsDKey && !kGeneral : !kGeneral || (kHeadDim != 64 && kHeadDim != 128);
+  static constexpr bool kValueInRegisters = kHeadDim == 32 || kHeadDim == 96;
+  static_assert(kBlockN <= 2 * kBlockM || !(kKeyInRegisters || kValueInRegisters),
+                "keys and values pass through the stages on their way to the registers");
 };
 
 inline constexpr int kNoColumn = 0x7FFFFFFF;
@@ -71,7 +73,7 @@ struct QueryInfo {
 
 template <typename T, int kHeadDim, bool kWantsDKey, bool kGeneral>
 struct ColumnsShared {
-  using Tile = ColumnsTile<kHeadDim, kGeneral>;
+  using Tile = ColumnsTile<kHeadDim, kWantsDKey, kGeneral>;
   using Tiles = QueryTiles<Tile::kBlockM, Tile::kBlockN, kGeneral>;
   using Info = QueryInfo<Tile::kBlockM, Tiles>;
   static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockM);
@@ -80,7 +82,10 @@ struct ColumnsShared {
   static constexpr int kColumnsBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockN);
   static constexpr bool kHasKey = !Tile::kKeyInRegisters;
   static constexpr bool kHasValue = kWantsDKey && !Tile::kValueInRegisters;
-  static constexpr int kKeyOffset = kTilesBytes + 2 * (kInfoBytes + kSharedGap);
+  static constexpr int kOwnerOffset = kTilesBytes + 2 * (kInfoBytes + kSharedGap);
+  static constexpr int kOwnerBytes = 128;
+  static_assert(sizeof(ColumnsOwner) <= kOwnerBytes);
+  static constexpr int kKeyOffset = kOwnerOffset + kOwnerBytes + kSharedGap;
   static constexpr int kValueOffset = kKeyOffset + kHasKey * (kColumnsBytes + kSharedGap);
   static constexpr int kBytes = kValueOffset + kHasValue * (kColumnsBytes + kSharedGap);
   static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Tile::kTiles>, "the warps' sums meet where the tiles were");
@@ -95,6 +100,9 @@ struct ColumnsShared {
   __device__ __forceinline__ Info& info(int stage) const {
     return *reinterpret_cast<Info*>(memory + kTilesBytes + stage * (kInfoBytes + kSharedGap));
   }
+  __device__ __forceinline__ ColumnsOwner& owner() const {
+    return *reinterpret_cast<ColumnsOwner*>(memory + kOwnerOffset);
+  }
   // Rows [part * kBlockM, ...) of the block's keys (0) or values (1): where they stay, or, before the first stage is
   // filled, on their way to the registers.
   __device__ __forceinline__ T* columns(int which, int part) const {
@@ -104,6 +112,7 @@ struct ColumnsShared {
   __device__ __forceinline__ void declare() const {
     for (int i = 0; i < 4; ++i) shared_buffer(tile(i / 2, i % 2), kTileBytes);
     for (int i = 0; i < 2; ++i) shared_buffer(&info(i), kInfoBytes);
+    shared_buffer(&owner(), kOwnerBytes);
     if (kHasKey) shared_buffer(columns(0, 0), kColumnsBytes);
     if (kHasValue) shared_buffer(columns(1, 0), kColumnsBytes);
   }
@@ -136,8 +145,8 @@ __device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& param
 // kWantsDKey, kWantsDValue: which sums the kernel has; of a segment whose gradient was not asked for, dvalue is
 // skipped.
 template <typename T, int kHeadDim, bool kWantsDKey, bool kWantsDValue, bool kGeneral>
-__global__ void __launch_bounds__(kBackwardThreads) backward_columns(const ColumnsParams params) {
-  using Tile = ColumnsTile<kHeadDim, kGeneral>;
+__global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const ColumnsParams params) {
+  using Tile = ColumnsTile<kHeadDim, kWantsDKey, kGeneral>;
   using Shared = ColumnsShared<T, kHeadDim, kWantsDKey, kGeneral>;
   using Tiles = typename Shared::Tiles;
   constexpr int kTiles = Tile::kTiles, kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN;
@@ -148,21 +157,28 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
   const Shared shared{shared_memory()};
   shared.declare();
 
-  const ColumnsOwner owner = columns_owner(params, kBlockN);
-  const WarpLayout warps(thread / kWarpSize, (owner.rows - owner.first + Tile::kWarpN - 1) / Tile::kWarpN);
-  const int warp_row = warps.resident * Tile::kWarpN;  // among the block's columns
-  const int warp_column = owner.first + warp_row;
+  // Registers are for the sums: what is needed now and then waits in shared memory.
+  if (thread == 0) shared.owner() = columns_owner(params, kBlockN);
+  __syncthreads();
+  const ColumnsOwner& owner = shared.owner();
+  const auto layout = [&] {
+    return WarpLayout(thread / kWarpSize, (owner.rows - owner.first + Tile::kWarpN - 1) / Tile::kWarpN);
+  };
 
   float dkey[kWantsDKey ? kTiles : 1][kHeadDim / 8][4];
   float dvalue[kWantsDValue ? kTiles : 1][kHeadDim / 8][4];
   if constexpr (kWantsDKey) clear(dkey);
   if constexpr (kWantsDValue) clear(dvalue);
-  const bool adds_dvalue =
-      kWantsDValue && params.b.gradients[owner.is_prefix ? kDPrefixValue : kDValue].data != nullptr;
+  const auto adds_dvalue = [&] {
+    return kWantsDValue && params.b.gradients[owner.is_prefix ? kDPrefixValue : kDValue].data != nullptr;
+  };
 
   Tiles first_tiles;
   first_tiles.begin(p, owner);
   if (!first_tiles.done()) {
+    const WarpLayout warps = layout();
+    const int warp_row = warps.resident * Tile::kWarpN;  // among the block's columns
+    const int warp_column = owner.first + warp_row;
     // The block's keys and values, by way of the stages.
     Resident<T, kHeadDim, kTiles, Tile::kKeyInRegisters> key;
     Resident<T, kHeadDim, kTiles, Tile::kValueInRegisters> value;
@@ -195,10 +211,10 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
     // Starts copying what `tiles` visits. What fetch loads by itself is stored by describe, when it has arrived.
     const auto fetch = [&](const Tiles& tiles, int stage) {
       const int first = tiles.first_query(), b = tiles.batch, h = tiles.head();
-      stream_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.tile(stage, 0), p.query, b, h, params.whole.query,
-                                                          first, q_len, head_dim);
-      stream_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.tile(stage, 1), params.b.dout, b, h, params.whole.dout,
-                                                          first, q_len, head_dim);
+      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+          shared.tile(stage, 0), HeadRows(p.query, b, h, params.whole.query), first, q_len, head_dim);
+      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+          shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.whole.dout), first, q_len, head_dim);
       ptx::cp_async_commit();
       if (thread < kBlockM && first + thread < q_len) {
         const int64_t row = (b * p.q_heads + h) * p.q_len + first + thread;
@@ -268,8 +284,6 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
           for (int u = 0; u < 4; ++u) {
             queries.reference[u] = info.reference[row + streamed_row(u)];
             queries.delta[u] = kWantsDKey ? info.delta[row + streamed_row(u)] : 0.0f;
-            queries.begin[u] = info.begin[row + streamed_row(u)];
-            queries.end[u] = info.end[row + streamed_row(u)];
           }
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
@@ -285,18 +299,27 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
               cell.mask = info.mask;
               cell.move_mask(p.mask, row, cell.first_key);
             }
-            finish_cell<kGeneral, true, kWantsDKey>(s[tile], dp[tile], queries, cell, params.scalars, p.mask,
-                                                    full[tile]);
+            uint32_t hidden = 0;
+            if (!full[tile]) {
+              hidden = hidden_elements<true>([&](int query, int key) {
+                const int column = cell.first_key + key;
+                return column < info.begin[row + query] || column >= info.end[row + query];
+              });
+            }
+            finish_cell<kGeneral, true, kWantsDKey>(s[tile], dp[tile], queries, cell, params.scalars, p.mask, hidden);
           }
           if constexpr (kWantsDValue) {
-            if (adds_dvalue) accumulate<T, kHeadDim>(dvalue, s, dout, lane, active_tiles);
+            if (adds_dvalue()) accumulate<T, kHeadDim>(dvalue, s, dout, lane, active_tiles);
           }
           if constexpr (kWantsDKey) accumulate<T, kHeadDim>(dkey, dp, query, lane, active_tiles);
         };
-        if (all)
-          step(ActiveTiles<kTiles, true>{});
-        else if constexpr (kTiles > 1)
+        if constexpr (kTiles > 1 && kGeneral) {
           step(active);
+        } else if (all) {
+          step(ActiveTiles<kTiles, true>{});
+        } else if constexpr (kTiles > 1) {
+          step(active);
+        }
       }
     };
 
@@ -314,7 +337,9 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
     }
   }
 
-  const auto finish = [&](const ColumnsOwner& owner, auto& sums, Gradient gradient, float* partial, float factor) {
+  const WarpLayout warps = layout();
+  const int warp_column = owner.first + warps.resident * Tile::kWarpN;
+  const auto finish = [&](auto& sums, Gradient gradient, float* partial, float factor) {
     if (warps.parts > 1) {
       shared_buffer(shared.memory, kPartsBytes<kHeadDim, kTiles>);
       add_parts<kHeadDim, kTiles>(sums, warps, reinterpret_cast<float*>(shared.memory), lane);
@@ -332,15 +357,13 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_columns(const Colum
                               factor, sums, lane);
     }
   };
-  const ColumnsOwner written = columns_owner(params, kBlockN);
   if constexpr (kWantsDValue) {
     // P was summed as it is where dropout kept it.
-    if (adds_dvalue)
-      finish(written, dvalue, written.is_prefix ? kDPrefixValue : kDValue, params.partial_dvalue,
-             params.scalars.rescale);
+    if (adds_dvalue())
+      finish(dvalue, owner.is_prefix ? kDPrefixValue : kDValue, params.partial_dvalue, params.scalars.rescale);
   }
   if constexpr (kWantsDKey)
-    finish(written, dkey, written.is_prefix ? kDPrefixKey : kDKey, params.partial_dkey, params.scalars.scale);
+    finish(dkey, owner.is_prefix ? kDPrefixKey : kDKey, params.partial_dkey, params.scalars.scale);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

@@ -17,33 +17,16 @@ struct WholeChunks {
   }
 };
 
-// Copies rows [first, first + kRows) of one head into a shared tile; rows from `count` on are zero.
+// Copies rows [first, first + kRows) of one head into a shared tile; rows from `count` on are zero. For kernels whose
+// registers are taken: the narrow path moves one element after another.
 template <typename T, int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void copy_rows(T* tile, const HeadRows& rows, int first, int count, int head_dim) {
-  constexpr int kLanes = kLanesPerRow<kHeadDim>;
-#pragma unroll
-  for (int pass = 0; pass < kRows; pass += kThreads / kLanes) {
-    const int row = pass + static_cast<int>(threadIdx.x) / kLanes;
-    if (row >= kRows) continue;
-    const bool valid = first + row < count;
-    copy_row<T, kHeadDim>(tile, row, rows.row(valid ? first + row : 0), rows.dtype, rows.whole_chunks,
-                          threadIdx.x % kLanes, head_dim, valid);
-  }
-}
-
-// The same for rows of type T, in the middle of a kernel whose registers are taken: the narrow path moves one element
-// after another.
-template <typename T, int kHeadDim, int kRows, int kThreads>
-__device__ __forceinline__ void stream_rows(T* tile, const Operand& x, int64_t batch, int64_t head, bool whole_chunks,
-                                            int first, int count, int head_dim) {
   using Tile = SharedTile<kHeadDim>;
-  constexpr int kLanes = kLanesPerRow<kHeadDim>;
-  const T* data = static_cast<const T*>(x.data) + batch * x.batch_stride + head * x.head_stride +
-                  static_cast<int64_t>(first) * x.row_stride;
-  const int first_row = threadIdx.x / kLanes, first_chunk = threadIdx.x % kLanes;
-  if (whole_chunks) {
-    constexpr int kPassRows = kThreads / kLanes;
-    const T* from = data + first_row * x.row_stride + first_chunk * kChunk;
+  constexpr int kLanes = kLanesPerRow<kHeadDim>, kPassRows = kThreads / kLanes;
+  if (rows.whole_chunks) {
+    const int first_row = threadIdx.x / kLanes, first_chunk = threadIdx.x % kLanes;
+    const T* from =
+        reinterpret_cast<const T*>(rows.data) + (first + first_row) * rows.row_stride + first_chunk * kChunk;
 #pragma unroll
     for (int row = 0; row < kRows; row += kPassRows) {
       const bool exists = first + first_row + row < count;
@@ -52,7 +35,8 @@ __device__ __forceinline__ void stream_rows(T* tile, const Operand& x, int64_t b
         if (kRows % kPassRows != 0 && first_row + row >= kRows) continue;
         const bool valid = exists && (first_chunk + chunk) * kChunk < head_dim;
         ptx::cp_async_16(tile + Tile::offset(first_row + row, first_chunk + chunk),
-                         valid ? from + row * x.row_stride + chunk * kChunk : data, valid);
+                         valid ? static_cast<const void*>(from + row * rows.row_stride + chunk * kChunk) : rows.data,
+                         valid);
       }
     }
   } else {
@@ -60,8 +44,8 @@ __device__ __forceinline__ void stream_rows(T* tile, const Operand& x, int64_t b
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kThreads) {
       const int row = i / kHeadDim, column = i % kHeadDim;
       const bool valid = first + row < count && column < head_dim;
-      tile[Tile::offset(row, column / kChunk) + column % kChunk] =
-          valid ? data[row * x.row_stride + column] : from_float<T>(0.0f);
+      tile[Tile::offset(row, column / kChunk) + column % kChunk] = from_float<T>(
+          valid ? load_element(rows.row(first + row) + column * dtype_bytes(rows.dtype), rows.dtype) : 0.0f);
     }
   }
 }

@@ -36,7 +36,7 @@ struct RowsTile {
   static constexpr int kBlockM = kBackwardWarps * kWarpM;  // queries of a block
   static constexpr int kCells = kHeadDim <= 128 ? 4 : 2;   // cells of a stage
   static constexpr int kBlockN = kCells * kCell;           // columns of a stage
-  static constexpr bool kDOutInRegisters = kHeadDim < 256;
+  static constexpr bool kDOutInRegisters = kHeadDim <= 128;
   static_assert(kBlockM <= 2 * kBlockN, "query and dout pass through the stages on their way to the registers");
 };
 
@@ -50,6 +50,27 @@ struct RowInfo {
   int prefix_begin[kBlockM];  // and those from here on of the row's prefixes
 };
 
+// Which queries the block owns, and the columns that they see.
+struct RowsOwner {
+  int batch;
+  int head;
+  int first;
+  int queries;  // up to kBlockM
+  VisitedCells cells;
+};
+
+__device__ __forceinline__ RowsOwner rows_owner(const AttentionParams& p, int query_tiles, int block_m) {
+  // The last tiles, which see most under a causal mask, come first.
+  const int tile = query_tiles - 1 - static_cast<int>(blockIdx.x % query_tiles);
+  const int64_t batch_head = blockIdx.x / query_tiles;
+  const int64_t batch = batch_head / p.q_heads;
+  const int first = tile * block_m;
+  const int queries = min(block_m, static_cast<int>(p.q_len) - first);
+  const int64_t position = first + row_query_offset(p, batch);
+  return {static_cast<int>(batch), static_cast<int>(batch_head % p.q_heads), first, queries,
+          VisitedCells(p, batch, position, position + queries - 1)};
+}
+
 template <typename T, int kHeadDim, bool kGeneral>
 struct RowsShared {
   using Tile = RowsTile<kHeadDim, kGeneral>;
@@ -58,7 +79,10 @@ struct RowsShared {
   static constexpr int kTilesBytes = 4 * (kTileBytes + kSharedGap);
   static constexpr int kInfoBytes = (sizeof(Info) + 127) / 128 * 128;
   static constexpr int kRowsBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockM);
-  static constexpr int kDOutOffset = kTilesBytes + kInfoBytes + kSharedGap;
+  static constexpr int kOwnerOffset = kTilesBytes + kInfoBytes + kSharedGap;
+  static constexpr int kOwnerBytes = 128;
+  static_assert(sizeof(RowsOwner) <= kOwnerBytes);
+  static constexpr int kDOutOffset = kOwnerOffset + kOwnerBytes + kSharedGap;
   static constexpr int kBytes = kDOutOffset + !Tile::kDOutInRegisters * (kRowsBytes + kSharedGap);
   static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Tile::kTiles>, "the warps' sums meet where the tiles were");
   static_assert(kSharedGap > 0 || kBytes <= 99 * 1024, "what a block may have on every GPU from sm_80 on");
@@ -70,6 +94,7 @@ struct RowsShared {
     return reinterpret_cast<T*>(memory + (2 * stage + which) * (kTileBytes + kSharedGap));
   }
   __device__ __forceinline__ Info& info() const { return *reinterpret_cast<Info*>(memory + kTilesBytes); }
+  __device__ __forceinline__ RowsOwner& owner() const { return *reinterpret_cast<RowsOwner*>(memory + kOwnerOffset); }
   // Rows [part * kBlockN, ...) of the block's queries (0) or dout (1): where they stay, or, before the first stage is
   // filled, on their way to the registers.
   __device__ __forceinline__ T* rows(int which, int part) const {
@@ -79,12 +104,13 @@ struct RowsShared {
   __device__ __forceinline__ void declare() const {
     for (int i = 0; i < 4; ++i) shared_buffer(tile(i / 2, i % 2), kTileBytes);
     shared_buffer(&info(), kInfoBytes);
+    shared_buffer(&owner(), kOwnerBytes);
     if (!Tile::kDOutInRegisters) shared_buffer(rows(1, 0), kRowsBytes);
   }
 };
 
 template <typename T, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsParams params) {
+__global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsParams params) {
   using Tile = RowsTile<kHeadDim, kGeneral>;
   using Shared = RowsShared<T, kHeadDim, kGeneral>;
   constexpr int kTiles = Tile::kTiles, kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN;
@@ -95,29 +121,25 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
   const Shared shared{shared_memory()};
   shared.declare();
 
-  // The last tiles, which see most under a causal mask, come first.
-  const int tile_index = params.query_tiles - 1 - static_cast<int>(blockIdx.x % params.query_tiles);
-  const int64_t batch_head = blockIdx.x / params.query_tiles;
-  const int batch = static_cast<int>(batch_head / p.q_heads), head = static_cast<int>(batch_head % p.q_heads);
-  const int kv_head = head / static_cast<int>(p.q_heads / p.kv_heads);
-  const int first = tile_index * kBlockM;
-  const int queries = min(kBlockM, q_len - first);
-  const WarpLayout warps(thread / kWarpSize, (queries + Tile::kWarpM - 1) / Tile::kWarpM);
-  const int warp_row = warps.resident * Tile::kWarpM;  // among the block's queries
-
-  const int64_t offset = row_query_offset(p, batch);
-  const VisitedCells cells(p, batch, first + offset, first + offset + queries - 1);
+  // Registers are for the sums: what is needed now and then waits in shared memory.
+  if (thread == 0) shared.owner() = rows_owner(p, params.query_tiles, kBlockM);
+  __syncthreads();
+  const RowsOwner& owner = shared.owner();
+  const VisitedCells& cells = owner.cells;
+  const auto layout = [&] { return WarpLayout(thread / kWarpSize, (owner.queries + Tile::kWarpM - 1) / Tile::kWarpM); };
 
   float dquery[kTiles][kHeadDim / 8][4];
   clear(dquery);
 
   if (cells.count > 0) {
+    const WarpLayout warps = layout();
+    const int warp_row = warps.resident * Tile::kWarpM;  // among the block's queries
     // What the block knows of its queries, and the queries themselves by way of the stages.
     typename Shared::Info& info = shared.info();
     if (thread < kBlockM) {
-      const bool exists = thread < queries;
-      const int64_t row = batch_head * p.q_len + first + thread;
-      const QueryView view(p, cells.prefixes, first + offset + thread);
+      const bool exists = thread < owner.queries;
+      const int64_t row = (owner.batch * p.q_heads + owner.head) * p.q_len + owner.first + thread;
+      const QueryView view(p, cells.prefixes, owner.first + thread + row_query_offset(p, owner.batch));
       info.reference[thread] = exists ? softmax_reference(static_cast<const float*>(p.lse)[row]) : kInfinity;
       info.delta[thread] = exists ? params.delta[row] : 0.0f;
       info.begin[thread] = view.sequence.begin;
@@ -128,10 +150,12 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
     Resident<T, kHeadDim, kTiles, Tile::kDOutInRegisters> dout;
 #pragma unroll
     for (int part = 0; part < kBlockM / kBlockN; ++part) {
-      stream_rows<T, kHeadDim, kBlockN, kBackwardThreads>(shared.rows(0, part), p.query, batch, head,
-                                                          params.whole.query, first + part * kBlockN, q_len, head_dim);
-      stream_rows<T, kHeadDim, kBlockN, kBackwardThreads>(shared.rows(1, part), params.b.dout, batch, head,
-                                                          params.whole.dout, first + part * kBlockN, q_len, head_dim);
+      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads>(shared.rows(0, part),
+                                                        HeadRows(p.query, owner.batch, owner.head, params.whole.query),
+                                                        owner.first + part * kBlockN, q_len, head_dim);
+      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads>(
+          shared.rows(1, part), HeadRows(params.b.dout, owner.batch, owner.head, params.whole.dout),
+          owner.first + part * kBlockN, q_len, head_dim);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -149,13 +173,16 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
     }
     __syncthreads();
 
-    const TileLoader<T, kHeadDim, kBackwardThreads> keys(p.key, params.whole.key, p.prefix_key, params.whole.prefix_key,
-                                                         batch, kv_head, thread);
-    const TileLoader<T, kHeadDim, kBackwardThreads> values(p.value, params.whole.value, p.prefix_value,
-                                                           params.whole.prefix_value, batch, kv_head, thread);
     const auto fetch = [&](int first_cell, int stage) {
-      keys.template load<Tile::kCells>(shared.tile(stage, 0), p, cells, first_cell);
-      values.template load<Tile::kCells>(shared.tile(stage, 1), p, cells, first_cell);
+      const auto load = [&](const Operand& sequence, bool whole_sequence, const Operand& prefix, bool whole_prefix,
+                            int which) {
+        const int kv_head = owner.head / static_cast<int>(p.q_heads / p.kv_heads);
+        TileLoader<T, kHeadDim, kBackwardThreads>(sequence, whole_sequence, prefix, whole_prefix, owner.batch, kv_head,
+                                                  thread)
+            .template load<Tile::kCells>(shared.tile(stage, which), p, cells, first_cell);
+      };
+      load(p.key, params.whole.key, p.prefix_key, params.whole.prefix_key, 0);
+      load(p.value, params.whole.value, p.prefix_value, params.whole.prefix_value, 1);
       ptx::cp_async_commit();
     };
 
@@ -172,7 +199,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
         // Columns of the row's prefixes that stand before the cell's slot.
         int slot_begin = 0;
         if (kGeneral && p.window_includes_prefix && cell.segment > 0)
-          slot_begin = cells.prefixes.columns_before(p, batch, cell.segment - 1);
+          slot_begin = cells.prefixes.columns_before(p, owner.batch, cell.segment - 1);
         ActiveTiles<kTiles, false> active;
         bool full[kTiles];
         bool any = false, all = true;
@@ -180,7 +207,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
         for (int tile = 0; tile < kTiles; ++tile) {
           const int row = warp_row + tile * kCell;
           const Span of_first = visible(cell, slot_begin, row), of_last = visible(cell, slot_begin, row + kCell - 1);
-          active.tile[tile] = row < queries && of_last.end > 0 && of_first.begin < kCell;
+          active.tile[tile] = row < owner.queries && of_last.end > 0 && of_first.begin < kCell;
           full[tile] = of_last.begin <= 0 && of_first.end >= kCell;
           any = any || active.tile[tile];
           all = all && active.tile[tile];
@@ -202,25 +229,24 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
             for (int v = 0; v < 2; ++v) {
               of_lane.reference[v] = reference[2 * tile + v];
               of_lane.delta[v] = delta[2 * tile + v];
-              of_lane.begin[v] = of_lane.end[v] = 0;
-              if (!full[tile]) {
-                const Span seen = visible(cell, slot_begin, row + resident_row(v));
-                of_lane.begin[v] = cell.first + seen.begin;
-                of_lane.end[v] = cell.first + seen.end;
-              }
             }
             ScoreCell at{};
             at.first_key = cell.first;
             if constexpr (kGeneral) {
-              at.first_query = first + row;
-              at.head = static_cast<int>(batch_head);
+              at.first_query = owner.first + row;
+              at.head = owner.batch * static_cast<int>(p.q_heads) + owner.head;
               at.segment = cell.segment;
-              at.queries = queries - row;
+              at.queries = owner.queries - row;
               at.seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
-              at.mask = mask_row(p, batch, head, at.first_query, cell.segment);
+              at.mask = mask_row(p, owner.batch, owner.head, at.first_query, cell.segment);
               at.move_mask(p.mask, 0, cell.first);
             }
-            finish_cell<kGeneral, false, true>(s[tile], dp[tile], of_lane, at, params.scalars, p.mask, full[tile]);
+            uint32_t hidden = 0;
+            if (!full[tile]) {
+              hidden = hidden_elements<false>(
+                  [&](int query, int column) { return !visible(cell, slot_begin, row + query).holds(column); });
+            }
+            finish_cell<kGeneral, false, true>(s[tile], dp[tile], of_lane, at, params.scalars, p.mask, hidden);
           }
           accumulate<T, kHeadDim>(dquery, dp, key, lane, active_tiles);
         };
@@ -240,15 +266,16 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const RowsPara
     }
   }
 
+  const WarpLayout warps = layout();
   if (warps.parts > 1) {
     shared_buffer(shared.memory, kPartsBytes<kHeadDim, kTiles>);
     add_parts<kHeadDim, kTiles>(dquery, warps, reinterpret_cast<float*>(shared.memory), lane);
   }
   if (warps.part > 0) return;
   const Operand& x = params.b.gradients[kDQuery];
-  T* rows = static_cast<T*>(x.data) + batch * x.batch_stride + head * x.head_stride;
-  store_sums<T, kHeadDim>(rows, x.row_stride, params.whole_pairs, first + warp_row, q_len, head_dim,
-                          params.scalars.scale, dquery, lane);
+  T* rows = static_cast<T*>(x.data) + owner.batch * x.batch_stride + owner.head * x.head_stride;
+  store_sums<T, kHeadDim>(rows, x.row_stride, params.whole_pairs, owner.first + warps.resident * Tile::kWarpM, q_len,
+                          head_dim, params.scalars.scale, dquery, lane);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

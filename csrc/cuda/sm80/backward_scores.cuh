@@ -26,8 +26,6 @@ struct LaneQueries {
   static constexpr int kCount = kKeysResident ? 4 : 2;
   float reference[kCount];  // softmax_reference(lse)
   float delta[kCount];      // rowsum(dout * out) - dlse
-  int begin[kCount];        // keys [begin, end) of the cell's segment are visible; read only where a cell is not full
-  int end[kCount];
 };
 
 __host__ __device__ inline int mask_bytes(const MaskOperand& mask) {
@@ -145,11 +143,24 @@ __device__ __forceinline__ float tanh_by_exp2(float x) {
   return 1.0f - 2.0f / (1.0f + ptx::exp2_approx(2.0f * kLog2E * x));
 }
 
-// s becomes p as dV takes it, dp becomes ds. kWantsDs: false leaves dp alone. `full`: every query sees every key.
+// Bit i of the elements of a cell that a lane holds, s[i / 4][i % 4]: hides(query, key) of those offsets in the cell.
+template <bool kKeysResident, typename Hides>
+__device__ __forceinline__ uint32_t hidden_elements(const Hides& hides) {
+  uint32_t hidden = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int streamed = streamed_row(i / 4 * 2 + i % 2), resident = resident_row(i % 4 / 2);
+    const bool hides_it = kKeysResident ? hides(streamed, resident) : hides(resident, streamed);
+    hidden |= static_cast<uint32_t>(hides_it) << i;
+  }
+  return hidden;
+}
+
+// s becomes p as dV takes it, dp becomes ds. kWantsDs: false leaves dp alone. `hidden`: hidden_elements.
 template <bool kGeneral, bool kKeysResident, bool kWantsDs>
 __device__ __forceinline__ void finish_cell(float (&s)[2][4], float (&dp)[2][4],
                                             const LaneQueries<kKeysResident>& queries, const ScoreCell& cell,
-                                            const ScoreScalars& scalars, const MaskOperand& mask, bool full) {
+                                            const ScoreScalars& scalars, const MaskOperand& mask, uint32_t hidden) {
   const bool has_dropout = kGeneral && scalars.threshold > 0;
   const bool has_softcap = kGeneral && scalars.cap_log2 > 0;
   const bool has_mask = kGeneral && cell.mask != nullptr;
@@ -168,19 +179,27 @@ __device__ __forceinline__ void finish_cell(float (&s)[2][4], float (&dp)[2][4],
     } else {
       exponent = s[n][e] * scalars.scale_log2 - queries.reference[q];
     }
-    const int key_in_cell = kKeysResident ? resident_row(v) : streamed_row(u);
-    const int query_in_cell = kKeysResident ? streamed_row(u) : resident_row(v);
-    const int key = cell.first_key + key_in_cell;
-    const bool visible = full || (key >= queries.begin[q] && key < queries.end[q]);
-    if (has_mask && visible && query_in_cell < cell.queries)
-      exponent += mask_bias(mask, cell, query_in_cell, key_in_cell) * kLog2E;
-    const float p = visible ? ptx::exp2_approx(exponent) : 0.0f;
-    const bool is_kept = !has_dropout || (keep >> i & 1);
+    if (has_mask) {
+      const int query = kKeysResident ? streamed_row(u) : resident_row(v);
+      const int key = kKeysResident ? resident_row(v) : streamed_row(u);
+      if ((hidden >> i & 1) == 0 && query < cell.queries) exponent += mask_bias(mask, cell, query, key) * kLog2E;
+    }
+    const float p = ptx::exp2_approx(exponent);
+    const bool is_kept = !has_dropout || (keep >> i & 1) != 0;
     s[n][e] = is_kept ? p : 0.0f;
     if constexpr (kWantsDs) {
       const float arriving = has_dropout ? (is_kept ? dp[n][e] * scalars.rescale : 0.0f) : dp[n][e];
       dp[n][e] = p * (arriving - queries.delta[q]);
       if (has_softcap) dp[n][e] *= slope;
+    }
+  }
+  if (hidden != 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (hidden >> i & 1) {
+        s[i / 4][i % 4] = 0.0f;
+        if constexpr (kWantsDs) dp[i / 4][i % 4] = 0.0f;
+      }
     }
   }
 }
