@@ -76,6 +76,13 @@ __device__ __forceinline__ void finish_scores(float (&left)[4], float (&right)[4
   }
 }
 
+// Whether dropout drops an element, by its 16 of the call's bits: of the upper or lower 8 rows, columns 0..7 or 8..15
+// of the cell, an even or odd column.
+__device__ __forceinline__ bool is_dropped(const PhiloxWords& words, int lower, int right, int odd,
+                                           uint32_t threshold) {
+  return ((words.word[2 * lower + right] >> (16 * odd)) & 0xFFFFu) < threshold;
+}
+
 // Sets to zero the probabilities that dropout drops. `row_cell` is the number of the block's 16 rows among the queries.
 __device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], uint64_t seed, uint32_t threshold,
                                          int row_cell, int64_t head, const Cell& cell, int lane) {
@@ -83,9 +90,22 @@ __device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], ui
                                    static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int shift = 16 * (e & 1);
-    if (((words.word[(e >> 1) * 2] >> shift) & 0xFFFFu) < threshold) left[e] = 0.0f;
-    if (((words.word[(e >> 1) * 2 + 1] >> shift) & 0xFFFFu) < threshold) right[e] = 0.0f;
+    if (is_dropped(words, e >> 1, 0, e & 1, threshold)) left[e] = 0.0f;
+    if (is_dropped(words, e >> 1, 1, e & 1, threshold)) right[e] = 0.0f;
+  }
+}
+
+// The same for one row, from index `from` on, where the block's rows are not 16 queries that follow one another.
+__device__ __forceinline__ void drop_out_row(float (&left)[4], float (&right)[4], int from, uint64_t seed,
+                                             uint32_t threshold, int query, int64_t head, const Cell& cell, int lane) {
+  const PhiloxWords words = philox(seed, query / 16 * 8 + query % 8, cell.first / kCell * 4 + lane % 4,
+                                   static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
+  const bool lower = query % 16 >= 8;
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    const uint32_t low_word = lower ? words.word[2] : words.word[0], high_word = lower ? words.word[3] : words.word[1];
+    if (((low_word >> (16 * odd)) & 0xFFFFu) < threshold) left[from + odd] = 0.0f;
+    if (((high_word >> (16 * odd)) & 0xFFFFu) < threshold) right[from + odd] = 0.0f;
   }
 }
 

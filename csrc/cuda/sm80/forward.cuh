@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   // Of the queries' tile, a warp has read its own rows alone: they take the output, and leave in whole chunks. The
   // rows' views have served.
   ptx::cp_async_wait<0>();
-  __syncwarp();
+  __syncthreads();  // without any tile, other threads' copies of queries may still be under way
   float* const lse = reinterpret_cast<float*>(plan.views);
   const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
 #pragma unroll

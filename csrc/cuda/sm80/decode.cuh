@@ -1,0 +1,392 @@
+// Few queries against many keys: decoding.
+//
+// Reading keys and values is all the work, so every block reads its own part of them, once, for all queries that want
+// it. A block has up to 16 rows, (entry, query, head of the group), that share a key head. Its entries are
+//
+//   of a part of a sequence: that batch row alone;
+//   of a part of a prefix: up to 16 / (queries * group) of the (batch row, slot) pairs that name it. Of all that do, in
+//   order, the first of each such bunch has a block; the others' blocks have nothing to do. A prefix that all rows of a
+//   batch share is thus read once for many of them.
+//
+// A part is cut into cells of 16 columns, which the block's warps take in turn, each with its own softmax and its own
+// ring of cells in flight. The warps' results are merged in the block, the blocks' by merge_kernel, both in fixed
+// order.
+#pragma once
+
+#include <algorithm>
+
+#include "../launch.h"
+#include "../softmax.cuh"
+#include "forward.h"
+
+namespace prefix_kernels::cuda::sm80 {
+
+struct DecodeParams {
+  AttentionParams attention;
+  float scale;
+  float softcap;
+  float dropout_rescale;
+  int rows_per_entry;  // queries * heads of a group
+  int prefix_parts;    // parts of each prefix
+  int sequence_parts;  // parts of each sequence
+  int parts;           // of a row: prefix_slots * prefix_parts + sequence_parts
+  int prefix_blocks;   // they come first
+  float* partial_out;  // [batch * q_heads * q_len, parts, kHeadDim]
+  float* partial_lse;  // [batch * q_heads * q_len, parts]
+  bool whole_query;    // has_whole_chunks
+  bool whole_key;
+  bool whole_value;
+  bool whole_prefix_key;
+  bool whole_prefix_value;
+};
+
+// One of the block's rows.
+struct DecodeRow {
+  int batch;
+  int head;
+  int query;
+  int segment;  // as in Cell
+  Span seen;    // columns of the segment
+};
+
+template <typename Element, int kHeadDim_>
+struct DecodeTraits {
+  using T = Element;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
+
+  static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
+  static constexpr int kCellStride = kCellBytes + kSharedGap;
+  static constexpr int kRingOffset = kCellStride;  // after the queries
+  static constexpr int kRowsOffset = kRingOffset + kWarps * kStages * 2 * kCellStride;
+  static constexpr int kRowsBytes = kCell * sizeof(DecodeRow);
+  static constexpr int kEntriesOffset = kRowsOffset + kRowsBytes + kSharedGap;
+  static constexpr int kEntriesBytes = kCell * sizeof(int);
+  static constexpr int kLseOffset = kEntriesOffset + kEntriesBytes + kSharedGap;
+  static constexpr int kLseBytes = kWarps * kCell * sizeof(float);
+  static constexpr int kSharedBytes = kLseOffset + kLseBytes + kSharedGap;
+  // The warps' results take the place of the cells.
+  static constexpr int kOutBytes = kWarps * kCell * kHeadDim * sizeof(float);
+  static_assert(kOutBytes <= kWarps * kStages * 2 * kCellStride, "the warps' results fit where the cells were");
+};
+
+// The (batch row, slot) pairs that take part in entry's block, or none. All lanes of a warp call it; `entries` is
+// written where not null.
+__device__ __forceinline__ int gather_entries(const AttentionParams& p, int entry, int per_block, int lane,
+                                              int* entries) {
+  const int slots = static_cast<int>(p.prefix_slots), count = static_cast<int>(p.batch) * slots;
+  const int64_t prefix = prefix_of_row(p, entry / slots, entry % slots);
+  if (prefix < 0) return 0;
+  const auto naming = [&](int first) {
+    const int other = first + lane;
+    return __ballot_sync(kAllLanes, other < count && prefix_of_row(p, other / slots, other % slots) == prefix);
+  };
+  int before = 0;
+  for (int first = 0; first < entry; first += kWarpSize) {
+    const unsigned earlier = entry - first < kWarpSize ? (1u << (entry - first)) - 1 : kAllLanes;
+    before += __popc(naming(first) & earlier);
+  }
+  if (before % per_block != 0) return 0;
+  int found = 0;
+  for (int first = entry; first < count && found < per_block; first += kWarpSize) {
+    const unsigned named = naming(first);
+    const int place = found + __popc(named & ((1u << lane) - 1));
+    if (entries != nullptr && (named >> lane & 1) != 0 && place < per_block) entries[place] = first + lane;
+    found += __popc(named);
+  }
+  return min(found, per_block);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) decode_kernel(const DecodeParams params) {
+  using T = typename Traits::T;
+  constexpr int kHeadDim = Traits::kHeadDim, kWarps = Traits::kWarps, kStages = Traits::kStages;
+  constexpr int kBlocksOfHead = kHeadDim / kCell, kLanes = kLanesPerRow<kHeadDim>;
+  const AttentionParams& p = params.attention;
+  const int thread = threadIdx.x % Traits::kThreads, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int head_dim = static_cast<int>(p.head_dim), kv_heads = static_cast<int>(p.kv_heads);
+  const int group = static_cast<int>(p.q_heads) / kv_heads;
+
+  T* const query_tile = reinterpret_cast<T*>(shared_memory());
+  DecodeRow* const rows = reinterpret_cast<DecodeRow*>(shared_memory() + Traits::kRowsOffset);
+  int* const entries = reinterpret_cast<int*>(shared_memory() + Traits::kEntriesOffset);
+  float* const warp_lse = reinterpret_cast<float*>(shared_memory() + Traits::kLseOffset);
+  shared_buffer(query_tile, Traits::kCellBytes);
+  shared_buffer(shared_memory() + Traits::kRingOffset, kWarps * kStages * 2 * Traits::kCellStride);
+  shared_buffer(rows, Traits::kRowsBytes);
+  shared_buffer(entries, Traits::kEntriesBytes);
+  shared_buffer(warp_lse, Traits::kLseBytes);
+
+  // Which part of which columns this is, and who wants it.
+  const bool is_prefix = static_cast<int>(blockIdx.x) < params.prefix_blocks;
+  const int number = is_prefix ? blockIdx.x : blockIdx.x - params.prefix_blocks;
+  const int parts = is_prefix ? params.prefix_parts : params.sequence_parts;
+  const int part = number % parts, kv_head = number / parts % kv_heads, entry = number / parts / kv_heads;
+  const int slots = static_cast<int>(p.prefix_slots);
+  const int entries_here =
+      is_prefix ? gather_entries(p, entry, kCell / params.rows_per_entry, lane, warp == 0 ? entries : nullptr) : 1;
+  if (entries_here == 0) return;
+  if (!is_prefix && thread == 0) entries[0] = entry;
+  __syncthreads();
+  const int row_count = entries_here * params.rows_per_entry;
+
+  const int batch = is_prefix ? entry / slots : entry;
+  const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
+  Span columns{0, 0};  // all parts together
+  if (is_prefix) {
+    columns.end = static_cast<int>(prefix_length(p, owner));
+  } else {
+    const int64_t first = row_query_offset(p, batch);
+    columns.begin = to_span(visible_sequence(p, first)).begin / kCell * kCell;
+    columns.end = max(columns.begin, to_span(visible_sequence(p, first + p.q_len - 1)).end);
+  }
+  const int cells_per_part = ((columns.end - columns.begin + kCell - 1) / kCell + parts - 1) / parts;
+  const int part_begin = columns.begin + part * cells_per_part * kCell;
+  const int part_end = min(columns.end, part_begin + cells_per_part * kCell);
+
+  if (thread < row_count) {
+    const int of_entry = thread % params.rows_per_entry, taken = entries[thread / params.rows_per_entry];
+    DecodeRow row;
+    row.batch = is_prefix ? taken / slots : taken;
+    row.query = of_entry / group;
+    row.head = kv_head * group + of_entry % group;
+    row.segment = is_prefix ? 1 + taken % slots : 0;
+    const PrefixSlots prefixes(p, row.batch);
+    const QueryView view(p, prefixes, row.query + row_query_offset(p, row.batch));
+    row.seen = view.sequence;
+    if (is_prefix) {
+      const int before = view.prefix_begin > 0 ? prefixes.columns_before(p, row.batch, row.segment - 1) : 0;
+      row.seen = {view.prefix_begin - before, columns.end};
+    }
+    rows[thread] = row;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int row = thread / kLanes; row < kCell; row += Traits::kThreads / kLanes) {
+    const bool valid = row < row_count;
+    const DecodeRow& source = rows[valid ? row : 0];
+    const HeadRows head(p.query, source.batch, source.head, params.whole_query);
+    copy_row<T, kHeadDim>(query_tile, row, head.row(source.query), head.dtype, head.whole_chunks, thread % kLanes,
+                          head_dim, valid);
+  }
+  ptx::cp_async_commit();
+
+  // The warp's ring: stage i holds a cell of keys, then one of values.
+  const auto stage = [&](int i) {
+    return reinterpret_cast<T*>(shared_memory() + Traits::kRingOffset +
+                                (warp * kStages + i % kStages) * 2 * Traits::kCellStride);
+  };
+  constexpr int kValues = Traits::kCellStride / static_cast<int>(sizeof(T));
+  const auto first_column = [&](int i) { return part_begin + (warp + i * kWarps) * kCell; };
+  const auto load = [&](int i) {
+    if (first_column(i) < part_end) {
+      const HeadRows keys = is_prefix ? HeadRows(p.prefix_key, owner, kv_head, params.whole_prefix_key)
+                                      : HeadRows(p.key, owner, kv_head, params.whole_key);
+      const HeadRows values = is_prefix ? HeadRows(p.prefix_value, owner, kv_head, params.whole_prefix_value)
+                                        : HeadRows(p.value, owner, kv_head, params.whole_value);
+#pragma unroll 1
+      for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
+        const bool valid = first_column(i) + row < part_end;
+        const int column = first_column(i) + (valid ? row : 0);
+        copy_row<T, kHeadDim>(stage(i), row, keys.row(column), keys.dtype, keys.whole_chunks, lane % kLanes, head_dim,
+                              valid);
+        copy_row<T, kHeadDim>(stage(i) + kValues, row, values.row(column), values.dtype, values.whole_chunks,
+                              lane % kLanes, head_dim, valid);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load(i);
+
+  using QueryReader = BlockReader<T, kHeadDim, Quarters::kDown>;
+  uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][4];
+  ptx::cp_async_wait<kStages - 1>();
+  __syncthreads();  // the queries are there
+  if constexpr (Traits::kQueryInRegisters) {
+    const QueryReader query(query_tile, lane);
+#pragma unroll
+    for (int k = 0; k < kBlocksOfHead; ++k) query.load(query_blocks[k], 0, k);
+  }
+
+  const uint64_t seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
+  OnlineSoftmax<1, true> softmax;
+  float out[1][2 * kBlocksOfHead][4];
+  set_all(out, 0.0f);
+#pragma unroll 1
+  for (int i = 0; first_column(i) < part_end; ++i) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncwarp();  // all lanes have cell i, and none reads cell i - 1 any more
+    load(i + kStages - 1);
+
+    // S = Q K'^T
+    float scores[1][2][4];
+    set_all(scores, 0.0f);
+    const BlockReader<T, kHeadDim, Quarters::kAcross> key(stage(i), lane);
+    const QueryReader query(query_tile, lane);
+#pragma unroll
+    for (int k = 0; k < kBlocksOfHead; ++k) {
+      uint32_t b[4];
+      key.load(b, 0, k);
+      if constexpr (!Traits::kQueryInRegisters) query.load(query_blocks[0], 0, k);
+      mma_block<T>(scores[0][0], scores[0][1], query_blocks[Traits::kQueryInRegisters ? k : 0], b);
+    }
+    const int first = first_column(i), count = min(kCell, part_end - first);
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int number_of_row = half_row * 8 + lane / 4;
+      const DecodeRow& row = rows[min(number_of_row, row_count - 1)];
+      float bias[kColumnsPerThread];
+      CellMask(p, {row.segment, first, count, 0}).load(bias, row.batch, row.head, row.query, count, lane);
+      const Span seen{row.seen.begin - first, min(count, row.seen.end - first)};
+      finish_scores(scores[0][0], scores[0][1], 2 * half_row, params.scale, params.softcap, bias, seen, lane);
+    }
+    softmax.update(scores, out, kLog2E);
+
+    // out += P V'
+    if (p.dropout_threshold > 0) {
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const DecodeRow& row = rows[min(half_row * 8 + lane / 4, row_count - 1)];
+        drop_out_row(scores[0][0], scores[0][1], 2 * half_row, seed, p.dropout_threshold, row.query,
+                     row.batch * p.q_heads + row.head, {row.segment, first, count, 0}, lane);
+      }
+    }
+    uint32_t a[4];
+    pack_operand<T>(a, scores[0][0], scores[0][1]);
+    const BlockReader<T, kHeadDim, Quarters::kDown> value(stage(i) + kValues, lane);
+#pragma unroll
+    for (int n = 0; n < kBlocksOfHead; ++n) {
+      uint32_t b[4];
+      value.load_transposed(b, 0, n);
+      mma_block<T>(out[0][2 * n], out[0][2 * n + 1], a, b);
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // nobody reads the ring any more
+
+  float* const warp_out = reinterpret_cast<float*>(shared_memory() + Traits::kRingOffset);  // [warp, row, kHeadDim]
+#pragma unroll
+  for (int half_row = 0; half_row < 2; ++half_row) {
+    const int row = warp * kCell + half_row * 8 + lane / 4;
+    const RowResult result = softmax.finish(0, half_row, 1.0f);
+    if (lane % 4 == 0) warp_lse[row] = result.lse;
+#pragma unroll
+    for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
+      *reinterpret_cast<float2*>(warp_out + row * kHeadDim + n * 8 + 2 * (lane % 4)) =
+          make_float2(out[0][n][2 * half_row] * result.factor, out[0][n][2 * half_row + 1] * result.factor);
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = thread; i < row_count * (kHeadDim / 4); i += Traits::kThreads) {
+    const int number_of_row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
+    const DecodeRow& row = rows[number_of_row];
+    float most = minus_infinity(), sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_lse[w * kCell + number_of_row]);
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int w = 0; w < kWarps && most > minus_infinity(); ++w) {
+      const float weight = ptx::exp2_approx((warp_lse[w * kCell + number_of_row] - most) * kLog2E);
+      const float4 from = *reinterpret_cast<const float4*>(warp_out + (w * kCell + number_of_row) * kHeadDim + column);
+      sum += weight;
+      total.x += weight * from.x;
+      total.y += weight * from.y;
+      total.z += weight * from.z;
+      total.w += weight * from.w;
+    }
+    const float factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+    total = make_float4(total.x * factor, total.y * factor, total.z * factor, total.w * factor);
+    const int64_t result = ((row.batch * p.q_heads + row.head) * p.q_len + row.query) * params.parts +
+                           (is_prefix ? (row.segment - 1) * parts : slots * params.prefix_parts) + part;
+    *reinterpret_cast<float4*>(params.partial_out + result * kHeadDim + column) = total;
+    if (column == 0) params.partial_lse[result] = sum > 0.0f ? most + logf(sum) : minus_infinity();
+  }
+}
+
+// One warp per row: the parts' results, in their order.
+template <typename Traits>
+__global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
+  using T = typename Traits::T;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const AttentionParams& p = params.attention;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (row >= p.batch * p.q_heads * p.q_len) return;
+  const int64_t query = row % p.q_len, head = row / p.q_len % p.q_heads, batch = row / p.q_len / p.q_heads;
+  const float* const lse = params.partial_lse + row * params.parts;
+  // Of a slot without a prefix nothing was written.
+  const auto exists = [&](int part) {
+    const int slot = part / max(1, params.prefix_parts);
+    return slot >= p.prefix_slots || params.prefix_parts == 0 || prefix_of_row(p, batch, slot) >= 0;
+  };
+
+  float most = minus_infinity(), sum = 0.0f;
+  for (int part = 0; part < params.parts; ++part) {
+    if (exists(part)) most = fmaxf(most, lse[part]);
+  }
+  const float reference = most == minus_infinity() ? 0.0f : most;
+  for (int part = 0; part < params.parts; ++part) {
+    if (exists(part)) sum += ptx::exp2_approx((lse[part] - reference) * kLog2E);
+  }
+  const float factor = sum > 0.0f ? params.dropout_rescale / sum : 0.0f;
+  if (lane == 0) static_cast<float*>(p.lse)[row] = sum > 0.0f ? most + logf(sum) : minus_infinity();
+
+  T* const out =
+      static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride + query * p.out.row_stride;
+  for (int column = lane; column < p.head_dim; column += kWarpSize) {
+    float total = 0.0f;
+    for (int part = 0; part < params.parts; ++part) {
+      if (!exists(part)) continue;
+      const float weight = ptx::exp2_approx((lse[part] - reference) * kLog2E);
+      total += weight * params.partial_out[(row * params.parts + part) * kHeadDim + column];
+    }
+    out[column] = from_float<T>(total * factor);
+  }
+}
+
+template <DType kDType, int kHeadDim>
+void decode(const AttentionParams& p, const Context& context) {
+  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
+  using Traits = DecodeTraits<T, kHeadDim>;
+  DecodeParams params{};
+  params.attention = p;
+  params.scale = static_cast<float>(p.scale);
+  params.softcap = static_cast<float>(p.softcap);
+  params.dropout_rescale = static_cast<float>(dropout_rescale(p.dropout_threshold));
+  params.whole_query = has_whole_chunks<T>(p.query, p.head_dim);
+  params.whole_key = has_whole_chunks<T>(p.key, p.head_dim);
+  params.whole_value = has_whole_chunks<T>(p.value, p.head_dim);
+  params.whole_prefix_key = has_whole_chunks<T>(p.prefix_key, p.head_dim);
+  params.whole_prefix_value = has_whole_chunks<T>(p.prefix_value, p.head_dim);
+  params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
+
+  // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
+  constexpr int64_t kBlocksPerSM = 3, kLeastColumns = Traits::kWarps * 4 * kCell;
+  const auto parts = [&](int64_t columns, int64_t owners) {
+    const int64_t wanted = (context.sm_count * kBlocksPerSM + owners - 1) / owners;
+    return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
+  };
+  const int64_t entries = p.prefix_len > 0 && p.num_prefixes > 0 ? p.batch * p.prefix_slots : 0;
+  const int64_t per_block = kCell / params.rows_per_entry;
+  const int64_t bunches = p.num_prefixes == 1 ? (entries + per_block - 1) / per_block : entries;
+  params.prefix_parts = entries > 0 ? parts(p.prefix_len, bunches * p.kv_heads) : 0;
+  params.sequence_parts = parts(p.k_len, p.batch * p.kv_heads);
+  params.parts = static_cast<int>(p.prefix_slots) * params.prefix_parts + params.sequence_parts;
+  params.prefix_blocks = static_cast<int>(entries * p.kv_heads * params.prefix_parts);
+
+  const int64_t rows = p.batch * p.q_heads * p.q_len;
+  params.partial_out =
+      static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * kHeadDim * sizeof(float)));
+  params.partial_lse = static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(float)));
+  const int64_t blocks = params.prefix_blocks + p.batch * p.kv_heads * params.sequence_parts;
+  launch(decode_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
+         context.stream, params);
+  constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
+  launch(merge_kernel<Traits>, dim3(static_cast<unsigned>((rows + kMergeRows - 1) / kMergeRows)), dim3(kMergeThreads),
+         0, context.stream, params);
+}
+
+}  // namespace prefix_kernels::cuda::sm80

@@ -1,0 +1,7 @@
+#include "../decode.cuh"
+
+namespace prefix_kernels::cuda::sm80 {
+
+template void decode<DType::kBFloat16, 32>(const AttentionParams&, const Context&);
+
+}  // namespace prefix_kernels::cuda::sm80
