@@ -3,6 +3,7 @@
     python benchmarks/bench_attention.py                     # float32, two threads, CSV into benchmarks/results/
     python benchmarks/bench_attention.py --dtype bfloat16 --rounds 50
     python benchmarks/bench_attention.py --quick             # does it work: two cells, few rounds, no CSV
+    python benchmarks/bench_attention.py --device cuda       # bfloat16, all that cuda_cells.py plans
 
 Every round times each contender once, one after the other in one process and in turns, so that a busy machine slows
 all alike. A row of the CSV gives the median of each contender's times and the median over the rounds of the ratio of
@@ -201,13 +202,16 @@ def geometric_means(rows: list[dict[str, object]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="two cells and five rounds; not for results")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too, compiled for every cell; cuda only")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no further cell is begun; cuda only")
     parser.add_argument("--output", type=Path, help="CSV; default: benchmarks/results/attention_<device>_<dtype>.csv")
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     torch.set_num_threads(arguments.threads)
 
     grid, rounds = (GRID[:2], 5) if arguments.quick else (GRID, arguments.rounds)
@@ -216,6 +220,12 @@ def main() -> None:
         output = Path(__file__).parent / "results" / f"attention_{arguments.device}_{arguments.dtype}.csv"
     shared = environment(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in shared.items()))
+
+    if arguments.device == "cuda":
+        import cuda_bench
+
+        cuda_bench.run(arguments, shared, output)
+        return
 
     rows = []
     for shape in grid:

@@ -1,0 +1,60 @@
+"""The pictures of a CSV of ``bench_attention.py --device cuda``: how many times faster than each baseline, by pass.
+
+python benchmarks/cuda_plot.py OUTDIR/attention_cuda.csv [picture.png]
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {
+    "cat_flash": "#4c72b0",
+    "cat_cudnn": "#55a868",
+    "cat_masked": "#c44e52",
+    "cat_flex": "#8172b2",
+    "merged_flash": "#dd8452",
+}
+
+
+def label(row: dict[str, str]) -> str:
+    heads = f"{row['batch']}x{row['q_heads']}/{row['kv_heads']}x{row['head_dim']}"
+    return f"{heads} {row['q_len']},{row['k_len']}+{row['prefix_len']} {'causal' if row['causal'] == '1' else 'full'}"
+
+
+def plot(table: Path, picture: Path) -> None:
+    """One panel for each pass, a row of points for each cell."""
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    heights = [0.6 + 0.16 * sum(row["pass"] == pass_ for row in rows) for pass_ in passes]
+    figure, panels = plt.subplots(
+        len(passes), 1, figsize=(9, 1 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axes, pass_ in zip(panels[:, 0], passes, strict=True):
+        chosen = [row for row in rows if row["pass"] == pass_][::-1]
+        for name, colour in COLOURS.items():
+            points = [(float(row[f"{name}_ratio"]), y) for y, row in enumerate(chosen) if row[f"{name}_ratio"]]
+            if points:
+                axes.scatter(*zip(*points, strict=True), s=14, color=colour, label=name, zorder=3)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(chosen)), [label(row) for row in chosen], fontsize=6)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_title(pass_.replace("_", " "), fontsize=9)
+    panels[0, 0].legend(fontsize=7)
+    panels[-1, 0].set_xlabel("time of the baseline over ours")
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}", fontsize=10)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    plot(source, Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".png"))

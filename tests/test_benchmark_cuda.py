@@ -1,0 +1,154 @@
+"""The benchmark of the GPU kernels, as far as it goes without a GPU: the plan, the table, the pictures, the script."""
+
+import argparse
+import csv
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
+import cuda_baselines
+import cuda_bench
+import pytest
+import torch
+from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, CudaCell, plan
+from cuda_timing import Ceilings
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
+SMALL = [CudaCell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
+SMALL.append(CudaCell(2, 4, 2, 16, 1, 40, 5, True, "decode", "float32"))
+
+
+def ticks(calls, rounds):
+    """A timer that runs every call, and says that it took 1, 2, 3, ... ms in the order of the calls."""
+    for call in calls.values():
+        call()
+    return {name: [float(i + 1)] * rounds for i, name in enumerate(calls)}
+
+
+def settings(**changes):
+    return argparse.Namespace(
+        **{"dtype": "float32", "quick": False, "rounds": 5, "time_limit": None, "flex": False} | changes
+    )
+
+
+def test_the_plan_covers_what_was_promised_and_nothing_twice():
+    cells = plan()
+    assert len(set(cells)) == len(cells)
+    assert {cell.pass_ for cell in cells} == {*PASSES, "decode"}
+    for cell, expected in itertools.product(PASSES, HEADS):
+        lengths = {c.q_len for c in cells if c.pass_ == cell and (c.q_heads, c.kv_heads, c.head_dim) == expected}
+        assert lengths == set(LENGTHS)
+    assert {cell.prefix_len for cell in cells} == set(PREFIX_LENS)
+    assert {cell.is_causal for cell in cells} == {True, False}
+    assert {1, 8, 32} == set(BATCHES) <= {cell.batch for cell in cells} and max(cell.batch for cell in cells) == 32
+
+
+@pytest.mark.parametrize("cell", SMALL, ids=lambda cell: f"{cell.pass_} {'causal' if cell.is_causal else 'full'}")
+def test_flops_count_the_visible_pairs(cell):
+    rows, columns = torch.meshgrid(torch.arange(cell.q_len), torch.arange(cell.k_len), indexing="ij")
+    seen = columns <= rows + cell.k_len - cell.q_len if cell.is_causal else torch.ones_like(rows)
+    prefix, sequence = cell.q_len * cell.prefix_len, int(seen.sum())
+    pairs = {
+        "forward": 4 * (prefix + sequence),
+        "decode": 4 * (prefix + sequence),
+        "backward": 10 * (prefix + sequence),
+        "forward_backward": 14 * (prefix + sequence),
+        "prefix_backward": 8 * prefix,
+    }[cell.pass_]
+    assert cell.flops() == pairs * cell.batch * cell.q_heads * cell.head_dim
+
+
+@pytest.mark.parametrize("cell", SMALL, ids=lambda cell: f"{cell.pass_} {'causal' if cell.is_causal else 'full'}")
+def test_baselines_that_run_here_compute_what_ours_does(cell):
+    calls, refused = cuda_bench.prepare_all(cell, "cpu")
+    assert "merged_flash" in calls or cell.q_heads != cell.kv_heads
+    assert {*calls, *refused} == {"ours", *cuda_baselines.NAMES} - {"cat_flex"}
+    results = {name: call() for name, call in calls.items()}
+    for name, result in results.items():
+        torch.testing.assert_close(
+            result, results["ours"], atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_bench, "plan", lambda dtype: SMALL)
+    table = tmp_path / "folder" / "table.csv"
+    shared = {"device": "none", "torch": "0"}
+    ceilings = Ceilings(tflops=100.0, gbps=1000.0)
+    rows = cuda_bench.run(settings(), shared, table, ticks, ceilings, "cpu")
+    with table.open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in row.items()} for row in rows]
+    assert len(rows) == len(SMALL)
+    for row, cell in zip(rows, SMALL, strict=True):
+        assert row["ours_ms"] == "1.0000"
+        assert float(row["ours_tflops"]) == pytest.approx(cell.flops() / 1e9, abs=0.06)
+        if row["best"]:
+            assert row["best_ratio"] == row[f"{row['best']}_ratio"] == "2.000"
+    assert "forward_backward" in capsys.readouterr().out
+
+    pytest.importorskip("matplotlib")
+    import cuda_plot
+
+    cuda_plot.plot(table, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_run_stops_at_its_time_limit(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_bench, "plan", lambda dtype: SMALL)
+    rows = cuda_bench.run(settings(time_limit=1e-9), {}, None, ticks, Ceilings(1.0, 1.0), "cpu")
+    assert rows == []
+    assert f"stopped by --time-limit after 0 of {len(SMALL)} cells" in capsys.readouterr().out
+
+
+def run_script(*arguments, python):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    return subprocess.run(
+        [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def stub(tmp_path, body):
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_script_asks_for_a_folder_and_for_a_gpu(tmp_path):
+    run = run_script(python="python3")
+    assert run.returncode == 2 and "usage: " in run.stderr
+    run = run_script(str(tmp_path / "out"), python=stub(tmp_path, "exit 1"))
+    assert run.returncode == 1 and "no GPU that" in run.stderr
+
+
+def test_the_script_runs_every_part_and_names_those_that_fail(tmp_path):
+    """The interpreter is a stub that says what it was called with; the benchmark of FlexAttention fails."""
+    body = 'case "$*" in *get_device_capability*) echo 9.0;; *--flex*) exit 3;; esac\necho "$TORCH_CUDA_ARCH_LIST: $*"'
+    out = tmp_path / "out"
+    run = run_script(str(out), python=stub(tmp_path, body))
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[-1] == "failed: benchmark_flex"
+    assert "9.0" in (out / "build.txt").read_text()
+    for part, expected in {
+        "build": "-m pip install --no-deps --no-build-isolation",
+        "report": "-m prefix_kernels",
+        "tests": "tests/gpu",
+        "benchmark": "--device cuda --time-limit 105 --output",
+    }.items():
+        assert expected in (out / f"{part}.txt").read_text()
+
+
+def test_the_script_gives_up_where_the_build_fails(tmp_path):
+    body = 'case "$*" in *get_device_capability*) echo 9.0;; *"pip install"*) exit 1;; esac'
+    run = run_script(str(tmp_path / "out"), python=stub(tmp_path, body))
+    assert run.returncode == 1 and "the build failed" in run.stderr
+    assert not (tmp_path / "out" / "report.txt").exists()
+
+
+def test_the_parts_of_the_script_fit_into_ten_minutes():
+    # Name and limit of each part; one line stands for the four tools of compute-sanitizer, one for the two pictures.
+    limits = dict(re.findall(r'part "?([$\w]+)"? (\d+) ', SCRIPT.read_text()))
+    assert set(limits) == {"build", "report", "tests", "$tool", "benchmark", "benchmark_flex", "plot_$name"}
+    times = {"$tool": 4, "plot_$name": 2}
+    assert sum(int(limit) * times.get(name, 1) for name, limit in limits.items()) < 600
