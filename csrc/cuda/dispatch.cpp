@@ -1,10 +1,42 @@
 #include "dispatch.h"
 
-#include <stdexcept>
+#include <type_traits>
 
 #include "simt/simt.h"
+#include "sm80/backward.h"
+#include "sm80/forward.h"
 
 namespace prefix_kernels::cuda {
+namespace {
+
+// Calls call(the smallest compiled head dim that holds `head_dim`).
+template <class Call>
+void with_head_dim(int64_t head_dim, Call call) {
+  if (head_dim <= 32) return call(std::integral_constant<int, 32>());
+  if (head_dim <= 64) return call(std::integral_constant<int, 64>());
+  if (head_dim <= 96) return call(std::integral_constant<int, 96>());
+  if (head_dim <= 128) return call(std::integral_constant<int, 128>());
+  if (head_dim <= 192) return call(std::integral_constant<int, 192>());
+  call(std::integral_constant<int, 256>());
+}
+
+template <DType kDType>
+void forward_sm80(const AttentionParams& p, const Context& context) {
+  const bool few_queries = p.q_len * (p.q_heads / p.kv_heads) <= sm80::kMaxDecodeRows;
+  with_head_dim(p.head_dim, [&](auto head_dim) {
+    if (few_queries)
+      sm80::decode<kDType, head_dim>(p, context);
+    else
+      sm80::forward<kDType, head_dim>(p, context);
+  });
+}
+
+template <DType kDType>
+void backward_sm80(const BackwardParams& b, const Context& context) {
+  with_head_dim(b.forward.head_dim, [&](auto head_dim) { sm80::backward<kDType, head_dim>(b, context); });
+}
+
+}  // namespace
 
 void dispatch_forward(const AttentionParams& p, const Context& context) {
   switch (p.query.dtype) {
@@ -12,8 +44,10 @@ void dispatch_forward(const AttentionParams& p, const Context& context) {
       return simt::forward<double>(p, context);
     case DType::kFloat32:
       return simt::forward<float>(p, context);
-    default:
-      throw std::runtime_error("prefix_attention: expected float32 or float64 on CUDA");
+    case DType::kBFloat16:
+      return forward_sm80<DType::kBFloat16>(p, context);
+    case DType::kFloat16:
+      return forward_sm80<DType::kFloat16>(p, context);
   }
 }
 
@@ -23,8 +57,10 @@ void dispatch_backward(const BackwardParams& b, const Context& context) {
       return simt::backward<double>(b, context);
     case DType::kFloat32:
       return simt::backward<float>(b, context);
-    default:
-      throw std::runtime_error("prefix_attention: expected float32 or float64 on CUDA");
+    case DType::kBFloat16:
+      return backward_sm80<DType::kBFloat16>(b, context);
+    case DType::kFloat16:
+      return backward_sm80<DType::kFloat16>(b, context);
   }
 }
 
