@@ -115,9 +115,9 @@ class _Object:
         return _digest(self.target)
 
 
-def _object(source: Path, mode: str, flags: list[str]) -> _Object:
+def _object(source: Path, mode: str, flags: list[str], folder: Path | None = None) -> _Object:
     name = str(source.relative_to(CHECKOUT)).replace("/", "_") + ".o"
-    target = FOLDER / mode / name
+    target = (folder or FOLDER / mode) / name
     depend = ["-MMD", "-MF", str(target.with_suffix(".d"))]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     command = (*compiler, "-x", "c++", *flags, *depend, "-c", str(source), "-o", str(target))
@@ -137,9 +137,9 @@ def all_objects(mode: str) -> list[_Object]:
     return objects + [kernel_object(source, mode) for source in kernel_sources()] + runtime_objects(mode)
 
 
-def kernel_object(source: Path, mode: str) -> _Object:
-    """A file of kernels, compiled for the emulator."""
-    return _object(source, mode, [*_FLAGS, *_KERNEL_FLAGS[mode], *_VARIANT_FLAGS[VARIANT]])
+def kernel_object(source: Path, mode: str, folder: Path | None = None) -> _Object:
+    """A file of kernels, compiled for the emulator; the object is in ``folder`` or with those of the library."""
+    return _object(source, mode, [*_FLAGS, *_KERNEL_FLAGS[mode], *_VARIANT_FLAGS[VARIANT]], folder)
 
 
 def runtime_objects(mode: str) -> list[_Object]:

@@ -1,0 +1,242 @@
+"""The bugs that `mutations.py` plants, one at a time, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD = ("forward_float16_64",)
+BACKWARD = ("backward_float16_64",)
+FLOAT32 = ("forward_float32", "backward_float32")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old``, which occurs once in csrc/cuda/``file``, becomes ``new``; ``units`` are compiled and ``probes`` run."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    units: tuple[str, ...]
+    probes: tuple[str, ...]
+
+
+def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
+    return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
+
+
+def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
+    return Mutation(f"backward: {name}", file, old, new, BACKWARD, probes or ("backward", "backward of a few columns"))
+
+
+def _float32(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(f"float32: {name}", file, old, new, FLOAT32, ("float32",))
+
+
+FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward.cuh", "sm80/backward_columns.cuh", "sm80/backward_rows.cuh"
+KEY_BARRIER = (
+    "    ptx::cp_async_wait<1>();\n    __syncthreads();  // all have key tile j, and none reads tile j - 1 any more\n"
+)
+VALUE_BARRIER = "    ptx::cp_async_wait<1>();\n    __syncthreads();  // all have value tile j\n"
+
+BARRIERS = [
+    _forward("no barrier before keys are read", FORWARD_KERNEL, KEY_BARRIER, "    ptx::cp_async_wait<1>();\n"),
+    _forward("no barrier before values are read", FORWARD_KERNEL, VALUE_BARRIER, "    ptx::cp_async_wait<1>();\n"),
+    _forward(
+        "no __syncwarp before the tile's cells are read",
+        FORWARD_KERNEL,
+        "      __syncwarp();\n      set_all(scores",
+        "      set_all(scores",
+    ),
+    _forward(
+        "a barrier that warps without rows do not reach",
+        FORWARD_KERNEL,
+        KEY_BARRIER,
+        "    ptx::cp_async_wait<1>();\n    if (plan.view.sees_prefix) __syncthreads();\n",
+    ),
+    _backward(
+        "columns: no barrier before a stage is read",
+        COLUMNS,
+        "      ptx::cp_async_wait<0>();\n      __syncthreads();\n      const Tiles& next",
+        "      ptx::cp_async_wait<0>();\n      const Tiles& next",
+    ),
+    _backward(
+        "rows: no barrier before a stage is read",
+        ROWS,
+        "      __syncthreads();\n      if (cell + Tile::kCells < cells.count)",
+        "      if (cell + Tile::kCells < cells.count)",
+    ),
+    _backward(
+        "warps' sums are added before they are written",
+        "sm80/backward_gemm.cuh",
+        "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
+        "    }\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
+        "backward of a few columns",
+    ),
+    _float32(
+        "no __syncwarp before the weights are read",
+        "simt/forward.cuh",
+        "        __syncwarp();\n        for (T& x : out)",
+        "        for (T& x : out)",
+    ),
+]
+
+COPIES = [
+    _forward(
+        "a wait that leaves the keys on their way", FORWARD_KERNEL, KEY_BARRIER, KEY_BARRIER.replace("<1>", "<2>")
+    ),
+    _forward("no wait for the values", FORWARD_KERNEL, VALUE_BARRIER, VALUE_BARRIER.partition("\n")[2]),
+    _forward("the next keys into the buffer in use", FORWARD_KERNEL, "load_keys(j + 1);", "load_keys(j + 2);"),
+    _backward(
+        "columns: the next stage into the one in use",
+        COLUMNS,
+        "if (more) fetch(next, 1 - stage);",
+        "if (more) fetch(next, stage);",
+    ),
+    _backward(
+        "rows: no wait for a stage",
+        ROWS,
+        "      ptx::cp_async_wait<0>();\n      __syncthreads();\n      if (cell",
+        "      __syncthreads();\n      if (cell",
+    ),
+    _backward(
+        "columns: the first stage over keys that are still read",
+        COLUMNS,
+        "    if constexpr (kWantsDKey) value.take(own_rows(1), lane);\n    __syncthreads();\n",
+        "    if constexpr (kWantsDKey) value.take(own_rows(1), lane);\n",
+        "backward",
+        "backward of many rows to one prefix",
+    ),
+]
+
+EDGES = [
+    _forward(
+        "one column too many of a prefix",
+        "kv_tiles.cuh",
+        "max(0, min(kCell, prefixes.length(p, batch, slot) - column))",
+        "max(0, min(kCell, prefixes.length(p, batch, slot) + 1 - column))",
+    ),
+    _forward(
+        "the sequence begins one cell late",
+        "kv_tiles.cuh",
+        "sequence_begin + (i - prefix_cells) * kCell;\n      return",
+        "sequence_begin + (i + 1 - prefix_cells) * kCell;\n      return",
+    ),
+    _forward("the diagonal one column to the right", "../visibility.h", "position + 1, 0,", "position + 2, 0,"),
+    _backward(
+        "columns: the diagonal one column to the right",
+        COLUMNS,
+        "column >= info.end[row + query]",
+        "column > info.end[row + query]",
+    ),
+    _backward(
+        "rows: the diagonal one column to the left",
+        ROWS,
+        "min(cell.count, info.end[row]",
+        "min(cell.count, info.end[row] - 1",
+    ),
+    _forward("rows beyond the last are written", FORWARD_KERNEL, "    if (row > rows.last) break;\n", ""),
+    _forward("rows beyond the last are read", FORWARD_KERNEL, "row <= rows.last;", "true;"),
+    _forward(
+        "chunks beyond the head dim are read",
+        "rows.cuh",
+        "valid && (lane_of_row + chunk) * kChunk < head_dim",
+        "valid",
+        "forward of a head dim of 40",
+    ),
+    _backward(
+        "rows beyond the last are written",
+        "sm80/gradient_rows.cuh",
+        "      if (row >= count) continue;\n",
+        "",
+    ),
+    _backward(
+        "delta of rows beyond the last",
+        "sm80/delta.cuh",
+        "  if (row < params.rows && lane == 0) params.delta",
+        "  if (lane == 0) params.delta",
+    ),
+    _float32("one column too many", "simt/forward.cuh", "if (column < segment.end)", "if (column <= segment.end)"),
+]
+
+MEMORY = [
+    _forward(
+        "shared memory for one value buffer too few",
+        FORWARD_KERNEL,
+        "kPlanOffset = kValueOffset + 2 * kTileStride",
+        "kPlanOffset = kValueOffset + 1 * kTileStride",
+    ),
+    _forward(
+        "a launch with too little shared memory",
+        FORWARD_KERNEL,
+        "kSharedBytes = kPlanOffset + kWarps * kPlanStride",
+        "kSharedBytes = kPlanOffset + (kWarps - 1) * kPlanStride",
+    ),
+    _forward(
+        "16-byte copies of rows that are not aligned",
+        "rows.cuh",
+        "any % kChunk == 0 && reinterpret",
+        "reinterpret",
+        "forward of odd rows",
+    ),
+    _backward(
+        "two splits write one partial sum",
+        COLUMNS,
+        "* owner.splits + owner.split;",
+        "* owner.splits;",
+        "backward of many rows to one prefix",
+    ),
+    _backward(
+        "a partial sum that nobody writes",
+        COLUMNS,
+        "if (warps.part > 0) return;",
+        "if (warps.part > 0 || warps.resident > 0) return;",
+        "backward of many rows to one prefix",
+    ),
+]
+
+ARITHMETIC = [
+    _forward(
+        "quarters of an operand swapped",
+        "shared_tile.cuh",
+        "a[1] = pack2<T>(left[2], left[3])",
+        "a[1] = pack2<T>(right[0], right[1])",
+    ),
+    _forward(
+        "halves of two operands swapped", "shared_tile.cuh", "b_left[2] = {b[0], b[1]}", "b_left[2] = {b[0], b[2]}"
+    ),
+    _forward("an accumulator that starts as it is", FORWARD_KERNEL, "  set_all(out, 0.0f);\n", ""),
+    _backward("an accumulator that starts as it is", ROWS, "  clear(dquery);\n", ""),
+    _forward(
+        "a shuffle that not all lanes reach",
+        "softmax.cuh",
+        "  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
+        "  return x > 0 ? x : fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
+    ),
+    _forward(
+        "a row's sum over the wrong lanes",
+        "softmax.cuh",
+        "return x + __shfl_xor_sync(kAllLanes, x, 2);",
+        "return x + __shfl_xor_sync(kAllLanes, x, 4);",
+    ),
+    _forward(
+        "the sum keeps its scale when the maximum grows", "softmax.cuh", "          sum_[m][half_row] *= shrink;\n", ""
+    ),
+    _backward(
+        "dropout of the neighbour's keys",
+        "sm80/backward_scores.cuh",
+        "e % 2 == odd",
+        "e % 2 != odd",
+        "backward with every option",
+    ),
+    _backward("delta without dlse", "sm80/delta.cuh", "params.dlse[row] : 0.0f", "0.0f : 0.0f"),
+    _backward(
+        "a split left out of the sum",
+        "sm80/reduce.cuh",
+        "int split = 0;",
+        "int split = 1;",
+        "backward of many rows to one prefix",
+    ),
+]
+
+MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC]

@@ -1,0 +1,56 @@
+"""Small calls that between them take every path of the kernels: what the mutations are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from helpers import Call, make_call
+
+ALL = ("query", "key", "value", "prefix_key", "prefix_value")
+
+# The seam in the first tile, the diagonal through several, the last rows and columns in the middle of a cell.
+CROSSING = {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 70, "k_len": 150, "prefix_len": 20, "is_causal": True}
+
+
+def _half(needs: tuple[str, ...] = (), **options: object) -> tuple[Call, tuple[str, ...]]:
+    options = {"head_dim": 64, "dtype": torch.float16, "layout": "aligned", **options}
+    return make_call(**options), needs
+
+
+PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
+    "forward": lambda: _half(**CROSSING),
+    "forward of a window": lambda: _half(**CROSSING, window_size=(40, 0)),
+    "forward with every option": lambda: _half(
+        **CROSSING,
+        attn_mask=torch.rand(70, 170, generator=torch.Generator().manual_seed(1)) < 0.8,
+        dropout_p=0.2,
+        dropout_seed=torch.tensor([5]),
+        softcap=4.0,
+    ),
+    "forward of odd rows": lambda: _half(q_len=33, k_len=40, head_dim=40, layout="poisoned"),
+    "forward of a head dim of 40": lambda: _half(q_len=33, k_len=40, head_dim=40, layout="aligned"),
+    "forward that sees nothing": lambda: _half(q_len=40, k_len=0, prefix_len=None),
+    "forward of two prefixes": lambda: _half(
+        q_len=20, prefix_len=35, num_prefixes=2, prefix_ids=torch.tensor([[1, 0], [0, -1]])
+    ),
+    "backward": lambda: _half(ALL, **CROSSING),
+    "backward of a window": lambda: _half(ALL, **CROSSING, window_size=(40, 0)),
+    "backward with every option": lambda: _half(
+        ALL,
+        **CROSSING,
+        attn_mask=torch.rand(70, 170, generator=torch.Generator().manual_seed(1)) < 0.8,
+        dropout_p=0.2,
+        dropout_seed=torch.tensor([5]),
+        softcap=4.0,
+    ),
+    "backward of many rows to one prefix": lambda: _half(
+        ("prefix_key", "prefix_value"), batch=5, q_heads=2, kv_heads=1, q_len=70, k_len=20, prefix_len=20
+    ),
+    "backward of a few columns": lambda: _half(ALL, batch=2, q_heads=2, q_len=17, k_len=9, prefix_len=5),
+    "backward of odd rows": lambda: _half(ALL, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
+    "float32": lambda: (
+        make_call(batch=2, q_heads=2, kv_heads=1, q_len=20, k_len=45, prefix_len=5, is_causal=True, layout="aligned"),
+        ALL,
+    ),
+}
