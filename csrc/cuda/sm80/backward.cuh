@@ -1,7 +1,7 @@
 // Which kernels a backward pass launches, and with how many blocks.
 //
 //   asked for                        launched
-//   any but dvalue, dprefix_value    delta.cuh
+//   any but dvalue, dprefix_value    delta.cuh, unless prefixes of one tile are all that is asked for
 //   dkey, dvalue, dprefix_*          backward_columns.cuh: once for prefixes and sequences together where both want the
 //                                    same sums; dK and dV apart where the registers do not hold both
 //   dprefix_* of several blocks      reduce.cuh
@@ -32,7 +32,7 @@ class Backward {
   Backward(const BackwardParams& b, const Context& context) : b_(b), p_(b.forward), context_(context) {}
 
   void run() {
-    if (b_.needs(kDQuery) || b_.needs(kDKey) || b_.needs(kDPrefixKey)) launch_delta();
+    if ((b_.needs(kDQuery) || b_.needs(kDKey) || b_.needs(kDPrefixKey)) && !fuses_delta()) launch_delta();
     if (is_general(p_)) {
       run_columns<true>();
       if (b_.needs(kDQuery)) launch_rows<true>();
@@ -43,7 +43,12 @@ class Backward {
   }
 
  private:
-  static constexpr bool kBothSums = ColumnsTile<kHeadDim, true, false>::kBothSums;
+  // Where one block meets all of a prefix's columns, no other reads the same rows of out.
+  bool fuses_delta() const {
+    const bool alone = !b_.needs(kDQuery) && !b_.needs(kDKey) && !b_.needs(kDValue);
+    return kBothSums<kHeadDim> && alone && b_.needs(kDPrefixKey) &&
+           p_.prefix_len <= ColumnsTraits<T, kHeadDim, true, true, false, true>::kBlockN;
+  }
 
   static dim3 grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -77,13 +82,18 @@ class Backward {
   void run_columns() {
     const Sums prefix{b_.needs(kDPrefixKey), b_.needs(kDPrefixValue)}, sequence{b_.needs(kDKey), b_.needs(kDValue)};
     plan_prefixes<kGeneral>(prefix);
-    if constexpr (kBothSums) {
-      // One kernel sums dK and, where it is wanted, dV; the other dV alone.
-      launch_columns<true, true, kGeneral>(prefix.dkey, sequence.dkey);
-      launch_columns<false, true, kGeneral>(prefix.any() && !prefix.dkey, sequence.any() && !sequence.dkey);
+    if constexpr (kBothSums<kHeadDim>) {
+      if (fuses_delta()) {
+        launch_columns<ColumnsTraits<T, kHeadDim, true, true, kGeneral, true>>(true, false);
+      } else {
+        // One kernel sums dK and, where it is wanted, dV; the other dV alone.
+        launch_columns<ColumnsTraits<T, kHeadDim, true, true, kGeneral>>(prefix.dkey, sequence.dkey);
+        launch_columns<ColumnsTraits<T, kHeadDim, false, true, kGeneral>>(prefix.any() && !prefix.dkey,
+                                                                          sequence.any() && !sequence.dkey);
+      }
     } else {
-      launch_columns<true, false, kGeneral>(prefix.dkey, sequence.dkey);
-      launch_columns<false, true, kGeneral>(prefix.dvalue, sequence.dvalue);
+      launch_columns<ColumnsTraits<T, kHeadDim, true, false, kGeneral>>(prefix.dkey, sequence.dkey);
+      launch_columns<ColumnsTraits<T, kHeadDim, false, true, kGeneral>>(prefix.dvalue, sequence.dvalue);
     }
     if (partial_dkey_ != nullptr) launch_reduce(partial_dkey_, kDPrefixKey);
     if (partial_dvalue_ != nullptr) launch_reduce(partial_dvalue_, kDPrefixValue);
@@ -92,13 +102,13 @@ class Backward {
   // How many blocks share a prefix's columns, and where their sums wait for each other.
   template <bool kGeneral>
   void plan_prefixes(const Sums& prefix) {
-    using Tile = ColumnsTile<kHeadDim, true, kGeneral>;
+    using Traits = ColumnsTraits<T, kHeadDim, true, kBothSums<kHeadDim>, kGeneral>;
     splits_ = 1;
     if (!prefix.any()) return;
-    const int64_t owners = p_.num_prefixes * p_.kv_heads * ceil_div(p_.prefix_len, Tile::kBlockN);
+    const int64_t owners = p_.num_prefixes * p_.kv_heads * ceil_div(p_.prefix_len, Traits::kBlockN);
     // Visits of an owner, if the rows name all prefixes equally often.
     const int64_t rows = std::max<int64_t>(1, p_.batch * p_.prefix_slots / p_.num_prefixes);
-    const int64_t visits = rows * p_.q_heads / p_.kv_heads * ceil_div(p_.q_len, Tile::kBlockM);
+    const int64_t visits = rows * p_.q_heads / p_.kv_heads * ceil_div(p_.q_len, Traits::kBlockM);
     // Enough blocks to fill the GPU once; each with enough visits to be worth its partial sums.
     constexpr int64_t kBlocksPerMultiprocessor = 2, kLeastVisits = 4;
     splits_ =
@@ -110,10 +120,8 @@ class Backward {
     if (waits(kDPrefixValue)) partial_dvalue_ = static_cast<float*>(context_.allocate(bytes));
   }
 
-  template <bool kWantsDKey, bool kWantsDValue, bool kGeneral>
+  template <typename Traits>
   void launch_columns(bool of_prefixes, bool of_sequences) {
-    using Shared = ColumnsShared<T, kHeadDim, kWantsDKey, kGeneral>;
-    using Tile = typename Shared::Tile;
     if (!of_prefixes && !of_sequences) return;
     ColumnsParams params;
     params.b = b_;
@@ -121,16 +129,15 @@ class Backward {
     params.scalars = ScoreScalars::of(p_);
     params.whole = WholeChunks::of<T>(b_);
     for (int i = 0; i < kNumGradients; ++i) params.whole_pairs[i] = has_whole_pairs(b_.gradients[i], p_.head_dim);
-    params.prefix_tiles = static_cast<int>(ceil_div(p_.prefix_len, Tile::kBlockN));
+    params.prefix_tiles = static_cast<int>(ceil_div(p_.prefix_len, Traits::kBlockN));
     params.splits = static_cast<int>(splits_);
     params.prefix_blocks = of_prefixes ? p_.num_prefixes * p_.kv_heads * params.prefix_tiles * splits_ : 0;
     params.partial_dkey = partial_dkey_;
     params.partial_dvalue = partial_dvalue_;
-    params.sequence_tiles = static_cast<int>(ceil_div(p_.k_len, Tile::kBlockN));
+    params.sequence_tiles = static_cast<int>(ceil_div(p_.k_len, Traits::kBlockN));
     const int64_t sequence_blocks = of_sequences ? p_.batch * p_.kv_heads * params.sequence_tiles : 0;
-    launch(backward_columns<T, kHeadDim, kWantsDKey, kWantsDValue, kGeneral>,
-           grid(params.prefix_blocks + sequence_blocks), dim3(kBackwardThreads), Shared::kBytes, context_.stream,
-           params);
+    launch(backward_columns<Traits>, grid(params.prefix_blocks + sequence_blocks), dim3(kBackwardThreads),
+           ColumnsShared<Traits>::kBytes, context_.stream, params);
   }
 
   void launch_reduce(const float* partial, Gradient gradient) {

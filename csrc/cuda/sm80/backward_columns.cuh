@@ -5,11 +5,12 @@
 //
 // One block owns kBlockN columns of one segment of one kv head and meets every query tile that sees them:
 //
-//   keys, values of the block     in registers, as left operands (values of head dim 256: in shared memory)
+//   keys, values of the block     in registers, as left operands, or in shared memory where the sums leave no room
 //   query, dout tiles             two stages of shared memory, filled by cp.async while the other is at work
 //   S^T = K Q^T, dP^T = V dO^T    one warp: kTiles x 16 columns against 16 queries at a time
 //   dV += P^T dO, dK += dS^T Q    left operands straight from the registers; sums in registers to the end
 //
+// For prefix gradients alone delta is formed on the way, so that query, out and dout are read once and nothing else is.
 // Few columns leave warps over: they share the queries of a tile instead (WarpLayout). A prefix's visits are split over
 // blocks; their sums meet in reduce.cuh.
 #pragma once
@@ -17,6 +18,7 @@
 #include "backward_gemm.cuh"
 #include "backward_params.cuh"
 #include "backward_scores.cuh"
+#include "delta.cuh"
 #include "gradient_rows.cuh"
 #include "query_tiles.cuh"
 
@@ -39,21 +41,35 @@ struct ColumnsParams {
   int sequence_tiles;
 };
 
-// kGeneral kernels need registers for their options, and find what does not fit in shared memory.
-template <int kHeadDim, bool kWantsDKey, bool kGeneral>
-struct ColumnsTile {
+// One kernel. kWantsDKey, kWantsDValue: which sums it has; kGeneral: mask, softcap, dropout, windows over the prefix;
+// kFusesDelta: delta is formed from out, which is then streamed with dout, and not read.
+template <typename T_, int kHeadDim_, bool kWantsDKey_, bool kWantsDValue_, bool kGeneral_, bool kFusesDelta_ = false>
+struct ColumnsTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWantsDKey = kWantsDKey_, kWantsDValue = kWantsDValue_, kGeneral = kGeneral_;
+  static constexpr bool kFusesDelta = kFusesDelta_;
+
   static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;    // blocks of 16 columns of a warp
   static constexpr int kWarpN = kTiles * kCell;            // columns of a warp
   static constexpr int kBlockN = kBackwardWarps * kWarpN;  // columns of a block
-  static constexpr int kBlockM = kHeadDim <= 128 ? 64 : kHeadDim < 256 || !kGeneral ? 32 : 16;  // queries of a stage
-  static constexpr bool kBothSums = kHeadDim <= 128;  // dK and dV fit the registers together
-  // Which of the block's keys and values the sums leave registers for.
+  // Queries of a stage.
+  static constexpr int kBlockM = kHeadDim == 256 && kGeneral                          ? 16
+                                 : kHeadDim > 128 || (kHeadDim == 128 && kFusesDelta) ? 32
+                                                                                      : 64;
+  // What a stage streams: query, dout, and out.
+  static constexpr int kStreams = 2 + kFusesDelta;
+  // Which of the block's keys and values the sums leave registers for; kGeneral kernels need some for their options.
   static constexpr bool kKeyInRegisters =
       kHeadDim == 256 ? kWantsDKey && !kGeneral : !kGeneral || (kHeadDim != 64 && kHeadDim != 128);
   static constexpr bool kValueInRegisters = kHeadDim == 32 || kHeadDim == 96;
   static_assert(kBlockN <= 2 * kBlockM || !(kKeyInRegisters || kValueInRegisters),
                 "keys and values pass through the stages on their way to the registers");
 };
+
+// Whether the registers hold dK and dV together.
+template <int kHeadDim>
+inline constexpr bool kBothSums = kHeadDim <= 128;
 
 inline constexpr int kNoColumn = 0x7FFFFFFF;
 
@@ -71,31 +87,32 @@ struct QueryInfo {
   uint64_t seed;
 };
 
-template <typename T, int kHeadDim, bool kWantsDKey, bool kGeneral>
+template <typename Traits>
 struct ColumnsShared {
-  using Tile = ColumnsTile<kHeadDim, kWantsDKey, kGeneral>;
-  using Tiles = QueryTiles<Tile::kBlockM, Tile::kBlockN, kGeneral>;
-  using Info = QueryInfo<Tile::kBlockM, Tiles>;
-  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockM);
-  static constexpr int kTilesBytes = 4 * (kTileBytes + kSharedGap);
+  using T = typename Traits::T;
+  static constexpr int kHeadDim = Traits::kHeadDim, kBlockM = Traits::kBlockM, kStreams = Traits::kStreams;
+  using Tiles = QueryTiles<kBlockM, Traits::kBlockN, Traits::kGeneral>;
+  using Info = QueryInfo<kBlockM, Tiles>;
+  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kBlockM);
+  static constexpr int kTilesBytes = 2 * kStreams * (kTileBytes + kSharedGap);
   static constexpr int kInfoBytes = (sizeof(Info) + 127) / 128 * 128;
-  static constexpr int kColumnsBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockN);
-  static constexpr bool kHasKey = !Tile::kKeyInRegisters;
-  static constexpr bool kHasValue = kWantsDKey && !Tile::kValueInRegisters;
+  static constexpr int kColumnsBytes = SharedTile<kHeadDim>::bytes(Traits::kBlockN);
+  static constexpr bool kHasKey = !Traits::kKeyInRegisters;
+  static constexpr bool kHasValue = Traits::kWantsDKey && !Traits::kValueInRegisters;
   static constexpr int kOwnerOffset = kTilesBytes + 2 * (kInfoBytes + kSharedGap);
   static constexpr int kOwnerBytes = 128;
   static_assert(sizeof(ColumnsOwner) <= kOwnerBytes);
   static constexpr int kKeyOffset = kOwnerOffset + kOwnerBytes + kSharedGap;
   static constexpr int kValueOffset = kKeyOffset + kHasKey * (kColumnsBytes + kSharedGap);
   static constexpr int kBytes = kValueOffset + kHasValue * (kColumnsBytes + kSharedGap);
-  static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Tile::kTiles>, "the warps' sums meet where the tiles were");
+  static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Traits::kTiles>, "the warps' sums meet where the tiles were");
   static_assert(kSharedGap > 0 || kBytes <= 99 * 1024, "what a block may have on every GPU from sm_80 on");
 
   char* memory;
 
-  // Of a stage: 0 the queries, 1 dout.
+  // Of a stage: 0 the queries, 1 dout, 2 out.
   __device__ __forceinline__ T* tile(int stage, int which) const {
-    return reinterpret_cast<T*>(memory + (2 * stage + which) * (kTileBytes + kSharedGap));
+    return reinterpret_cast<T*>(memory + (kStreams * stage + which) * (kTileBytes + kSharedGap));
   }
   __device__ __forceinline__ Info& info(int stage) const {
     return *reinterpret_cast<Info*>(memory + kTilesBytes + stage * (kInfoBytes + kSharedGap));
@@ -107,10 +124,10 @@ struct ColumnsShared {
   // filled, on their way to the registers.
   __device__ __forceinline__ T* columns(int which, int part) const {
     if (which == 0 ? !kHasKey : !kHasValue) return tile(which, part);
-    return reinterpret_cast<T*>(memory + (which == 0 ? kKeyOffset : kValueOffset)) + part * Tile::kBlockM * kHeadDim;
+    return reinterpret_cast<T*>(memory + (which == 0 ? kKeyOffset : kValueOffset)) + part * kBlockM * kHeadDim;
   }
   __device__ __forceinline__ void declare() const {
-    for (int i = 0; i < 4; ++i) shared_buffer(tile(i / 2, i % 2), kTileBytes);
+    for (int i = 0; i < 2 * kStreams; ++i) shared_buffer(tile(i / kStreams, i % kStreams), kTileBytes);
     for (int i = 0; i < 2; ++i) shared_buffer(&info(i), kInfoBytes);
     shared_buffer(&owner(), kOwnerBytes);
     if (kHasKey) shared_buffer(columns(0, 0), kColumnsBytes);
@@ -142,14 +159,28 @@ __device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& param
   return owner;
 }
 
-// kWantsDKey, kWantsDValue: which sums the kernel has; of a segment whose gradient was not asked for, dvalue is
-// skipped.
-template <typename T, int kHeadDim, bool kWantsDKey, bool kWantsDValue, bool kGeneral>
+// The part of row `row` of two tiles that one of kLanes lanes takes in the sum of their products.
+template <typename T, int kHeadDim, int kLanes>
+__device__ __forceinline__ float row_product(const T* x, const T* y, int row, int lane_of_row) {
+  using Tile = SharedTile<kHeadDim>;
+  float sum = 0.0f;
+#pragma unroll 2
+  for (int chunk = lane_of_row; chunk < Tile::kChunks; chunk += kLanes) {
+    const int at = Tile::offset(row, chunk);
+    sum += chunk_product(x + at, y + at);
+  }
+  return sum;
+}
+
+// Of a segment whose gradient was not asked for, dvalue is skipped.
+template <typename Traits>
 __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const ColumnsParams params) {
-  using Tile = ColumnsTile<kHeadDim, kWantsDKey, kGeneral>;
-  using Shared = ColumnsShared<T, kHeadDim, kWantsDKey, kGeneral>;
+  using T = typename Traits::T;
+  using Shared = ColumnsShared<Traits>;
   using Tiles = typename Shared::Tiles;
-  constexpr int kTiles = Tile::kTiles, kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN;
+  constexpr int kHeadDim = Traits::kHeadDim, kTiles = Traits::kTiles;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr bool kWantsDKey = Traits::kWantsDKey, kWantsDValue = Traits::kWantsDValue, kGeneral = Traits::kGeneral;
   const AttentionParams& p = params.b.forward;
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const int head_dim = static_cast<int>(p.head_dim), q_len = static_cast<int>(p.q_len);
@@ -162,7 +193,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   __syncthreads();
   const ColumnsOwner& owner = shared.owner();
   const auto layout = [&] {
-    return WarpLayout(thread / kWarpSize, (owner.rows - owner.first + Tile::kWarpN - 1) / Tile::kWarpN);
+    return WarpLayout(thread / kWarpSize, (owner.rows - owner.first + Traits::kWarpN - 1) / Traits::kWarpN);
   };
 
   float dkey[kWantsDKey ? kTiles : 1][kHeadDim / 8][4];
@@ -177,11 +208,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   first_tiles.begin(p, owner);
   if (!first_tiles.done()) {
     const WarpLayout warps = layout();
-    const int warp_row = warps.resident * Tile::kWarpN;  // among the block's columns
+    const int warp_row = warps.resident * Traits::kWarpN;  // among the block's columns
     const int warp_column = owner.first + warp_row;
     // The block's keys and values, by way of the stages.
-    Resident<T, kHeadDim, kTiles, Tile::kKeyInRegisters> key;
-    Resident<T, kHeadDim, kTiles, Tile::kValueInRegisters> value;
+    Resident<T, kHeadDim, kTiles, Traits::kKeyInRegisters> key;
+    Resident<T, kHeadDim, kTiles, Traits::kValueInRegisters> value;
     const auto copy_columns = [&](const Operand& x, bool whole, int stage) {
       const HeadRows source(x, owner.index, owner.kv_head, whole);
 #pragma unroll
@@ -215,11 +246,19 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
           shared.tile(stage, 0), HeadRows(p.query, b, h, params.whole.query), first, q_len, head_dim);
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
           shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.whole.dout), first, q_len, head_dim);
+      if constexpr (Traits::kFusesDelta) {
+        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+            shared.tile(stage, 2), HeadRows(p.out, b, h, params.whole.out), first, q_len, head_dim);
+      }
       ptx::cp_async_commit();
       if (thread < kBlockM && first + thread < q_len) {
         const int64_t row = (b * p.q_heads + h) * p.q_len + first + thread;
         lse = static_cast<const float*>(p.lse)[row];
-        if constexpr (kWantsDKey) delta = params.delta[row];
+        if constexpr (Traits::kFusesDelta) {
+          delta = params.b.dlse != nullptr ? -static_cast<const float*>(params.b.dlse)[row] : 0.0f;
+        } else if constexpr (kWantsDKey) {
+          delta = params.delta[row];
+        }
       }
     };
     const auto describe = [&](const Tiles& tiles, int stage) {
@@ -250,6 +289,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
         next.next(p);
         if (lane == 0) info.next = next;
       }
+    };
+
+    // Adds rowsum(dout * out) to the stage's -dlse.
+    const auto fuse_delta = [&](int stage) {
+      constexpr int kLanes = kBackwardThreads / kBlockM;
+      const int row = thread / kLanes;
+      float sum = row_product<T, kHeadDim, kLanes>(shared.tile(stage, 1), shared.tile(stage, 2), row, thread % kLanes);
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (thread % kLanes == 0) shared.info(stage).delta[row] += sum;
     };
 
     const auto work = [&](int stage) {
@@ -332,13 +381,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
       const Tiles& next = shared.info(stage).next;
       more = !next.done();
       if (more) fetch(next, 1 - stage);
+      if constexpr (Traits::kFusesDelta) {
+        fuse_delta(stage);
+        __syncthreads();
+      }
       work(stage);
       if (more) describe(next, 1 - stage);
     }
   }
 
   const WarpLayout warps = layout();
-  const int warp_column = owner.first + warps.resident * Tile::kWarpN;
+  const int warp_column = owner.first + warps.resident * Traits::kWarpN;
   const auto finish = [&](auto& sums, Gradient gradient, float* partial, float factor) {
     if (warps.parts > 1) {
       shared_buffer(shared.memory, kPartsBytes<kHeadDim, kTiles>);

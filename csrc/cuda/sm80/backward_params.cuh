@@ -7,13 +7,14 @@ namespace prefix_kernels::cuda::sm80 {
 
 // Which operands may be copied 16 bytes at a time.
 struct WholeChunks {
-  bool query, dout, key, value, prefix_key, prefix_value;
+  bool query, out, dout, key, value, prefix_key, prefix_value;
 
   template <typename T>
   static WholeChunks of(const BackwardParams& b) {
     const AttentionParams& p = b.forward;
     const auto whole = [&](const Operand& x) { return has_whole_chunks<T>(x, p.head_dim); };
-    return {whole(p.query), whole(b.dout), whole(p.key), whole(p.value), whole(p.prefix_key), whole(p.prefix_value)};
+    return {whole(p.query), whole(p.out),        whole(b.dout),        whole(p.key),
+            whole(p.value), whole(p.prefix_key), whole(p.prefix_value)};
   }
 };
 

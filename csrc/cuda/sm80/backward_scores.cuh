@@ -9,12 +9,10 @@
 // 2t + 9. kKeysResident tells the two apart.
 #pragma once
 
-#include "../../philox.h"
-#include "../shared_tile.cuh"
+#include "../scores.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 // The base-2 lse by which p = exp2(s - lse). A query that sees no key has p = 0.
@@ -28,9 +26,8 @@ struct LaneQueries {
   float delta[kCount];      // rowsum(dout * out) - dlse
 };
 
-__host__ __device__ inline int mask_bytes(const MaskOperand& mask) {
-  if (mask.is_bool) return 1;
-  return mask.dtype == DType::kFloat64 ? 8 : mask.dtype == DType::kFloat32 ? 4 : 2;
+__device__ __forceinline__ int mask_bytes(const MaskOperand& mask) {
+  return mask.is_bool ? 1 : dtype_bytes(mask.dtype);
 }
 
 // attn_mask of a query and the first column of a segment; null where the segment is unmasked.
@@ -126,16 +123,7 @@ __device__ __forceinline__ uint32_t kept(const ScoreCell& cell, const ScoreScala
 __device__ __forceinline__ float mask_bias(const MaskOperand& mask, const ScoreCell& cell, int query, int key) {
   const int64_t at = query * mask.row_stride + key * mask.column_stride;
   if (mask.is_bool) return cell.mask[at] != 0 ? 0.0f : -kInfinity;
-  switch (mask.dtype) {
-    case DType::kFloat64:
-      return to_float(reinterpret_cast<const double*>(cell.mask)[at]);
-    case DType::kFloat32:
-      return reinterpret_cast<const float*>(cell.mask)[at];
-    case DType::kBFloat16:
-      return to_float(reinterpret_cast<const bfloat16*>(cell.mask)[at]);
-    default:
-      return to_float(reinterpret_cast<const half*>(cell.mask)[at]);
-  }
+  return load_element(cell.mask + at * dtype_bytes(mask.dtype), mask.dtype);
 }
 
 // tanh(x) to a few ulp of 1, which is what a softcap of scores in 16-bit products can show.

@@ -30,20 +30,16 @@ inline constexpr int kDeltaLanes = kHeadDim <= 32    ? 4
 template <int kHeadDim>
 inline constexpr int kDeltaRows = kDeltaThreads / kDeltaLanes<kHeadDim>;  // of a block
 
-// Eight products of a chunk.
+// The sum of the eight products of two chunks.
 template <typename T>
-__device__ __forceinline__ float chunk_product(const T* x, const T* y, int column, int head_dim, bool whole_chunks) {
+__device__ __forceinline__ float chunk_product(const T* x, const T* y) {
+  const uint4 a = *reinterpret_cast<const uint4*>(x), b = *reinterpret_cast<const uint4*>(y);
+  const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
   float sum = 0.0f;
-  if (whole_chunks) {
-    const uint4 a = *reinterpret_cast<const uint4*>(x + column), b = *reinterpret_cast<const uint4*>(y + column);
-    const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 u = unpack2<T>(left[i]), v = unpack2<T>(right[i]);
-      sum += u.x * v.x + u.y * v.y;
-    }
-  } else {
-    for (int i = column; i < min(column + kChunk, head_dim); ++i) sum += to_float(x[i]) * to_float(y[i]);
+  for (int i = 0; i < 4; ++i) {
+    const float2 u = unpack2<T>(left[i]), v = unpack2<T>(right[i]);
+    sum += u.x * v.x + u.y * v.y;
   }
   return sum;
 }
@@ -60,7 +56,13 @@ __global__ void __launch_bounds__(kDeltaThreads) row_delta(const DeltaParams par
     const auto at = [&](const Operand& x) {
       return static_cast<const T*>(x.data) + b * x.batch_stride + h * x.head_stride + i * x.row_stride;
     };
-    sum = chunk_product(at(params.out), at(params.dout), column, params.head_dim, params.whole_chunks);
+    const T *out = at(params.out), *dout = at(params.dout);
+    if (params.whole_chunks) {
+      sum = chunk_product(out + column, dout + column);
+    } else {
+      const int end = min(column + kChunk, params.head_dim);
+      for (int c = column; c < end; ++c) sum += to_float(out[c]) * to_float(dout[c]);
+    }
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);

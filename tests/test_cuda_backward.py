@@ -1,0 +1,191 @@
+"""The tensor core kernels of the backward pass in the emulator against the oracle: every set of gradients, every option,
+every edge of a tile."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from emulated import emulated_prefix_attention, load
+from helpers import INPUT_NAMES, check, make_call, run
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+DTYPES = [torch.float16, torch.bfloat16]
+HEAD_DIMS = [32, 64, 96, 128, 192, 256]
+SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(INPUT_NAMES, size)]
+EDGES = [0, 1, 15, 16, 17, 20, 63, 64, 65, 129]
+BATCH, HEADS, Q_LEN, K_LEN, PREFIX = 2, 4, 70, 75, 20
+
+
+def bernoulli(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) < 0.6
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window_size": (7, 3)},
+    "window to the left": {"window_size": (20, -1)},
+    "window to the right": {"window_size": (-1, 5)},
+    "window over the prefix": {"window_size": (20, 0), "window_includes_prefix": True},
+    "offset before the keys": {"is_causal": True, "query_offset": -40},
+    "offset for each row": {"is_causal": True, "query_offset": torch.tensor([3, -90], dtype=torch.int32)},
+    "negative scale": {"scale": -0.3},
+    "softcap": {"softcap": 1.5},
+    "padding": {"attn_mask": torch.arange(K_LEN)[None, None, None] < torch.tensor([40, 75])[:, None, None, None]},
+    "bool mask": {"attn_mask": bernoulli(BATCH, HEADS, Q_LEN, K_LEN)},
+    "mask of rows that see nothing": {"attn_mask": bernoulli(Q_LEN, 1)},
+    "additive mask": {"attn_mask": normal(HEADS, Q_LEN, K_LEN, dtype=torch.float16)},
+    "additive mask in float64": {"attn_mask": normal(Q_LEN, K_LEN, dtype=torch.float64)},
+    "mask over the prefix": {
+        "attn_mask": normal(BATCH, 1, 1, PREFIX + K_LEN).masked_fill(bernoulli(PREFIX + K_LEN), -torch.inf)
+    },
+    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([-5])},
+    "everything dropped": {"dropout_p": 1.0, "dropout_seed": torch.tensor([1])},
+    "bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([2, -1]), "prefix_lens": torch.tensor([20, 3, 17])},
+    "composed bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]], dtype=torch.int32)},
+    "one prefix for each row": {"num_prefixes": 2},
+    "window over composed prefixes": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]]),
+        "prefix_lens": torch.tensor([20, 9, 17]),
+        "window_size": (30, 0),
+        "window_includes_prefix": True,
+    },
+    "all at once": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0], [-1, 1]]),
+        "prefix_lens": torch.tensor([20, 0, 13]),
+        "attn_mask": normal(BATCH, HEADS, Q_LEN, 2 * PREFIX + K_LEN),
+        "is_causal": True,
+        "window_size": (19, 2),
+        "window_includes_prefix": True,
+        "softcap": 3.0,
+        "dropout_p": 0.2,
+        "dropout_seed": torch.tensor([9]),
+    },
+}
+
+
+def backward_call(**shape):
+    defaults = dict(batch=BATCH, q_heads=HEADS, kv_heads=2, q_len=Q_LEN, k_len=K_LEN, prefix_len=PREFIX)
+    return make_call(**defaults | dict(head_dim=64, dtype=torch.float16, layout="contiguous") | shape)
+
+
+check_emulated = partial(check, function=emulated_prefix_attention)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+def test_every_set_of_gradients(subset):
+    check_emulated(backward_call(is_causal=True, q_len=33, k_len=40), needs=subset)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("subset", [subset for subset in SUBSETS if len(subset) == 1], ids="+".join)
+def test_every_gradient_alone_in_wide_heads(subset, head_dim):
+    check_emulated(backward_call(head_dim=head_dim, q_heads=2, q_len=33, k_len=40), needs=subset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option(option, dtype):
+    check_emulated(backward_call(dtype=dtype, **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("option", ["causal", "all at once"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_options_in_every_head_dim(head_dim, option):
+    check_emulated(backward_call(head_dim=head_dim, **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 1, 40, 63, 100, 250])
+def test_every_head_dim(head_dim, dtype):
+    check_emulated(backward_call(head_dim=head_dim, dtype=dtype, q_heads=2, q_len=35, k_len=70))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "poisoned"])
+@pytest.mark.parametrize("head_dim", [64, 100, 256])
+def test_strided_inputs(head_dim, layout):
+    check_emulated(backward_call(head_dim=head_dim, layout=layout, q_len=35, is_causal=True))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("prefix_len", EDGES)
+def test_prefixes_of_every_length(prefix_len, is_causal):
+    call = backward_call(prefix_len=prefix_len, q_heads=2, kv_heads=1, q_len=37, k_len=33, is_causal=is_causal)
+    check_emulated(call)
+
+
+@pytest.mark.parametrize("prefix_len", [None, 20])
+@pytest.mark.parametrize("k_len", EDGES)
+def test_sequences_of_every_length(k_len, prefix_len):
+    check_emulated(backward_call(prefix_len=prefix_len, q_heads=2, q_len=37, k_len=k_len, is_causal=True))
+
+
+@pytest.mark.parametrize("head_dim", [32, 128, 192])
+@pytest.mark.parametrize("q_len", [1, 15, 16, 17, 32, 33, 64, 65, 130])
+def test_queries_of_every_number(q_len, head_dim):
+    check_emulated(backward_call(q_len=q_len, q_heads=2, kv_heads=1, head_dim=head_dim, k_len=70, is_causal=True))
+
+
+@pytest.mark.parametrize("prefix_dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "poisoned"])
+def test_prefix_in_another_dtype(layout, prefix_dtype):
+    check_emulated(backward_call(dtype=torch.bfloat16, prefix_dtype=prefix_dtype, layout=layout, q_len=35))
+
+
+def test_no_gradient_of_lse():
+    check_emulated(backward_call(with_dlse=False))
+
+
+@pytest.fixture
+def many_multiprocessors():
+    """A GPU so large that a prefix's visits are split over as many blocks as are worth it."""
+    load().device(90, 4096)
+    yield
+    load().device(80, 4)
+
+
+SPLIT = {
+    "one prefix": {},
+    "bank": {"num_prefixes": 3, "prefix_ids": torch.arange(40) % 4 - 1, "prefix_lens": torch.tensor([20, 3, 20])},
+    "composed": {"num_prefixes": 2, "prefix_ids": torch.arange(120).reshape(40, 3) % 3 - 1},
+    "one for each row": {"num_prefixes": 40},
+    "window over the prefix": {"window_size": (15, -1), "window_includes_prefix": True},
+}
+
+
+@pytest.mark.parametrize("needs", [("prefix_value",), ("prefix_key", "prefix_value")], ids="+".join)
+@pytest.mark.parametrize("name", SPLIT)
+def test_prefixes_split_over_blocks(name, needs, many_multiprocessors):
+    call = backward_call(batch=40, q_heads=2, kv_heads=1, q_len=67, k_len=3, head_dim=32, **SPLIT[name])
+    check_emulated(call, needs=needs)
+
+
+@pytest.mark.parametrize("option", ["causal", "composed bank", "all at once"])
+def test_gradients_repeat_bit_for_bit(option, many_multiprocessors):
+    """Whatever the order of blocks and warps."""
+    call = backward_call(**OPTIONS[option])
+    expected = run(call, emulated_prefix_attention).tensors()
+    for seed in (1, 2):
+        for name, tensor in run(call, partial(emulated_prefix_attention, seed=seed)).tensors().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("option", ["causal", "composed bank", "all at once"])
+def test_no_races_or_stray_accesses(option, seed, many_multiprocessors):
+    check(backward_call(**OPTIONS[option]), function=partial(emulated_prefix_attention, mode="check", seed=seed))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "poisoned"])
+@pytest.mark.parametrize("head_dim", [32, 128, 192, 256])
+def test_no_races_or_stray_accesses_in_every_head_dim(head_dim, layout):
+    call = backward_call(head_dim=head_dim, q_heads=2, q_len=17, k_len=70, layout=layout)
+    check(call, function=partial(emulated_prefix_attention, mode="check", seed=3))
