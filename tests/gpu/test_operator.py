@@ -89,9 +89,14 @@ def test_same_call_same_bits(dtype):
         assert torch.equal(tensor, first[name]), name
 
 
-def test_large_grids():
-    """More heads of a batch than a grid may have blocks along y or z."""
-    check(gpu_call(batch=9000, q_heads=8, kv_heads=8, q_len=3, k_len=4, head_dim=32, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_grids(dtype):
+    """More heads of a batch, and more batch rows, than a grid may have blocks along y or z: as its last rows alone."""
+    call = gpu_call("no prefix", batch=66000, q_heads=2, kv_heads=2, q_len=17, k_len=18, head_dim=32, dtype=dtype)
+    last = {name: tensor if tensor is None else tensor[-3:] for name, tensor in call.inputs.items()}
+    expected = run(Call(last, call.options, call.dout[-3:], call.dlse[-3:])).tensors()
+    for name, tensor in run(call).tensors().items():
+        assert torch.equal(tensor[-3:], expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
