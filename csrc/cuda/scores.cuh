@@ -44,22 +44,23 @@ struct CellMask {
     applies = mask.data != nullptr && (in_sequence || mask.prefix_columns > 0);
   }
 
-  // What is added to the scores of the thread's columns: -inf where the mask hides a column.
-  __device__ __forceinline__ void load(float (&bias)[kColumnsPerThread], int64_t batch, int64_t head, int64_t query,
+  // What is added to the score of one of the cell's columns that exist: -inf where the mask hides it.
+  __device__ __forceinline__ float bias(int64_t batch, int64_t head, int64_t query, int in_cell) const {
+    if (!applies) return 0.0f;
+    const int64_t at = batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride +
+                       (column + in_cell) * mask.column_stride;
+    const char* data = static_cast<const char*>(mask.data);
+    if (mask.is_bool) return data[at] != 0 ? 0.0f : minus_infinity();
+    return load_element(data + at * dtype_bytes(mask.dtype), mask.dtype);
+  }
+
+  // The same for the thread's columns; 0 where they do not exist.
+  __device__ __forceinline__ void load(float (&biases)[kColumnsPerThread], int64_t batch, int64_t head, int64_t query,
                                        int columns, int lane) const {
-    const int64_t row = batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride;
 #pragma unroll
     for (int k = 0; k < kColumnsPerThread; ++k) {
-      bias[k] = 0.0f;
       const int in_cell = column_of(lane, k);
-      if (!applies || in_cell >= columns) continue;
-      const int64_t at = row + (column + in_cell) * mask.column_stride;
-      const char* data = static_cast<const char*>(mask.data);
-      if (mask.is_bool) {
-        bias[k] = data[at] != 0 ? 0.0f : minus_infinity();
-      } else {
-        bias[k] = load_element(data + at * dtype_bytes(mask.dtype), mask.dtype);
-      }
+      biases[k] = in_cell < columns ? bias(batch, head, query, in_cell) : 0.0f;
     }
   }
 };
@@ -76,37 +77,34 @@ __device__ __forceinline__ void finish_scores(float (&left)[4], float (&right)[4
   }
 }
 
-// Whether dropout drops an element, by its 16 of the call's bits: of the upper or lower 8 rows, columns 0..7 or 8..15
-// of the cell, an even or odd column.
-__device__ __forceinline__ bool is_dropped(const PhiloxWords& words, int lower, int right, int odd,
-                                           uint32_t threshold) {
-  return ((words.word[2 * lower + right] >> (16 * odd)) & 0xFFFFu) < threshold;
+// Sets to zero what dropout drops of one row, from index `from` on. `left_bits` and `right_bits` decide on its columns
+// in 0..7 and 8..15 of the cell: 16 bits for the even one, 16 for the odd one.
+__device__ __forceinline__ void drop_elements(float (&left)[4], float (&right)[4], int from, uint32_t left_bits,
+                                              uint32_t right_bits, uint32_t threshold) {
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    if (((left_bits >> (16 * odd)) & 0xFFFFu) < threshold) left[from + odd] = 0.0f;
+    if (((right_bits >> (16 * odd)) & 0xFFFFu) < threshold) right[from + odd] = 0.0f;
+  }
 }
 
-// Sets to zero the probabilities that dropout drops. `row_cell` is the number of the block's 16 rows among the queries.
+// Sets to zero what dropout drops of both rows: `row_cell` is the number of the block's 16 rows among the queries.
 __device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], uint64_t seed, uint32_t threshold,
                                          int row_cell, int64_t head, const Cell& cell, int lane) {
   const PhiloxWords words = philox(seed, row_cell * 8 + lane / 4, cell.first / kCell * 4 + lane % 4,
                                    static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (is_dropped(words, e >> 1, 0, e & 1, threshold)) left[e] = 0.0f;
-    if (is_dropped(words, e >> 1, 1, e & 1, threshold)) right[e] = 0.0f;
-  }
+  drop_elements(left, right, 0, words.word[0], words.word[1], threshold);
+  drop_elements(left, right, 2, words.word[2], words.word[3], threshold);
 }
 
-// The same for one row, from index `from` on, where the block's rows are not 16 queries that follow one another.
+// The same for one row, where the block's rows are not 16 queries that follow one another.
 __device__ __forceinline__ void drop_out_row(float (&left)[4], float (&right)[4], int from, uint64_t seed,
                                              uint32_t threshold, int query, int64_t head, const Cell& cell, int lane) {
   const PhiloxWords words = philox(seed, query / 16 * 8 + query % 8, cell.first / kCell * 4 + lane % 4,
                                    static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
   const bool lower = query % 16 >= 8;
-#pragma unroll
-  for (int odd = 0; odd < 2; ++odd) {
-    const uint32_t low_word = lower ? words.word[2] : words.word[0], high_word = lower ? words.word[3] : words.word[1];
-    if (((low_word >> (16 * odd)) & 0xFFFFu) < threshold) left[from + odd] = 0.0f;
-    if (((high_word >> (16 * odd)) & 0xFFFFu) < threshold) right[from + odd] = 0.0f;
-  }
+  drop_elements(left, right, from, lower ? words.word[2] : words.word[0], lower ? words.word[3] : words.word[1],
+                threshold);
 }
 
 }  // namespace prefix_kernels::cuda

@@ -68,12 +68,13 @@ struct WarpView {
 };
 
 // What a warp decides once, kept in shared memory: registers are for the products.
-template <int kRows, int kCells>
+template <int kRows, int kCells, bool kMasked>
 struct WarpPlan {
   BlockRows rows;
   VisitedCells cells;  // of the block
   WarpView view;
-  Cell tile[kCells];  // the tile at hand
+  Cell tile[kCells];                         // the tile at hand,
+  float bias[kMasked ? kCells * kCell : 1];  // and what a mask adds to its columns, where that is the same for all rows
   QueryView views[kRows];
 };
 
@@ -84,6 +85,7 @@ struct ForwardParams {
   float softcap;
   int pack;          // heads packed into a block's rows
   int row_tiles;     // blocks per (batch row, packed heads)
+  bool shared_mask;  // all rows of a block have the same mask
   bool whole_query;  // has_whole_chunks
   bool whole_key;
   bool whole_value;
@@ -113,7 +115,7 @@ struct ForwardTraits {
 
   static constexpr int kQueryBytes = SharedTile<kHeadDim>::bytes(kRows);
   static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kColumns);
-  static constexpr int kPlanBytes = sizeof(WarpPlan<kWarpRows, kCells>);
+  static constexpr int kPlanBytes = sizeof(WarpPlan<kWarpRows, kCells, kGeneral>);
   static constexpr int kKeyOffset = kQueryBytes + kSharedGap;
   static constexpr int kTileStride = kTileBytes + kSharedGap;
   static constexpr int kValueOffset = kKeyOffset + 2 * kTileStride;
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   block_rows.last = min(Traits::kRows, static_cast<int>(p.q_len) * params.pack - block_rows.first) - 1;
   const int warp_row = warp * Traits::kWarpRows;
 
-  using Plan = WarpPlan<Traits::kWarpRows, kCells>;
+  using Plan = WarpPlan<Traits::kWarpRows, kCells, Traits::kGeneral>;
   Plan& plan = *reinterpret_cast<Plan*>(shared_memory() + Traits::kPlanOffset + warp * Traits::kPlanStride);
   shared_buffer(&plan, sizeof(Plan));
   {
@@ -243,6 +245,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     // S = Q K'^T
     float scores[kRowBlocks][2 * kCells][4];
     unsigned seen = 0;  // one bit per cell
+    const auto finish_row = [&](int m, int c, int from, const Cell& cell, Span seen_columns) {
+      float bias[kColumnsPerThread];
+      if (params.shared_mask) {
+#pragma unroll
+        for (int k = 0; k < kColumnsPerThread; ++k) bias[k] = plan.bias[c * kCell + column_of(lane, k)];
+      } else {
+        const int row = min(warp_row + m * kCell + 4 * from + lane / 4, rows.last);
+        CellMask(p, cell).load(bias, rows.batch, rows.head(row), rows.query(row), cell.count, lane);
+      }
+      finish_scores(scores[m][2 * c], scores[m][2 * c + 1], from, params.scale, params.softcap, bias, seen_columns,
+                    lane);
+    };
     const BlockReader<T, kHeadDim, Quarters::kAcross> key(key_tile(j), lane);
     if (!Traits::kGeneral && j >= 0 && plan.view.everyone_sees(cells, first_cell, first_cell + kCells)) {
       seen = (1u << kCells) - 1;
@@ -267,6 +281,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
       }
       seen = __ballot_sync(kAllLanes, is_seen);
       __syncwarp();
+      if (Traits::kGeneral && params.shared_mask) {
+#pragma unroll 1
+        for (int column = lane; column < kCells * kCell; column += kWarpSize) {
+          const int c = column / kCell, in_cell = column % kCell;
+          const bool exists = first_cell + c < cells.count && in_cell < plan.tile[c].count;
+          const float bias =
+              exists ? CellMask(p, plan.tile[c]).bias(rows.batch, rows.first_head, 0, in_cell) : minus_infinity();
+          plan.bias[column] = bias;
+          const unsigned attended = __ballot_sync(kAllLanes, bias > minus_infinity());
+          const unsigned hidden = ((attended & 0xFFFFu) == 0 ? 1u : 0u) | ((attended >> 16) == 0 ? 2u : 0u);
+          seen &= ~(hidden << (column / kWarpSize * 2));
+        }
+        __syncwarp();
+      }
       set_all(scores, minus_infinity());
 #pragma unroll
       for (int c = 0; c < kCells; ++c) {
@@ -290,13 +318,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
           const int row = m * kCell + lane / 4;
           const Span top = plan.views[row].in(cell), bottom = plan.views[row + 8].in(cell);
           if constexpr (Traits::kGeneral) {
-            const CellMask mask(p, cell);
-            float bias[kColumnsPerThread];
-            const int top_row = min(warp_row + row, rows.last), bottom_row = min(warp_row + row + 8, rows.last);
-            mask.load(bias, rows.batch, rows.head(top_row), rows.query(top_row), cell.count, lane);
-            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 0, params.scale, params.softcap, bias, top, lane);
-            mask.load(bias, rows.batch, rows.head(bottom_row), rows.query(bottom_row), cell.count, lane);
-            finish_scores(scores[m][2 * c], scores[m][2 * c + 1], 2, params.scale, params.softcap, bias, bottom, lane);
+            finish_row(m, c, 0, cell, top);
+            finish_row(m, c, 2, cell, bottom);
           } else {
             hide_unseen(scores[m][2 * c], scores[m][2 * c + 1], top, bottom, lane);
           }
@@ -378,7 +401,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
 }
 
 template <typename Traits>
-void launch_forward(ForwardParams& params, const Context& context) {
+void launch_rows(ForwardParams& params, const Context& context) {
   const AttentionParams& p = params.attention;
   const int64_t group = p.q_heads / p.kv_heads;
   const auto tiles = [&](int64_t rows) { return (rows + Traits::kRows - 1) / Traits::kRows; };
@@ -386,9 +409,26 @@ void launch_forward(ForwardParams& params, const Context& context) {
   const bool packs = p.dropout_threshold == 0 && tiles(p.q_len * group) < tiles(p.q_len) * group;
   params.pack = packs ? static_cast<int>(group) : 1;
   params.row_tiles = static_cast<int>(tiles(p.q_len * params.pack));
+  params.shared_mask =
+      p.mask.data != nullptr && p.mask.row_stride == 0 && (params.pack == 1 || p.mask.head_stride == 0);
   const int64_t blocks = params.row_tiles * (p.q_heads / params.pack) * p.batch;
   launch(forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
          context.stream, params);
+}
+
+template <typename T, int kHeadDim, bool kGeneral>
+void launch_forward(ForwardParams& params, const Context& context) {
+  // Twice the rows per warp, where registers allow it, halve what is read from shared memory; half as many blocks must
+  // still keep every multiprocessor at work.
+  constexpr int kRowBlocks = kHeadDim <= (kGeneral ? 64 : 128) ? 2 : 1;
+  using Large = ForwardTraits<T, kHeadDim, kGeneral, kRowBlocks>;
+  const AttentionParams& p = params.attention;
+  const int64_t blocks = (p.q_len + Large::kRows - 1) / Large::kRows * p.q_heads * p.batch;
+  if (p.q_len > Large::kRows / 2 && blocks >= context.sm_count) {
+    launch_rows<Large>(params, context);
+  } else {
+    launch_rows<ForwardTraits<T, kHeadDim, kGeneral, 1>>(params, context);
+  }
 }
 
 template <DType kDType, int kHeadDim>
@@ -406,17 +446,11 @@ void forward(const AttentionParams& p, const Context& context) {
   params.whole_prefix_value = has_whole_chunks<T>(p.prefix_value, p.head_dim);
   params.whole_out = has_whole_chunks<T>(p.out, p.head_dim);
 
-  constexpr int kRowBlocks = kHeadDim <= 128 ? 2 : 1;
   const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
-  // Half as many rows per block where whole ones would leave multiprocessors without work.
-  const int64_t rows = ForwardTraits<T, kHeadDim, false, kRowBlocks>::kRows;
-  const bool small = (p.q_len + rows - 1) / rows * p.q_heads * p.batch < context.sm_count || p.q_len <= rows / 2;
   if (general) {
-    launch_forward<ForwardTraits<T, kHeadDim, true, 1>>(params, context);
-  } else if (small) {
-    launch_forward<ForwardTraits<T, kHeadDim, false, 1>>(params, context);
+    launch_forward<T, kHeadDim, true>(params, context);
   } else {
-    launch_forward<ForwardTraits<T, kHeadDim, false, kRowBlocks>>(params, context);
+    launch_forward<T, kHeadDim, false>(params, context);
   }
 }
 
