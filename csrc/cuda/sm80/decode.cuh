@@ -56,6 +56,7 @@ struct DecodeTraits {
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  static constexpr int kBlocksPerSM = 3;  // as many as the host code plans for
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
@@ -101,7 +102,7 @@ __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entr
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) decode_kernel(const DecodeParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim, kWarps = Traits::kWarps, kStages = Traits::kStages;
   constexpr int kBlocksOfHead = kHeadDim / kCell, kLanes = kLanesPerRow<kHeadDim>;
@@ -364,9 +365,9 @@ void decode(const AttentionParams& p, const Context& context) {
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
 
   // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
-  constexpr int64_t kBlocksPerSM = 3, kLeastColumns = Traits::kWarps * 4 * kCell;
+  constexpr int64_t kLeastColumns = Traits::kWarps * 4 * kCell;
   const auto parts = [&](int64_t columns, int64_t owners) {
-    const int64_t wanted = (context.sm_count * kBlocksPerSM + owners - 1) / owners;
+    const int64_t wanted = (int64_t{context.sm_count} * Traits::kBlocksPerSM + owners - 1) / owners;
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
   };
   const int64_t entries = p.prefix_len > 0 && p.num_prefixes > 0 ? p.batch * p.prefix_slots : 0;
