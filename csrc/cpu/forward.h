@@ -9,7 +9,6 @@
 #pragma once
 
 #include <atomic>
-#include <cmath>
 
 #include "gemm.h"
 #include "kernels.h"
@@ -114,13 +113,14 @@ void finish_block(const ForwardState<T>& state) {
   const QueryBlock& block = state.block;
   const AttentionParams& p = *block.params;
   const T rescale = static_cast<T>(dropout_rescale(p.dropout_threshold));
-  alignas(64) T factor[kBlockQ] = {};
-  for (int l = 0; l < block.count; ++l) {
-    const T sum = state.sum[l];
-    factor[l] = sum != 0 ? rescale / sum : T(0);
-    const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
-    static_cast<T*>(p.lse)[row] = state.reference[l] + std::log(sum);
+  alignas(64) T factor[kBlockQ], lse[kBlockQ];
+  for (int l = 0; l < kBlockQ; l += kLanes<T>) {
+    const Vec<T> sum = load(state.sum + l);
+    store(factor + l, sum != 0 ? rescale / sum : Vec<T>{});
+    store(lse + l, load(state.reference + l) + log<T>(sum));  // -infinity where nothing was summed
   }
+  for (int l = 0; l < block.count; ++l)
+    static_cast<T*>(p.lse)[(block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l)] = lse[l];
   unpack_queries<T>(p.out, block, factor, state.out);
 }
 
@@ -144,7 +144,9 @@ void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const
   for (int64_t first = all.begin - all.begin % kCell; first < all.end; first += kBlockK) {
     const int64_t left = all.end - first;
     const int count = static_cast<int>(left < kBlockK ? left : kBlockK);
-    const Rows<T> key = segment_rows<T>(segment.key, first, count, head_dim, scratch.key);
+    const Rows<T> key = rows_spread_in_cache<T>(segment.key)
+                            ? rows_in_place<T>(segment.key, first)
+                            : segment_rows<T>(segment.key, first, count, head_dim, scratch.key);
     const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, scratch.value);
     prefetcher.clear();
     if (left > kBlockK) {

@@ -130,13 +130,24 @@ struct Rows {
   int64_t stride;
 };
 
+template <class T>
+Rows<T> rows_in_place(const Operand& x, int64_t first) {
+  return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
+}
+
+// Whether a few consecutive rows, read side by side, fall into different sets of the cache and need no conversion.
+template <class T>
+bool rows_spread_in_cache(const Operand& x) {
+  constexpr int64_t kSetsBytes = 4096;  // addresses that far apart share a set
+  return x.dtype == kComputeDType<T> && x.row_stride * static_cast<int64_t>(sizeof(T)) % kSetsBytes != 0;
+}
+
 // Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch.
 // Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of
 // the cache.
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
-  if (x.dtype == kComputeDType<T> && x.row_stride == depth)
-    return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
+  if (x.dtype == kComputeDType<T> && x.row_stride == depth) return rows_in_place<T>(x, first);
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     const Src* src = static_cast<const Src*>(x.data) + first * x.row_stride;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -357,6 +358,27 @@ PREFIX_KERNELS_INLINE Vec<T> exp(Vec<T> x) {
   const ReducedExp<T> r(x);
   const Int<T> scaled = reinterpret_cast<Int<T>>(r.template series<0>()) + r.exponent;
   return x < SimdTypes<T>::kMinExp ? Vec<T>{} : reinterpret_cast<Vec<T>>(scaled);
+}
+
+// The natural logarithm of x, at least the least normal number; infinity and NaN stay. With x = 2^n m and
+// t = (m - 1) / (m + 1), log m = 2 (t + t^3/3 + t^5/5 + ...), |t| < 0.172.
+template <class T>
+PREFIX_KERNELS_INLINE Vec<T> log(Vec<T> x) {
+  using Bits = LaneIndex<T>;
+  constexpr int kMantissaBits = SimdTypes<T>::kMantissaBits;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
+  constexpr T kSqrtHalf = static_cast<T>(0.70710678118654752440), kLn2 = static_cast<T>(0.69314718055994530942);
+  Bits origin;
+  std::memcpy(&origin, &kSqrtHalf, sizeof(origin));
+  const Int<T> bits = reinterpret_cast<Int<T>>(x) - origin;
+  const Int<T> exponent = bits >> kMantissaBits;
+  const Vec<T> m = reinterpret_cast<Vec<T>>((bits & ((Bits{1} << kMantissaBits) - 1)) + origin);
+  const Vec<T> t = (m - 1) / (m + 1), square = t * t;
+  Vec<T> series = broadcast<T>(T(2) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 1; k > 0; --k) series = series * square + T(2) / (2 * k - 1);
+  const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) * kLn2 + series * t;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
 // tanh through expm1 of twice the magnitude, with full relative accuracy near zero.
