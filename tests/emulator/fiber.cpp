@@ -56,7 +56,11 @@ extern "C" void emulator_fiber_begin() __attribute__((visibility("hidden")));
 namespace {
 constexpr size_t kPage = 4096;
 // As deep as kernels go; filling whole stacks would cost more than running the kernel.
-constexpr size_t kFilledBytes = 6 * 1024;
+#if defined(PREFIX_KERNELS_CHECKED)
+constexpr size_t kFilledBytes = 24 * 1024;
+#else
+constexpr size_t kFilledBytes = 4 * 1024;
+#endif
 }  // namespace
 
 Stacks::Stacks() {

@@ -91,6 +91,8 @@ def _in_another_process(library: Path | None, names: tuple[str, ...], record: Pa
     if child == 0:
         try:
             torch.set_num_threads(1)
+            # What no kernel writes is NaN.
+            torch.use_deterministic_algorithms(True, warn_only=True)
             record.write_text(next(_run_probes(library, names), ""))
         finally:
             os._exit(0)

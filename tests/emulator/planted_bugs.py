@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORWARD = ("forward_float16_64",)
+DECODE = ("decode_float16_64",)
 BACKWARD = ("backward_float16_64",)
 FLOAT32 = ("forward_float32", "backward_float32")
 
@@ -23,6 +24,10 @@ class Mutation:
 
 def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
     return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
+
+
+def _decode(name: str, old: str, new: str) -> Mutation:
+    return Mutation(f"decode: {name}", "sm80/decode.cuh", old, new, DECODE, ("decode",))
 
 
 def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
@@ -73,6 +78,14 @@ BARRIERS = [
         "    }\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "backward of a few columns",
     ),
+    _decode(
+        "no __syncwarp before a cell is read",
+        "    __syncwarp();  // all lanes have cell i, and none reads cell i - 1 any more\n",
+        "",
+    ),
+    _decode(
+        "results written over cells that are still read", "  __syncthreads();  // nobody reads the ring any more\n", ""
+    ),
     _float32(
         "no __syncwarp before the weights are read",
         "simt/forward.cuh",
@@ -87,6 +100,7 @@ COPIES = [
     ),
     _forward("no wait for the values", FORWARD_KERNEL, VALUE_BARRIER, VALUE_BARRIER.partition("\n")[2]),
     _forward("the next keys into the buffer in use", FORWARD_KERNEL, "load_keys(j + 1);", "load_keys(j + 2);"),
+    _decode("the next cell into the stage in use", "load(i + kStages - 1);", "load(i + kStages);"),
     _backward(
         "columns: the next stage into the one in use",
         COLUMNS,
@@ -175,9 +189,13 @@ MEMORY = [
     _forward(
         "16-byte copies of rows that are not aligned",
         "rows.cuh",
-        "any % kChunk == 0 && reinterpret",
-        "reinterpret",
+        "any % kChunk == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0",
+        "any != -1",
         "forward of odd rows",
+    ),
+    _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
+    _decode(
+        "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"
     ),
     _backward(
         "two splits write one partial sum",
@@ -187,10 +205,10 @@ MEMORY = [
         "backward of many rows to one prefix",
     ),
     _backward(
-        "a partial sum that nobody writes",
-        COLUMNS,
-        "if (warps.part > 0) return;",
-        "if (warps.part > 0 || warps.resident > 0) return;",
+        "a row of the partial sums that nobody writes",
+        "sm80/gradient_rows.cuh",
+        "if (row >= count) continue;",
+        "if (row + 1 >= count) continue;",
         "backward of many rows to one prefix",
     ),
 ]

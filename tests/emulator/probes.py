@@ -34,6 +34,16 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "forward of two prefixes": lambda: _half(
         q_len=20, prefix_len=35, num_prefixes=2, prefix_ids=torch.tensor([[1, 0], [0, -1]])
     ),
+    "decode": lambda: _half(
+        batch=2,
+        q_heads=4,
+        kv_heads=2,
+        q_len=1,
+        k_len=600,
+        prefix_len=20,
+        num_prefixes=2,
+        prefix_ids=torch.tensor([[1, -1], [0, 1]]),
+    ),
     "backward": lambda: _half(ALL, **CROSSING),
     "backward of a window": lambda: _half(ALL, **CROSSING, window_size=(40, 0)),
     "backward with every option": lambda: _half(
