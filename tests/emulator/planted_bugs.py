@@ -50,8 +50,15 @@ BARRIERS = [
     _forward(
         "no __syncwarp before the tile's cells are read",
         FORWARD_KERNEL,
-        "      __syncwarp();\n      set_all(scores",
-        "      set_all(scores",
+        "      __syncwarp();\n      if (Traits::kGeneral && params.shared_mask)",
+        "      if (Traits::kGeneral && params.shared_mask)",
+    ),
+    _forward(
+        "without tiles, no barrier before the queries' copies are written over",
+        FORWARD_KERNEL,
+        "  __syncthreads();  // without any tile, other threads' copies of queries may still be under way\n",
+        "",
+        "forward that sees nothing",
     ),
     _forward(
         "a barrier that warps without rows do not reach",
