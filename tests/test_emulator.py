@@ -90,6 +90,20 @@ def test_a_tree_in_shared_memory_and_atomics_of_blocks_give_the_sum(mode: str, s
     assert result.output.item() == source.sum().item()
 
 
+def test_blocks_on_two_host_threads_give_the_same_sum() -> None:
+    source = torch.randint(-9, 9, (600,)).float()
+    _library("fast").prefix_kernels_emulator_threads(2)
+    result = run("sum", source, 1, mode="fast", seed=4, count=600)
+    _library("fast").prefix_kernels_emulator_threads(1)
+    assert result.report == ""
+    assert result.output.item() == source.sum().item()
+
+
+def test_a_launch_that_a_gpu_would_refuse_is_refused() -> None:
+    report = run("too many threads", torch.zeros(1), 1, mode="fast").report
+    assert report == "launch: expected 1 to 1024 threads per block, got 2048"
+
+
 @modes
 @seeds
 def test_shuffles_and_votes_give_what_the_cuda_manual_says(mode: str, seed: int) -> None:

@@ -106,6 +106,7 @@ __global__ void pipeline(const Params p) {
 
 const Sample kGood[] = {
     {"add_one", &add_one, 3, 64, 0},
+    {"too many threads", &add_one, 1, 2048, 0},
     {"sum", &sum, 5, 128, 128 * sizeof(float)},
     {"exchanges", &exchanges, 1, 32, 0},
     {"neighbours", &neighbours, 1, 96, 96 * sizeof(float)},
