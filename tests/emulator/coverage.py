@@ -3,8 +3,8 @@
     PREFIX_KERNELS_EMULATOR=coverage python -m pytest tests/test_cuda_forward.py tests/test_cuda_backward.py ...
     PREFIX_KERNELS_EMULATOR=coverage python tests/emulator/coverage.py [least per cent]
 
-Counts add up from run to run until a kernel changes. Prints a line per header with the lines that no test ran, and fails
-where the whole is below the least.
+Counts add up from run to run until a kernel changes. Prints a line per header with the lines that no test ran, and
+fails where the whole is below the least.
 """
 
 from __future__ import annotations
