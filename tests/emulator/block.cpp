@@ -11,6 +11,14 @@ namespace emulator {
 
 __thread Block* current_block = nullptr;
 
+namespace {
+
+bool same_place(const Where& a, const Where& b) {
+  return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+}  // namespace
+
 std::string name_of(const Lane& lane) {
   return "thread " + std::to_string(lane.thread) + " (warp " + std::to_string(lane.warp) + " lane " +
          std::to_string(lane.lane) + ")";
@@ -127,15 +135,15 @@ void Block::require_agreement(const Lane& lane, const Post& post) {
     fail(std::string(post.name) + " at " + text(post.where) + " by " + name_of_lanes(lane.warp, 1u << lane.lane) +
          ", which is not in its mask");
   }
+  // Those that wait for each other have agreed: the first of them speaks for all.
   for (uint32_t others = warp.waiting; others != 0; others &= others - 1) {
     const int other = std::countr_zero(others);
     const Post& theirs = warp.posts[other];
     if ((theirs.mask & post.mask) == 0) continue;
-    const bool same_line =
-        theirs.where.line() == post.where.line() && std::strcmp(theirs.where.file_name(), post.where.file_name()) == 0;
+    const bool same_line = same_place(theirs.where, post.where);
     if (theirs.name == post.name && theirs.mask == post.mask && same_line &&
         (post.agrees == nullptr || post.agrees(post.payload, theirs.payload))) {
-      continue;
+      return;
     }
     fail("divergent collectives: " + name_of_lanes(lane.warp, 1u << lane.lane) + " is at " + post.name + " " +
          text(post.where) + " while lane " + std::to_string(other) + " is at " + theirs.name + " " +
@@ -194,7 +202,7 @@ void Block::complete_block() {
       if (first == nullptr) {
         first = &where;
         first_thread = index * kLanes + lane;
-      } else if (where.line() != first->line() || std::strcmp(where.file_name(), first->file_name()) != 0) {
+      } else if (!same_place(where, *first)) {
         fail("divergent barrier: thread " + std::to_string(first_thread) + " is at __syncthreads() " + text(*first) +
              " while thread " + std::to_string(index * kLanes + lane) + " is at " + text(where));
       }
