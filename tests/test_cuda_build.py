@@ -1,0 +1,164 @@
+"""nvcc compiles every kernel for sm_80 and sm_90: no register spills, and the instructions that make the kernels fast.
+
+The number of tensor core, ``ldmatrix`` and ``cp.async`` instructions of each file is compared with
+``sass_instructions.json``; after a change that is meant, ``python tests/test_cuda_build.py`` writes that file anew, all
+or the files with a word in their path. It needs cuobjdump, from the CUDA toolkit or from triton's wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+sys.path.insert(0, str(CHECKOUT / "csrc"))
+
+from build_environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
+
+FIGURES = Path(__file__).with_name("sass_instructions.json")
+ARCHITECTURES = ("sm_80", "sm_90")
+# mma.sync, ldmatrix, cp.async
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
+
+# Kernels that may spill: a pattern of the compiler's name and architecture, and how many bytes at most. With a head dim
+# of 256 the accumulators of one gradient alone are 128 of a thread's 255 registers.
+MAY_SPILL = {
+    r"backward_columns\w*Li256ELb1ELb0ELb0ELb0E\w* for sm_90": 16,
+    r"backward_rows\w*Li256ELb1E\w* for sm_90": 4,
+}
+
+
+def kernel_sources() -> list[str]:
+    """The .cu files of setup.py, relative to the checkout."""
+    return re.findall(r'"(csrc/cuda/.*\.cu)"', (CHECKOUT / "setup.py").read_text())
+
+
+def find_cuobjdump(toolkit: CudaToolkit) -> str:
+    """The disassembler of the toolkit, of PATH, or of triton's wheel."""
+    candidates = [toolkit.home / "bin" / "cuobjdump"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        candidates.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    found = next((str(path) for path in candidates if path.is_file()), None) or shutil.which("cuobjdump")
+    assert found, "cuobjdump was not found: install the CUDA toolkit's, or `pip install triton`, which brings one"
+    return found
+
+
+def compile_kernels(toolkit: CudaToolkit, source: str, target: Path) -> str:
+    """Compile one file for both architectures with the flags of the build; what ptxas says of the kernels."""
+    from build_extension import CUDA_FLAGS
+
+    architectures = [architecture.removeprefix("sm_") for architecture in ARCHITECTURES]
+    gencode = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    compiler = ["-ccbin", find_compiler()[0]]
+    command = [str(toolkit.home / "bin" / "nvcc"), *compiler, *CUDA_FLAGS, *gencode, "-Xptxas", "-v"]
+    run = subprocess.run(
+        [*command, "-c", source, "-o", str(target)], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
+def spilling_kernels(report: str) -> dict[str, int]:
+    """Name of every kernel that spills, by ptxas's report, and how many bytes it stores or loads."""
+    spills = {}
+    for name, architecture, stored, loaded in re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+        report,
+        re.S,
+    ):
+        if size := max(int(stored), int(loaded)):
+            spills[f"{name} for {architecture}"] = size
+    return spills
+
+
+def may_spill(name: str, size: int) -> bool:
+    return any(size <= most and re.search(pattern, name) for pattern, most in MAY_SPILL.items())
+
+
+def count_instructions(cuobjdump: str, target: Path) -> dict[str, dict[str, int]]:
+    """How often each of INSTRUCTIONS stands in the machine code, by architecture."""
+    counts = {}
+    for architecture in ARCHITECTURES:
+        command = [cuobjdump, "-sass", "-arch", architecture, str(target)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "Function" in sass, f"{target}: no machine code for {architecture}"
+        found = Counter(re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", sass))
+        counts[architecture] = {name: found[name] for name in INSTRUCTIONS}
+    return counts
+
+
+@pytest.fixture(scope="module")
+def toolkit() -> CudaToolkit:
+    found = find_cuda_toolkit()
+    if found is None:
+        pytest.skip("no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
+    return found
+
+
+@pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
+def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path):
+    target = tmp_path / "kernels.o"
+    report = compile_kernels(toolkit, source, target)
+    assert report.count("Compiling entry function") >= len(ARCHITECTURES)
+    assert not {name: size for name, size in spilling_kernels(report).items() if not may_spill(name, size)}
+
+    figures = json.loads(FIGURES.read_text())
+    expected, got = figures["counts"][source], count_instructions(find_cuobjdump(toolkit), target)
+    if toolkit.version != figures["nvcc"]:
+        # Another compiler unrolls differently, but leaves no kind of instruction out.
+        expected, got = (
+            {name: {key: n > 0 for key, n in counts.items()} for name, counts in each.items()}
+            for each in (expected, got)
+        )
+    assert got == expected
+
+
+def test_a_spill_is_seen(toolkit, tmp_path):
+    """The check must be able to fail: 1000 values that are all live cannot stand in 255 registers."""
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void spills(float* x) {\n  float y[1000];\n"
+        "#pragma unroll\n  for (int i = 0; i < 1000; ++i) y[i] = x[i];\n  __syncthreads();\n"
+        "#pragma unroll\n  for (int i = 0; i < 1000; ++i) x[i] = y[999 - i] * y[i];\n}\n"
+    )
+    assert spilling_kernels(compile_kernels(toolkit, str(source), tmp_path / "spills.o"))
+
+
+def test_every_kernel_has_its_figures():
+    assert sorted(json.loads(FIGURES.read_text())["counts"]) == sorted(kernel_sources())
+
+
+def write_figures(parts: list[str]) -> None:
+    """Compile every file, or those with one of ``parts`` in their path, and write what was found."""
+    toolkit = find_cuda_toolkit()
+    assert toolkit is not None, "no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME"
+    cuobjdump = find_cuobjdump(toolkit)
+
+    def figures(source: str) -> dict[str, dict[str, int]]:
+        target = CHECKOUT / "build" / "sass" / (Path(source).stem + ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name, size in spilling_kernels(compile_kernels(toolkit, source, target)).items():
+            print(f"{source}: {name}: {size}")
+        return count_instructions(cuobjdump, target)
+
+    known = json.loads(FIGURES.read_text())["counts"] if FIGURES.is_file() else {}
+    counts = {source: known.get(source, {}) for source in sorted(kernel_sources())}
+    wanted = [source for source in kernel_sources() if not parts or any(part in source for part in parts)]
+    with ThreadPoolExecutor(parallel_jobs()) as pool:
+        counts |= zip(wanted, pool.map(figures, wanted), strict=True)
+    lines = ",\n".join(f"    {json.dumps(source)}: {json.dumps(count)}" for source, count in counts.items())
+    FIGURES.write_text(f'{{\n  "nvcc": {json.dumps(toolkit.version)},\n  "counts": {{\n{lines}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    write_figures(sys.argv[1:])
