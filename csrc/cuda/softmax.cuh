@@ -22,10 +22,14 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The finished row: its output is to be scaled by `factor`.
+// The finished row, whose output is to be scaled by `factor`. Parts of a row are merged by maximum and sum: where a
+// mask pushes all scores to the least float, the logarithm of the sum would be lost in lse.
 struct RowResult {
   float factor;
-  float lse;  // natural logarithm
+  float maximum;  // in natural units
+  float sum;      // of exp(score - maximum)
+
+  __device__ __forceinline__ float lse() const { return sum > 0.0f ? maximum + logf(sum) : minus_infinity(); }
 };
 
 // kRowBlocks: 16-row blocks of the warp. kScaled: scores are final, in natural units; else they are products of query
@@ -106,8 +110,8 @@ class OnlineSoftmax {
   // Of row half_row * 8 + lane / 4 of block m; `scale` takes scores to natural units.
   __device__ __forceinline__ RowResult finish(int m, int half_row, float scale) const {
     const float sum = row_sum(sum_[m][half_row]);
-    if (sum == 0.0f) return {0.0f, minus_infinity()};
-    return {__fdividef(1.0f, sum), maximum_[m][half_row] * scale + logf(sum)};
+    if (sum == 0.0f) return {0.0f, minus_infinity(), 0.0f};
+    return {__fdividef(1.0f, sum), maximum_[m][half_row] * scale, sum};
   }
 
  private:

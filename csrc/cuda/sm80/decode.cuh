@@ -21,19 +21,29 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
+// What a part of a row's columns weighs among the others: sum * exp(maximum).
+struct Share {
+  float maximum;
+  float sum;
+
+  __device__ __forceinline__ float relative_to(float most) const {
+    return ptx::exp2_approx((maximum - most) * kLog2E) * sum;
+  }
+};
+
 struct DecodeParams {
   AttentionParams attention;
   float scale;
   float softcap;
   float dropout_rescale;
-  int rows_per_entry;  // queries * heads of a group
-  int prefix_parts;    // parts of each prefix
-  int sequence_parts;  // parts of each sequence
-  int parts;           // of a row: prefix_slots * prefix_parts + sequence_parts
-  int prefix_blocks;   // they come first
-  float* partial_out;  // [batch * q_heads * q_len, parts, kHeadDim]
-  float* partial_lse;  // [batch * q_heads * q_len, parts]
-  bool whole_query;    // has_whole_chunks
+  int rows_per_entry;    // queries * heads of a group
+  int prefix_parts;      // parts of each prefix
+  int sequence_parts;    // parts of each sequence
+  int parts;             // of a row: prefix_slots * prefix_parts + sequence_parts
+  int prefix_blocks;     // they come first
+  float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
+  Share* partial_share;  // [batch * q_heads * q_len, parts]
+  bool whole_query;      // has_whole_chunks
   bool whole_key;
   bool whole_value;
   bool whole_prefix_key;
@@ -66,9 +76,9 @@ struct DecodeTraits {
   static constexpr int kRowsBytes = kCell * sizeof(DecodeRow);
   static constexpr int kEntriesOffset = kRowsOffset + kRowsBytes + kSharedGap;
   static constexpr int kEntriesBytes = kCell * sizeof(int);
-  static constexpr int kLseOffset = kEntriesOffset + kEntriesBytes + kSharedGap;
-  static constexpr int kLseBytes = kWarps * kCell * sizeof(float);
-  static constexpr int kSharedBytes = kLseOffset + kLseBytes + kSharedGap;
+  static constexpr int kSharesOffset = kEntriesOffset + kEntriesBytes + kSharedGap;
+  static constexpr int kSharesBytes = kWarps * kCell * sizeof(Share);
+  static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
   // The warps' results take the place of the cells.
   static constexpr int kOutBytes = kWarps * kCell * kHeadDim * sizeof(float);
   static_assert(kOutBytes <= kWarps * kStages * 2 * kCellStride, "the warps' results fit where the cells were");
@@ -114,12 +124,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   T* const query_tile = reinterpret_cast<T*>(shared_memory());
   DecodeRow* const rows = reinterpret_cast<DecodeRow*>(shared_memory() + Traits::kRowsOffset);
   int* const entries = reinterpret_cast<int*>(shared_memory() + Traits::kEntriesOffset);
-  float* const warp_lse = reinterpret_cast<float*>(shared_memory() + Traits::kLseOffset);
+  Share* const warp_shares = reinterpret_cast<Share*>(shared_memory() + Traits::kSharesOffset);
   shared_buffer(query_tile, Traits::kCellBytes);
   shared_buffer(shared_memory() + Traits::kRingOffset, kWarps * kStages * 2 * Traits::kCellStride);
   shared_buffer(rows, Traits::kRowsBytes);
   shared_buffer(entries, Traits::kEntriesBytes);
-  shared_buffer(warp_lse, Traits::kLseBytes);
+  shared_buffer(warp_shares, Traits::kSharesBytes);
 
   // Which part of which columns this is, and who wants it.
   const bool is_prefix = static_cast<int>(blockIdx.x) < params.prefix_blocks;
@@ -274,7 +284,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   for (int half_row = 0; half_row < 2; ++half_row) {
     const int row = warp * kCell + half_row * 8 + lane / 4;
     const RowResult result = softmax.finish(0, half_row, 1.0f);
-    if (lane % 4 == 0) warp_lse[row] = result.lse;
+    if (lane % 4 == 0) warp_shares[row] = {result.maximum, result.sum};
 #pragma unroll
     for (int n = 0; n < 2 * kBlocksOfHead; ++n) {
       *reinterpret_cast<float2*>(warp_out + row * kHeadDim + n * 8 + 2 * (lane % 4)) =
@@ -287,10 +297,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     const int number_of_row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
     const DecodeRow& row = rows[number_of_row];
     float most = minus_infinity(), sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_lse[w * kCell + number_of_row]);
+    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_shares[w * kCell + number_of_row].maximum);
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int w = 0; w < kWarps && most > minus_infinity(); ++w) {
-      const float weight = ptx::exp2_approx((warp_lse[w * kCell + number_of_row] - most) * kLog2E);
+      const float weight = warp_shares[w * kCell + number_of_row].relative_to(most);
       const float4 from = *reinterpret_cast<const float4*>(warp_out + (w * kCell + number_of_row) * kHeadDim + column);
       sum += weight;
       total.x += weight * from.x;
@@ -303,7 +313,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     const int64_t result = ((row.batch * p.q_heads + row.head) * p.q_len + row.query) * params.parts +
                            (is_prefix ? (row.segment - 1) * parts : slots * params.prefix_parts) + part;
     *reinterpret_cast<float4*>(params.partial_out + result * kHeadDim + column) = total;
-    if (column == 0) params.partial_lse[result] = sum > 0.0f ? most + logf(sum) : minus_infinity();
+    if (column == 0) params.partial_share[result] = {most, sum};
   }
 }
 
@@ -317,7 +327,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
   const int lane = threadIdx.x % kWarpSize;
   if (row >= p.batch * p.q_heads * p.q_len) return;
   const int64_t query = row % p.q_len, head = row / p.q_len % p.q_heads, batch = row / p.q_len / p.q_heads;
-  const float* const lse = params.partial_lse + row * params.parts;
+  const Share* const shares = params.partial_share + row * params.parts;
   // Of a slot without a prefix nothing was written.
   const auto exists = [&](int part) {
     const int slot = part / max(1, params.prefix_parts);
@@ -326,11 +336,11 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
 
   float most = minus_infinity(), sum = 0.0f;
   for (int part = 0; part < params.parts; ++part) {
-    if (exists(part)) most = fmaxf(most, lse[part]);
+    if (exists(part)) most = fmaxf(most, shares[part].maximum);
   }
   const float reference = most == minus_infinity() ? 0.0f : most;
   for (int part = 0; part < params.parts; ++part) {
-    if (exists(part)) sum += ptx::exp2_approx((lse[part] - reference) * kLog2E);
+    if (exists(part)) sum += shares[part].relative_to(reference);
   }
   const float factor = sum > 0.0f ? params.dropout_rescale / sum : 0.0f;
   if (lane == 0) static_cast<float*>(p.lse)[row] = sum > 0.0f ? most + logf(sum) : minus_infinity();
@@ -341,7 +351,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
     float total = 0.0f;
     for (int part = 0; part < params.parts; ++part) {
       if (!exists(part)) continue;
-      const float weight = ptx::exp2_approx((lse[part] - reference) * kLog2E);
+      const float weight = shares[part].relative_to(reference);
       total += weight * params.partial_out[(row * params.parts + part) * kHeadDim + column];
     }
     out[column] = from_float<T>(total * factor);
@@ -381,7 +391,8 @@ void decode(const AttentionParams& p, const Context& context) {
   const int64_t rows = p.batch * p.q_heads * p.q_len;
   params.partial_out =
       static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * kHeadDim * sizeof(float)));
-  params.partial_lse = static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(float)));
+  params.partial_share =
+      static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
   const int64_t blocks = params.prefix_blocks + p.batch * p.kv_heads * params.sequence_parts;
   launch(decode_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
          context.stream, params);

@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
         *reinterpret_cast<uint32_t*>(chunk + 2 * (lane % 4)) =
             pack2<T>(out[m][n][2 * half_row] * factor, out[m][n][2 * half_row + 1] * factor);
       }
-      if (lane % 4 == 0) lse[row] = result.lse;
+      if (lane % 4 == 0) lse[row] = result.lse();
     }
   }
   __syncwarp();

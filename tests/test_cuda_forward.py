@@ -1,0 +1,288 @@
+"""The tensor core kernels of the forward pass in the emulator against the oracle: every option, every edge of a tile,
+few queries and many."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from emulated import emulated_prefix_attention, load
+from helpers import check, make_call, run
+
+from prefix_kernels.reference import dropout_keep
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+DTYPES = [torch.float16, torch.bfloat16]
+EDGES = [0, 1, 15, 16, 17, 20, 63, 64, 65]
+SEED = torch.tensor([5])
+
+# The host code takes 128 rows to a block where that keeps every multiprocessor at work, else 64; and splits the keys of
+# few queries into as many parts as the multiprocessors need.
+FEW, MANY = 1, 1000
+
+# Few queries are decoded by kernels of their own.
+DECODE, LONG = 3, 150
+
+
+@pytest.fixture(autouse=True)
+def usual_device():
+    load().device(80, MANY)
+
+
+@pytest.fixture(params=[FEW, MANY], ids=["few multiprocessors", "many multiprocessors"])
+def multiprocessors(usual_device, request):
+    load().device(80, request.param)
+
+
+def check_forward(mode="fast", seed=0, **shape):
+    defaults = dict(dtype=torch.float16, layout="aligned", head_dim=64, with_dlse=False)
+    return check(
+        make_call(**defaults | shape), needs=(), function=partial(emulated_prefix_attention, mode=mode, seed=seed)
+    )
+
+
+def some(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+# Of 2 batch rows, 4 heads, any number of queries, 170 keys and 20 prefix tokens.
+K_LEN, PREFIX = 170, 20
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "causal, later queries": {"is_causal": True, "query_offset": 40},
+    "causal, earlier queries": {"is_causal": True, "query_offset": -5},
+    "causal, offset for each row": {"is_causal": True, "query_offset": torch.tensor([3, -90], dtype=torch.int32)},
+    "window": {"window_size": (5, 3)},
+    "window on the diagonal": {"window_size": (0, 0)},
+    "window to the left": {"window_size": (70, -1)},
+    "window to the right": {"window_size": (-1, 7)},
+    "causal window": {"is_causal": True, "window_size": (33, -1)},
+    "window over the prefix": {"window_size": (140, 0), "window_includes_prefix": True},
+    "scale": {"scale": 0.7},
+    "negative scale": {"scale": -0.3},
+    "scale zero": {"scale": 0.0},
+    "softcap": {"softcap": 2.0},
+    "padding": {"attn_mask": torch.arange(K_LEN) < torch.tensor([70, 170])[:, None, None, None]},
+    "bool mask of every head": {"attn_mask": some(2, 4, 1, K_LEN) < 0.6},
+    "mask over the prefix": {"attn_mask": some(2, 1, 1, PREFIX + K_LEN) < 0.6},
+    "float mask": {"attn_mask": some(K_LEN)},
+    "float16 mask": {"attn_mask": some(2, 1, 1, PREFIX + K_LEN).half()},
+    "float64 mask with -inf": {"attn_mask": some(K_LEN).double().masked_fill(some(K_LEN) < 0.5, -math.inf)},
+    "the least float as a mask": {
+        "attn_mask": torch.where(torch.arange(K_LEN) < 90, 0.0, torch.finfo(torch.float32).min)
+    },
+    "mask of the least floats alone": {"attn_mask": torch.full((PREFIX + K_LEN,), torch.finfo(torch.float32).min)},
+    "mask that hides the sequence": {"attn_mask": torch.zeros(K_LEN, dtype=torch.bool)},
+    "mask that hides everything": {"attn_mask": torch.zeros(PREFIX + K_LEN, dtype=torch.bool)},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([-5])},
+    "everything dropped": {"dropout_p": 1.0, "dropout_seed": SEED},
+    "one prefix for each row": {"num_prefixes": 2},
+    "bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([2, -1])},
+    "bank with lengths": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([2, 1]),
+        "prefix_lens": torch.tensor([20, 3, 16]),
+    },
+    "composed bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]], dtype=torch.int32)},
+    "composed bank with lengths": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]]),
+        "prefix_lens": torch.tensor([20, 0, 17]),
+        "dropout_p": 0.3,
+        "dropout_seed": SEED,
+    },
+    "composed bank with full lengths": {
+        "num_prefixes": 2,
+        "prefix_ids": torch.tensor([[0, 1], [1, 1]]),
+        "prefix_lens": torch.tensor([16, 16]),
+    },
+    "bank that no row names": {"num_prefixes": 3, "prefix_ids": torch.tensor([[-1, -1], [-1, -1]])},
+    "bank without slots": {"num_prefixes": 3, "prefix_ids": torch.zeros(2, 0, dtype=torch.int64)},
+    "window over a composed bank": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]]),
+        "prefix_lens": torch.tensor([20, 9, 17]),
+        "is_causal": True,
+        "window_size": (160, 0),
+        "window_includes_prefix": True,
+    },
+    "all at once": {
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0], [-1, 1]]),
+        "prefix_lens": torch.tensor([20, 0, 13]),
+        "attn_mask": some(2, 4, 1, 2 * PREFIX + K_LEN),
+        "is_causal": True,
+        "window_size": (60, 2),
+        "window_includes_prefix": True,
+        "softcap": 3.0,
+        "dropout_p": 0.2,
+        "dropout_seed": SEED,
+    },
+}
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("q_len", [LONG, DECODE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option(options, dtype, q_len):
+    check_forward(q_heads=4, kv_heads=2, q_len=q_len, k_len=K_LEN, prefix_len=PREFIX, dtype=dtype, **options)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("q_len", [LONG, DECODE])
+def test_a_mask_for_every_row(q_len):
+    check_forward(q_heads=4, kv_heads=2, q_len=q_len, k_len=K_LEN, attn_mask=some(2, 4, q_len, K_LEN) < 0.5)
+    check_forward(q_len=q_len, k_len=K_LEN, attn_mask=some(q_len, K_LEN).bfloat16(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("prefix_len", EDGES)
+@pytest.mark.parametrize("k_len", EDGES)
+def test_every_edge_of_prefix_and_sequence(k_len, prefix_len):
+    check_forward(q_len=70, k_len=k_len, prefix_len=prefix_len)
+    check_forward(q_len=70, k_len=k_len, prefix_len=prefix_len, is_causal=True)
+    check_forward(q_len=2, k_len=k_len, prefix_len=prefix_len, is_causal=True)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("q_len", [1, 15, 16, 17, 31, 33, 64, 65, 127, 129])
+def test_every_number_of_queries(q_len):
+    check_forward(q_len=q_len, prefix_len=16, is_causal=True)
+    check_forward(q_len=q_len, k_len=100, prefix_len=None, attn_mask=some(100) < 0.5)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "poisoned", "aligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 20, 32, 40, 64, 72, 96, 100, 128, 160, 192, 250, 256])
+def test_every_head_dim_and_layout(head_dim, dtype, layout):
+    shape = dict(head_dim=head_dim, dtype=dtype, layout=layout)
+    check_forward(batch=1, q_len=67, k_len=90, is_causal=True, **shape)
+    check_forward(batch=1, q_len=40, k_len=40, softcap=3.0, **shape)
+    check_forward(batch=1, q_len=5, k_len=160, **shape)
+
+
+@pytest.mark.parametrize("q_len", [70, DECODE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prefix_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_prefix_of_another_dtype_is_converted_on_load(prefix_dtype, dtype, q_len):
+    check_forward(q_len=q_len, prefix_len=40, dtype=dtype, prefix_dtype=prefix_dtype)
+    check_forward(q_len=q_len, prefix_len=40, dtype=dtype, prefix_dtype=prefix_dtype, head_dim=20)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("q_len", [1, 4, 5, 19, 40])
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_heads_that_share_keys_share_a_tile(group, q_len):
+    heads = dict(q_heads=2 * group, kv_heads=2, q_len=q_len, k_len=60)
+    check_forward(**heads, is_causal=True)
+    check_forward(**heads, attn_mask=some(2, 2 * group, q_len, 60) < 0.7)
+    check_forward(**heads, dropout_p=0.2, dropout_seed=SEED)
+
+
+@pytest.mark.parametrize("batch, prefixes", [(40, None), (40, 40), (70, 2), (33, 1)])
+@pytest.mark.parametrize("group, q_len", [(1, 1), (4, 1), (2, 5), (16, 1)])
+def test_decoding_reads_a_shared_prefix_for_bunches_of_rows(group, q_len, batch, prefixes):
+    ids = None if prefixes in (None, batch) else torch.arange(batch) * 7 % (prefixes + 1) - 1
+    shape = dict(batch=batch, q_heads=group, kv_heads=1, q_len=q_len, k_len=20, prefix_len=600)
+    check_forward(**shape, num_prefixes=prefixes, prefix_ids=ids, head_dim=32)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("q_len", [LONG, 16])
+def test_the_kept_elements_are_the_reference_s_bit_for_bit(q_len, is_causal):
+    """With unit vectors as values the output is the matrix of probabilities itself."""
+    prefix_len, k_len, seed = 20, 180, 123456789123
+    basis = torch.eye(prefix_len + k_len, 256).half()
+    query, key = torch.randn(1, 2, q_len, 256).half() / 9, torch.randn(1, 2, k_len, 256).half() / 9
+    values = basis[:prefix_len].expand(2, -1, -1), basis[prefix_len:].expand(1, 2, -1, -1)
+    out = emulated_prefix_attention(
+        query,
+        key,
+        values[1].contiguous(),
+        torch.randn(2, prefix_len, 256).half() / 9,
+        values[0].contiguous(),
+        is_causal=is_causal,
+        dropout_p=0.25,
+        dropout_seed=torch.tensor([seed]),
+    )
+    visible = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len if is_causal else k_len)
+    for head in range(2):
+        prefix, sequence = (
+            dropout_keep(seed, 0.25, head, segment=segment, rows=q_len, columns=columns)
+            for segment, columns in ((1, prefix_len), (0, k_len))
+        )
+        assert torch.equal(out[0, head, :, : prefix_len + k_len] != 0, torch.cat([prefix, sequence & visible], dim=1))
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("q_len", [LONG, DECODE])
+@pytest.mark.parametrize(
+    "options, seen",
+    [
+        ({"is_causal": True, "query_offset": 0}, lambda q_len: (0, q_len)),
+        ({"window_size": (30, 10), "query_offset": 300}, lambda q_len: (270, 310 + q_len)),
+    ],
+    ids=["causal", "window"],
+)
+def test_tiles_that_no_query_sees_are_not_visited(options, seen, q_len):
+    call = make_call(q_len=q_len, k_len=500, head_dim=64, dtype=torch.float16, with_dlse=False, **options)
+    expected = run(call, emulated_prefix_attention, needs=()).out
+    begin, end = seen(q_len)
+    for name in ("key", "value"):
+        call.inputs[name][:, :, : begin // 16 * 16] = math.nan
+        call.inputs[name][:, :, (end + 15) // 16 * 16 :] = math.nan
+    assert torch.equal(run(call, emulated_prefix_attention, needs=()).out, expected)
+
+
+@pytest.mark.parametrize("q_len", [70, DECODE])
+def test_the_same_call_gives_the_same_bits_in_any_order_of_warps(q_len):
+    call = make_call(q_len=q_len, k_len=200, head_dim=64, dtype=torch.float16, with_dlse=False)
+    first, *others = (
+        run(call, partial(emulated_prefix_attention, seed=seed), needs=()).tensors() for seed in (0, 1, 2)
+    )
+    for other in others:
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_the_output_is_laid_out_for_merging_heads():
+    inputs = make_call(q_len=70, head_dim=64, dtype=torch.float16, layout="contiguous").inputs
+    out = emulated_prefix_attention(**inputs)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+CHECKED = {
+    "plain": dict(q_len=70, k_len=80, prefix_len=20),
+    "causal, two tiles of rows": dict(q_len=130, k_len=70, prefix_len=16, is_causal=True),
+    "rows that see nothing": dict(q_len=40, k_len=30, prefix_len=None, is_causal=True, query_offset=-35),
+    "no keys at all": dict(q_len=40, k_len=0, prefix_len=None),
+    "packed heads": dict(q_len=9, q_heads=6, kv_heads=2, k_len=40, window_size=(7, 3)),
+    "mask and dropout": dict(q_len=33, attn_mask=some(33, 33), dropout_p=0.3, dropout_seed=SEED),
+    "unaligned": dict(q_len=33, layout="poisoned"),
+    "head dim 128": dict(q_len=70, head_dim=128, is_causal=True),
+    "head dim 256": dict(q_len=33, head_dim=250),
+    "bank": dict(
+        q_len=33,
+        num_prefixes=3,
+        prefix_ids=torch.tensor([[2, 0, 2], [-1, 1, 1]]),
+        prefix_lens=torch.tensor([5, 0, 4]),
+        dropout_p=0.3,
+        dropout_seed=SEED,
+    ),
+    "decode": dict(q_len=1, k_len=400, q_heads=4, kv_heads=2),
+    "decode, long prefix": dict(
+        batch=9, q_len=3, k_len=10, prefix_len=600, num_prefixes=2, prefix_ids=torch.arange(9) % 3 - 1
+    ),
+    "decode, no keys at all": dict(q_len=1, k_len=0, prefix_len=None),
+    "decode, head dim 256": dict(q_len=2, k_len=90, head_dim=256, attn_mask=some(90)),
+    "decode, unaligned": dict(q_len=2, k_len=90, layout="poisoned", prefix_dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
+def test_check_mode_finds_nothing(shape, seed):
+    load("check").device(80, FEW if seed == 1 else MANY)
+    check_forward(mode="check", seed=seed, **shape)
