@@ -1,5 +1,4 @@
-"""The tensor core kernels of the backward pass in the emulator against the oracle: every set of gradients, every option,
-every edge of a tile."""
+"""The backward kernels of 16-bit types in the emulator against the oracle: every set of gradients, option and edge."""
 
 import itertools
 from functools import partial
@@ -138,6 +137,20 @@ def test_queries_of_every_number(q_len, head_dim):
 @pytest.mark.parametrize("layout", ["contiguous", "poisoned"])
 def test_prefix_in_another_dtype(layout, prefix_dtype):
     check_emulated(backward_call(dtype=torch.bfloat16, prefix_dtype=prefix_dtype, layout=layout, q_len=35))
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "for each head"])
+@pytest.mark.parametrize("shown", [[(0, 200), (0, 3)], [(150, 170), (17, 160)], [(0, 0), (199, 200)]], ids=str)
+def test_padding_on_either_side(shown, kind):
+    keys = torch.arange(200)
+    mask = torch.stack([(keys >= begin) & (keys < end) for begin, end in shown])[:, None, None]
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    elif kind == "for each head":
+        mask = mask & (bernoulli(HEADS, 1, 1) | (keys < 100))
+    call = backward_call(q_len=35, k_len=200, attn_mask=mask, is_causal=kind == "bool", query_offset=180)
+    check_emulated(call)
+    check_emulated(call, needs=("key",))
 
 
 def test_no_gradient_of_lse():
