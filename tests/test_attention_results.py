@@ -34,6 +34,13 @@ def test_out_alone_unless_lse_is_asked_for():
     assert isinstance(out, torch.Tensor) and torch.equal(out, with_lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_results_too_large_for_the_caches(is_causal, dtype):
+    """Over a megabyte each: the kernels write such results past the caches."""
+    check(make_call(q_heads=4, kv_heads=4, q_len=600, head_dim=64, is_causal=is_causal, layout="aligned", dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_lse_of_half_precision_inputs_is_as_good_as_float32(dtype):
     call = make_call(q_len=64, k_len=200, prefix_len=20, head_dim=64, dtype=dtype)
