@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 
 # Named here because PYTHONSAFEPATH, which the test suite sets, leaves a script's own folder out.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import emulated
 import torch
