@@ -271,10 +271,20 @@ def copied_package(tmp_path: Path) -> Path:
     return copy
 
 
-def _import_failure(*path: Path, prelude: str = "") -> str:
-    """The message of ``import prefix_kernels`` with these folders first on the path, checked for its form."""
+def _python_with(package_folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where the package in this folder is the only one.
+
+    An editable install of the checkout hooks itself into every import and would supply what the copy lacks; ``-S``
+    leaves such hooks out, and with them the site folders, which are named instead.
+    """
+    found = [entry for entry in sys.path if entry and Path(entry).resolve() != CHECKOUT]
+    return _python("-S", *arguments, PYTHONPATH=os.pathsep.join([str(package_folder), *found]))
+
+
+def _import_failure(folder: Path, prelude: str = "") -> str:
+    """The message of ``import prefix_kernels`` in a Python with this folder first, checked for its form."""
     code = f"{prelude}\ntry:\n import prefix_kernels\nexcept ImportError as error:\n print(error)"
-    run = _python("-c", code, PYTHONPATH=os.pathsep.join(map(str, path)))
+    run = _python_with(folder, "-c", code)
     assert run.returncode == 0, run.stderr
     message = run.stdout.strip()
     assert _is_one_sentence(message), message
@@ -297,7 +307,7 @@ def test_importing_with_another_torch_says_to_compile_anew(copied_package):
 
 def test_another_patch_release_of_torch_is_accepted(copied_package):
     (copied_package / "_compiled_torch.py").write_text(f'VERSION = "{RELEASE}.99+other"\n')
-    run = _python("-c", "import prefix_kernels; print(prefix_kernels.__file__)", PYTHONPATH=str(copied_package.parent))
+    run = _python_with(copied_package.parent, "-c", "import prefix_kernels; print(prefix_kernels.__file__)")
     assert run.stdout.strip() == str(copied_package / "__init__.py"), run.stderr
 
 
@@ -327,7 +337,7 @@ def test_a_module_that_does_not_load_says_to_compile_anew(copied_package):
 
 def test_running_the_unbuilt_package_shows_no_traceback(copied_package):
     (copied_package / "_compiled_torch.py").unlink()
-    run = _python("-m", "prefix_kernels", PYTHONPATH=str(copied_package.parent))
+    run = _python_with(copied_package.parent, "-m", "prefix_kernels")
     assert run.returncode != 0
     assert "has not been built: run `pip install" in run.stderr
     assert "Traceback" not in run.stderr
