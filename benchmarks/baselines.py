@@ -5,13 +5,32 @@ All take ``query, key, value [B, H, S, D]`` and ``prefix_key, prefix_value [H, P
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-_flash_forward = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
-_flash_backward = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward}
+
+@dataclass(frozen=True)
+class SdpaKernel:
+    """SDPA's kernel of one backend, as SDPA itself calls it.
+
+    Attributes:
+        forward: ``query, key, value, dropout_p, is_causal`` to ``out`` and ``lse [B, H, Sq]``.
+        backward: ``dout, query, key, value, out, lse, dropout_p, is_causal`` to ``dquery, dkey, dvalue``.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+CPU_KERNEL = SdpaKernel(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
 
 
 def concatenate(prefix: Tensor, sequence: Tensor) -> Tensor:
@@ -46,6 +65,11 @@ def _by_head(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)
 
 
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a @ b``; on a GPU in place, which leaves the layout that SDPA's backward wants and saves a copy."""
+    return total.baddbmm_(a, b) if total.is_cuda else torch.baddbmm(total, a, b)
+
+
 def _by_row(tensor: Tensor, batch: int) -> Tensor:
     """``[H, B * S, ...]`` as ``[B, H, S, ...]``."""
     return tensor.unflatten(1, (batch, -1)).transpose(0, 1)
@@ -60,19 +84,19 @@ class _MergedSdpa(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_key, prefix_value, is_causal):
+    def forward(ctx, query, key, value, prefix_key, prefix_value, is_causal, kernel):
         batch, scale = query.shape[0], query.shape[-1] ** -0.5
-        own_out, own_lse = _flash_forward[query.device.type](query, key, value, 0.0, is_causal)
+        own_out, own_lse = kernel.forward(query, key, value, 0.0, is_causal)
         own_out, own_lse = _by_head(own_out), _by_head(own_lse)
         prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
         scores = torch.bmm(_by_head(query), prefix_key.transpose(1, 2)).float().mul_(scale)  # [H, B * S, P]
         lse = torch.logaddexp(own_lse, scores.logsumexp(-1))
         probabilities = scores.sub_(lse[..., None]).exp_().to(query.dtype)
         weight = (own_lse - lse).exp_()[..., None].to(query.dtype)
-        out = _by_row(torch.baddbmm(own_out * weight, probabilities, prefix_value), batch)
+        out = _by_row(_add_products(own_out * weight, probabilities, prefix_value), batch)
         lse = _by_row(lse, batch)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse, probabilities)
-        ctx.is_causal = is_causal
+        ctx.is_causal, ctx.kernel = is_causal, kernel
         return out
 
     @staticmethod
@@ -82,22 +106,28 @@ class _MergedSdpa(torch.autograd.Function):
         dquery = dkey = dvalue = dprefix_key = dprefix_value = None
         if any(ctx.needs_input_grad[:3]):
             arguments = dout, query, key, value, out, lse, 0.0, ctx.is_causal
-            dquery, dkey, dvalue = _flash_backward[query.device.type](*arguments)
+            dquery, dkey, dvalue = ctx.kernel.backward(*arguments)
         dout_by_head = _by_head(dout)
         delta = (dout_by_head * _by_head(out)).sum(-1, keepdim=True)
         dprobabilities = torch.bmm(dout_by_head, prefix_value.transpose(1, 2))
         dscores = dprobabilities.sub_(delta).mul_(probabilities).mul_(scale)
         if ctx.needs_input_grad[0]:
-            dquery = _by_row(torch.baddbmm(_by_head(dquery), dscores, prefix_key), batch)
+            dquery = _by_row(_add_products(_by_head(dquery), dscores, prefix_key), batch)
         if ctx.needs_input_grad[3]:
             dprefix_key = torch.bmm(dscores.transpose(1, 2), _by_head(query))
         if ctx.needs_input_grad[4]:
             dprefix_value = torch.bmm(probabilities.transpose(1, 2), dout_by_head)
-        return dquery, dkey, dvalue, dprefix_key, dprefix_value, None
+        return dquery, dkey, dvalue, dprefix_key, dprefix_value, None, None
 
 
 def merged_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, is_causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    is_causal: bool = False,
+    kernel: SdpaKernel = CPU_KERNEL,
 ) -> Tensor:
     """The strongest alternative in plain PyTorch: no concatenation, no mask, SDPA's fastest kernel; needs Sq = Sk."""
-    return _MergedSdpa.apply(query, key, value, prefix_key, prefix_value, is_causal)
+    return _MergedSdpa.apply(query, key, value, prefix_key, prefix_value, is_causal, kernel)

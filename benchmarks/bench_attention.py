@@ -4,6 +4,7 @@
     python benchmarks/bench_attention.py --dtype bfloat16 --rounds 50
     python benchmarks/bench_attention.py --quick             # does it work: two cells, few rounds, no CSV
     python benchmarks/bench_attention.py --device cuda       # bfloat16, all that cuda_cells.py plans
+    python benchmarks/bench_attention.py --device cuda --where pass=forward,decode head_dim=64      # a part of it
 
 Every round times each contender once, one after the other in one process and in turns, so that a busy machine slows
 all alike. A row of the CSV gives the median of each contender's times and the median over the rounds of the ratio of
@@ -17,6 +18,7 @@ import argparse
 import csv
 import datetime
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -165,14 +167,17 @@ def environment(device: str) -> dict[str, object]:
     repository = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=False)
+        except OSError:  # a copy on a machine without git
+            return ""
         return done.stdout.strip()
 
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = git("rev-parse", "--short=10", "HEAD") or "unknown"
+    commit = git("rev-parse", "--short=10", "HEAD") or os.environ.get("COMMIT", "unknown")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "machine": f"{platform.system()} {platform.machine()}",
@@ -209,23 +214,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two cells and five rounds; not for results")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, compiled for every cell; cuda only")
     parser.add_argument("--time-limit", type=float, help="seconds after which no further cell is begun; cuda only")
-    parser.add_argument("--output", type=Path, help="CSV; default: benchmarks/results/attention_<device>_<dtype>.csv")
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="these cells alone; cuda only")
+    parser.add_argument("--output", type=Path, help="CSV; default: a file of benchmarks/results")
     arguments = parser.parse_args()
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     torch.set_num_threads(arguments.threads)
 
-    grid, rounds = (GRID[:2], 5) if arguments.quick else (GRID, arguments.rounds)
-    output = arguments.output
-    if output is None and not arguments.quick:
-        output = Path(__file__).parent / "results" / f"attention_{arguments.device}_{arguments.dtype}.csv"
     shared = environment(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in shared.items()))
-
+    output = arguments.output
     if arguments.device == "cuda":
         import cuda_bench
 
+        if output is None and not arguments.quick:
+            output = cuda_bench.default_output(arguments.dtype)
         cuda_bench.run(arguments, shared, output)
         return
+
+    grid, rounds = (GRID[:2], 5) if arguments.quick else (GRID, arguments.rounds)
+    if output is None and not arguments.quick:
+        output = Path(__file__).parent / "results" / f"attention_cpu_{arguments.dtype}.csv"
 
     rows = []
     for shape in grid:

@@ -7,12 +7,12 @@ merged with a small softmax over the prefix. All take ``query [B, Hq, Sq, D]``, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
-import baselines
 import torch
-from baselines import causal_mask, concatenate
+from baselines import SdpaKernel, causal_mask, concatenate, merged_sdpa
 from cuda_cells import CudaCell
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,32 +22,37 @@ from torch.nn.functional import scaled_dot_product_attention
 Contender = Callable[..., Tensor]
 
 
-def _cat_sdpa(backend: SDPBackend, mask: Tensor | None, *inputs: Tensor) -> Tensor:
-    query, key, value, prefix_key, prefix_value = inputs
-    keys, values = concatenate(prefix_key, key), concatenate(prefix_value, value)
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1]
-        )
-
-
-def _cat_flash(cell: CudaCell) -> Contender:
-    # One query sees every key of its cache, and without a bias nothing is read for that.
-    def flash(*inputs: Tensor) -> Tensor:
-        has_bias = cell.is_causal and cell.q_len > 1
-        bias = causal_lower_right(cell.q_len, cell.prefix_len + cell.k_len) if has_bias else None
-        return _cat_sdpa(SDPBackend.FLASH_ATTENTION, bias, *inputs)
-
-    return flash
+def _has_diagonal(cell: CudaCell) -> bool:
+    # One query sees every key of its cache, and without a mask nothing is read for that.
+    return cell.is_causal and cell.q_len > 1
 
 
 def _mask(cell: CudaCell, device: str) -> Tensor | None:
-    return causal_mask(cell.q_len, cell.k_len, cell.prefix_len, device) if cell.is_causal and cell.q_len > 1 else None
+    return causal_mask(cell.q_len, cell.k_len, cell.prefix_len, device) if _has_diagonal(cell) else None
+
+
+def _cat_sdpa(backend: SDPBackend, make_mask: Callable[[], Tensor | None]) -> Contender:
+    def cat_sdpa(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
+        keys, values = concatenate(prefix_key, key), concatenate(prefix_value, value)
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(
+                query, keys, values, attn_mask=make_mask(), enable_gqa=key.shape[1] != query.shape[1]
+            )
+
+    return cat_sdpa
+
+
+def _cat_flash(cell: CudaCell, device: str) -> Contender:
+    def bias() -> Tensor | None:
+        return causal_lower_right(cell.q_len, cell.prefix_len + cell.k_len) if _has_diagonal(cell) else None
+
+    return _cat_sdpa(SDPBackend.FLASH_ATTENTION, bias)
 
 
 def _cat_cudnn(cell: CudaCell, device: str) -> Contender:
-    # cuDNN's causal flag means the upper left corner, so that bottom-right has to be a mask.
-    return functools.partial(_cat_sdpa, SDPBackend.CUDNN_ATTENTION, _mask(cell, device))
+    # PyTorch's bottom-right bias becomes a mask for cuDNN too, anew in every call: here it is made once.
+    mask = _mask(cell, device)
+    return _cat_sdpa(SDPBackend.CUDNN_ATTENTION, lambda: mask)
 
 
 def _cat_masked(cell: CudaCell, device: str) -> Contender:
@@ -64,22 +69,28 @@ def _cat_masked(cell: CudaCell, device: str) -> Contender:
     return masked
 
 
-def _cat_flex(cell: CudaCell, device: str) -> Contender:
+@functools.lru_cache(maxsize=1)
+def _compiled_flex(cell: CudaCell, device: str) -> Callable[..., Tensor]:
+    """FlexAttention compiled for one shape; what was compiled for another is dropped, of which torch keeps few."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Every cell has shapes of its own; what was compiled for another is not wanted, and torch keeps only a few.
     torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = None
-    if cell.is_causal and cell.q_len > 1:
-        shift = cell.prefix_len + cell.k_len - cell.q_len
+    if _has_diagonal(cell):
+        columns = cell.prefix_len + cell.k_len
+        shift = columns - cell.q_len
         block_mask = create_block_mask(
-            lambda b, h, i, j: j <= i + shift, None, None, cell.q_len, cell.prefix_len + cell.k_len, device=device
+            lambda b, h, i, j: j <= i + shift, None, None, cell.q_len, columns, device=device
         )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(compiled, block_mask=block_mask, enable_gqa=cell.q_heads != cell.kv_heads)
+
+
+def _cat_flex(cell: CudaCell, device: str) -> Contender:
+    compiled = _compiled_flex(dataclasses.replace(cell, pass_="any"), device)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
-        keys, values = concatenate(prefix_key, key), concatenate(prefix_value, value)
-        return compiled(query, keys, values, block_mask=block_mask, enable_gqa=cell.q_heads != cell.kv_heads)
+        return compiled(query, concatenate(prefix_key, key), concatenate(prefix_value, value))
 
     return flex
 
@@ -94,37 +105,55 @@ def _flash_forward(
 def _flash_backward(dout, query, key, value, out, lse, dropout_p, is_causal) -> tuple[Tensor, Tensor, Tensor]:
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of the random numbers
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *(dout, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], dropout_p, is_causal),
-        *(unused, unused),
+        # The kernel takes lse for contiguous without looking.
+        *(dout, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], dropout_p),
+        *(is_causal, unused, unused),
     )
 
 
-baselines._flash_forward["cuda"] = _flash_forward
-baselines._flash_backward["cuda"] = _flash_backward
+class _CudnnKernel:
+    """cuDNN's lse is ``[B, H, S]`` or ``[B, H, S, 1]``, by the version of PyTorch; backward wants it back as it was."""
+
+    columns: tuple[int, ...] = ()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, dropout_p, is_causal
+        )
+        self.columns = lse.shape[3:]
+        return out, lse.reshape(lse.shape[:3])
+
+    def backward(self, dout, query, key, value, out, lse, dropout_p, is_causal) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(dout, query, key, value, out, lse.reshape(lse.shape + self.columns).contiguous(), unused, unused),
+            *(None, None, None, query.shape[2], key.shape[2], dropout_p, is_causal),
+        )
 
 
-def _merged_flash(cell: CudaCell) -> Contender:
+_FLASH = SdpaKernel(_flash_forward, _flash_backward)
+_cudnn = _CudnnKernel()
+_CUDNN = SdpaKernel(_cudnn.forward, _cudnn.backward)
+
+
+def _merged(kernel: SdpaKernel, cell: CudaCell, device: str) -> Contender:
     """The split in plain PyTorch; a prefix is repeated for the heads of its group, which is small."""
     group = cell.q_heads // cell.kv_heads
 
     def merged(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
         if group > 1:
             prefix_key, prefix_value = (each.repeat_interleave(group, 0) for each in (prefix_key, prefix_value))
-        is_causal = cell.is_causal and cell.q_len > 1
-        return baselines.merged_sdpa(query, key, value, prefix_key, prefix_value, is_causal)
+        return merged_sdpa(query, key, value, prefix_key, prefix_value, _has_diagonal(cell), kernel)
 
     return merged
 
 
-def makers(cell: CudaCell, device: str) -> dict[str, Callable[[], Contender]]:
-    """Name of every baseline and what makes its function for the cell; making or calling it may raise."""
-    return {
-        "cat_flash": lambda: _cat_flash(cell),
-        "cat_cudnn": lambda: _cat_cudnn(cell, device),
-        "cat_masked": lambda: _cat_masked(cell, device),
-        "cat_flex": lambda: _cat_flex(cell, device),
-        "merged_flash": lambda: _merged_flash(cell),
-    }
-
-
-NAMES = ("cat_flash", "cat_cudnn", "cat_masked", "cat_flex", "merged_flash")
+# What makes each baseline's function for a cell on a device; making or calling it may raise.
+BASELINES: dict[str, Callable[[CudaCell, str], Contender]] = {
+    "cat_flash": _cat_flash,
+    "cat_cudnn": _cat_cudnn,
+    "cat_masked": _cat_masked,
+    "cat_flex": _cat_flex,
+    "merged_flash": functools.partial(_merged, _FLASH),
+    "merged_cudnn": functools.partial(_merged, _CUDNN),
+}

@@ -2,7 +2,8 @@
 
 A row of the CSV is written as soon as its cell is measured, so that a run that is cut off leaves what it has. ``best``
 is the fastest baseline, ``best_ratio`` its time over ours; fractions are of the matrix product and the copy that this
-GPU was measured to reach in the same run.
+GPU was measured to reach in the same run. A baseline that refuses a cell, or computes something else than ours, is left
+out of its row and named with the reason.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import cuda_baselines
 import torch
-from cuda_cells import CudaCell, plan
+from cuda_baselines import BASELINES
+from cuda_cells import CudaCell, plan, select
 from cuda_timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
 from torch import Tensor
 
 from prefix_kernels import prefix_attention
 
-NAMES = ("ours", *cuda_baselines.NAMES)
+NAMES = ("ours", *BASELINES)
 # A call that takes longer is repeated less often.
 _TARGET_MS = 300.0
+# Results of 16-bit types that differ by more, in the Euclidean norm, are not those of the same attention.
+_SAME = 0.05
 
 
 def make_inputs(cell: CudaCell, device: str) -> list[Tensor]:
@@ -59,6 +63,13 @@ def prepare(
     return lambda: torch.autograd.grad(out, asked, dout, retain_graph=True)
 
 
+def _difference(results: object, others: object) -> float:
+    """The largest distance of two results or sets of gradients, over the norm of the second."""
+    results, others = ([x] if isinstance(x, Tensor) else x for x in (results, others))
+    pairs = [(a.float(), b.float()) for a, b in zip(results, others, strict=True)]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
 def prepare_all(
     cell: CudaCell, device: str, flex: bool = False
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
@@ -66,23 +77,24 @@ def prepare_all(
     torch.manual_seed(0)
     inputs = make_inputs(cell, device)
     dout = torch.randn_like(inputs[0].transpose(1, 2)).transpose(1, 2)
-    makers: dict[str, Callable[[], Callable[..., Tensor]]] = {
-        "ours": lambda: lambda *tensors: prefix_attention(*tensors, is_causal=cell.is_causal)
-    }
-    makers |= cuda_baselines.makers(cell, device)
-    if not flex:
-        del makers["cat_flex"]
-    calls, refused = {}, {}
-    for name, make in makers.items():
+    ours = prepare(cell, lambda *tensors: prefix_attention(*tensors, is_causal=cell.is_causal), inputs, dout)
+    expected = ours()
+    calls, refused = {"ours": ours}, {}
+    for name, make in BASELINES.items():
+        if name == "cat_flex" and not flex:
+            continue
         try:
-            call = prepare(cell, make(), inputs, dout)
-            for _ in range(3):
-                call()
+            call = prepare(cell, make(cell, device), inputs, dout)
+            # Written so that NaN is refused.
+            if not (difference := _difference(call(), expected)) < _SAME:
+                raise ValueError(f"differs from ours by {difference:.2g} of its size")
             calls[name] = call
         except Exception as error:  # each backend has errors of its own
-            if name == "ours":
-                raise
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    del expected
+    for _ in range(2):  # and once above
+        for call in calls.values():
+            call()
     return calls, refused
 
 
@@ -99,16 +111,7 @@ def row_of(
     }
     best = min(ratios, key=ratios.__getitem__, default="")
     row: dict[str, object] = {
-        "batch": cell.batch,
-        "q_heads": cell.q_heads,
-        "kv_heads": cell.kv_heads,
-        "head_dim": cell.head_dim,
-        "q_len": cell.q_len,
-        "k_len": cell.k_len,
-        "prefix_len": cell.prefix_len,
-        "dtype": cell.dtype,
-        "causal": int(cell.is_causal),
-        "pass": cell.pass_,
+        **cell.columns(),
         "ours_ms": f"{ours:.4f}",
         "ours_tflops": f"{tflops:.1f}",
         "ours_gbps": f"{gbps:.0f}",
@@ -117,7 +120,7 @@ def row_of(
         "best": best,
         "best_ratio": f"{ratios[best]:.3f}" if best else "",
     }
-    for name in cuda_baselines.NAMES:
+    for name in BASELINES:
         row[f"{name}_ms"] = f"{median(times[name]):.4f}" if name in times else ""
         row[f"{name}_ratio"] = f"{ratios[name]:.3f}" if name in times else ""
     for name in NAMES:
@@ -141,7 +144,7 @@ def summary(rows: Iterable[dict[str, object]]) -> list[str]:
     lines = []
     for pass_ in dict.fromkeys(str(row["pass"]) for row in rows):
         chosen = [row for row in rows if row["pass"] == pass_]
-        for name in ("best", *cuda_baselines.NAMES):
+        for name in ("best", *BASELINES):
             ratios = [float(row[f"{name}_ratio"]) for row in chosen if row[f"{name}_ratio"]]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -165,6 +168,37 @@ def measure(
     return row_of(cell, times, memory, ceilings)
 
 
+def default_output(dtype: str) -> Path:
+    """A file of ``results`` that is named after the GPU."""
+    name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
+    return Path(__file__).parent / "results" / f"attention_{name}_{dtype}.csv"
+
+
+class _Table:
+    """A CSV whose rows are in the file as soon as they are known; without a path, nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None if path is None else path.open("w", newline="")
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def add(self, row: dict[str, object]) -> None:
+        if self._file is None:
+            return
+        writer = csv.DictWriter(self._file, fieldnames=list(row))
+        if self._file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def run(
     arguments: argparse.Namespace,
     shared: dict[str, object],
@@ -173,19 +207,24 @@ def run(
     ceilings: Ceilings | None = None,
     device: str = "cuda",
 ) -> list[dict[str, object]]:
-    """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows."""
+    """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
+
+    Raises:
+        SystemExit: ``arguments.where`` asks for what is not there; or our kernels failed in some cell, which keeps the
+            others from being measured only where the GPU is of no more use.
+    """
     begin = time.monotonic()
-    cells = plan(arguments.dtype)[: 4 if arguments.quick else None]
+    try:
+        cells = select(plan(arguments.dtype), arguments.where)[: 4 if arguments.quick else None]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     timer = EventTimer() if timer is None else timer
     ceilings = measure_ceilings(timer, getattr(torch, arguments.dtype)) if ceilings is None else ceilings
     shared = {**shared, "matmul_tflops": f"{ceilings.tflops:.1f}", "copy_gbps": f"{ceilings.gbps:.0f}"}
     print(f"ceilings: {ceilings.tflops:.0f} TFLOP/s of a matrix product, {ceilings.gbps:.0f} GB/s of a copy")
     rows: list[dict[str, object]] = []
-    file = None
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = output.open("w", newline="")
-    try:
+    failures = 0
+    with _Table(output) as table:
         for done, cell in enumerate(cells):
             if arguments.time_limit and time.monotonic() - begin > arguments.time_limit:
                 print(f"stopped by --time-limit after {done} of {len(cells)} cells")
@@ -195,17 +234,17 @@ def run(
             except torch.cuda.OutOfMemoryError:
                 print(f"{cell}: left out, the GPU's memory is too small")
                 continue
+            except Exception as error:
+                failures += 1
+                print(f"{cell}: FAILED: {error}", flush=True)
+                if device == "cuda":
+                    torch.cuda.synchronize()  # raises where the GPU is of no more use to this process
+                continue
             rows.append(row)
+            table.add(row)
             print(line_of(row), flush=True)
-            if file is not None:
-                writer = csv.DictWriter(file, fieldnames=list(row))
-                if len(rows) == 1:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-    finally:
-        if file is not None:
-            file.close()
     print("\nBaselines' times over ours, geometric means:")
     print("\n".join(summary(rows)))
+    if failures:
+        raise SystemExit(f"{failures} cells failed")
     return rows

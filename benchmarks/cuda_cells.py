@@ -30,6 +30,21 @@ class CudaCell:
     pass_: str
     dtype: str = "bfloat16"
 
+    def columns(self) -> dict[str, object]:
+        """What the table calls them."""
+        return {
+            "batch": self.batch,
+            "q_heads": self.q_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "q_len": self.q_len,
+            "k_len": self.k_len,
+            "prefix_len": self.prefix_len,
+            "dtype": self.dtype,
+            "causal": int(self.is_causal),
+            "pass": self.pass_,
+        }
+
     @property
     def needs(self) -> tuple[bool, ...]:
         """Which of query, key, value, prefix_key, prefix_value ask for a gradient."""
@@ -65,9 +80,11 @@ class CudaCell:
         }[self.pass_]
 
 
-def _square(heads: tuple[int, int, int], length: int, prefix_len: int, dtype: str) -> Iterator[CudaCell]:
-    batch = max(1, min(32, TOKENS // length))
-    for is_causal, pass_ in itertools.product((True, False), PASSES):
+def _square(
+    heads: tuple[int, int, int], length: int, prefix_len: int, dtype: str, passes: tuple[str, ...], batch: int = 0
+) -> Iterator[CudaCell]:
+    batch = batch or max(1, min(32, TOKENS // length))
+    for is_causal, pass_ in itertools.product((True, False), passes):
         yield CudaCell(batch, *heads, length, length, prefix_len, is_causal, pass_, dtype)
 
 
@@ -79,20 +96,47 @@ def plan(dtype: str = "bfloat16") -> list[CudaCell]:
     """All cells, in the order in which they are measured: whoever stops early has the most telling ones.
 
     Every head layout at two lengths and in decoding; then the other lengths; then the other prefixes and batches.
+    Forward and backward together, which is measured for its memory, comes last in each of these.
     """
+    single, both = PASSES[:3], PASSES[3:]
     cells: list[CudaCell] = []
-    for length, heads in itertools.product(LENGTHS[:2], HEADS):
-        cells += _square(heads, length, PREFIX_LENS[0], dtype)
+
+    def squares(lengths: tuple[int, ...], passes: tuple[str, ...]) -> None:
+        for length, heads in itertools.product(lengths, HEADS):
+            cells.extend(_square(heads, length, PREFIX_LENS[0], dtype, passes))
+
+    squares(LENGTHS[:2], single)
     cells += [_decode(8, heads, 8192, 128, dtype) for heads in HEADS]
-    for length, heads in itertools.product(LENGTHS[2:], HEADS):
-        cells += _square(heads, length, PREFIX_LENS[0], dtype)
-    for prefix_len, heads in itertools.product(PREFIX_LENS[1:], HEADS):
-        cells += _square(heads, 1024, prefix_len, dtype)
+    squares(LENGTHS[:2], both)
+    squares(LENGTHS[2:], single)
+    squares(LENGTHS[2:], both)
+    for passes in (single, both):
+        for prefix_len, heads in itertools.product(PREFIX_LENS[1:], HEADS):
+            cells += _square(heads, 1024, prefix_len, dtype, passes)
     cells += [
         _decode(batch, heads, k_len, prefix_len, dtype)
         for batch, heads, k_len, prefix_len in itertools.product(BATCHES, HEADS, (1024, 8192), (128, 2048))
     ]
     for batch, heads in itertools.product(BATCHES, HEADS):
-        for is_causal, pass_ in itertools.product((True, False), PASSES):
-            cells.append(CudaCell(batch, *heads, 512, 512, 64, is_causal, pass_, dtype))
+        cells += _square(heads, 512, 64, dtype, PASSES, batch)
     return list(dict.fromkeys(cells))
+
+
+def select(cells: list[CudaCell], wishes: list[str]) -> list[CudaCell]:
+    """The cells that fulfil every wish: ``pass=forward,decode`` or ``head_dim=64``, by columns of the table.
+
+    Raises:
+        ValueError: a wish names no column or only values that no cell has.
+    """
+    for wish in wishes:
+        name, _, text = wish.partition("=")
+        names = cells[0].columns()
+        if name not in names:
+            raise ValueError(f"--where: expected COLUMN=VALUE[,VALUE...], a column of {', '.join(names)}; got {wish!r}")
+        values = text.split(",")
+        chosen = [cell for cell in cells if str(cell.columns()[name]) in values]
+        if not chosen:
+            there = dict.fromkeys(str(cell.columns()[name]) for cell in cells)
+            raise ValueError(f"--where {wish}: no cell left; {name} is one of {', '.join(there)}")
+        cells = chosen
+    return cells

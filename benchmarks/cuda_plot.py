@@ -20,6 +20,7 @@ COLOURS = {
     "cat_masked": "#c44e52",
     "cat_flex": "#8172b2",
     "merged_flash": "#dd8452",
+    "merged_cudnn": "#937860",
 }
 
 

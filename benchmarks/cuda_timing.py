@@ -1,7 +1,8 @@
 """Times on a GPU: events around calls that the processor has queued ahead, with an empty L2; and what the GPU can do.
 
-A call is measured by two events. Before the first of them the device is kept busy for longer than the processor needs
-to queue the call, so that neither Python nor launching is measured, and a buffer larger than the L2 cache is written.
+A call is measured by two events. Before the first of them a buffer larger than the L2 cache is read, which leaves
+nothing there that the call would have to write back, and the device is kept busy for longer than the processor needs to
+queue the call, so that neither Python nor launching is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class EventTimer:
 
     def __post_init__(self) -> None:
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * 2**20)
-        self.flush = torch.empty(max(4 * l2, 2**28), dtype=torch.uint8, device="cuda")
+        self.flush = torch.zeros(max(4 * l2, 2**28) // 4, dtype=torch.float32, device="cuda")
 
     def _queue_time(self, call: Call) -> float:
         """Seconds that the processor needs to queue the call."""
@@ -45,7 +46,7 @@ class EventTimer:
             first = turn % len(names)
             events = []
             for name in names[first:] + names[:first]:
-                self.flush.zero_()
+                self.flush.sum()
                 torch.cuda._sleep(int(ahead[name] * self.cycles_per_second))
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()

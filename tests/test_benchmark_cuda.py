@@ -7,11 +7,13 @@ import re
 import subprocess
 from pathlib import Path
 
+import baselines
 import cuda_baselines
 import cuda_bench
 import pytest
 import torch
-from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, CudaCell, plan
+from cuda_baselines import BASELINES
+from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, CudaCell, plan, select
 from cuda_timing import Ceilings
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
@@ -28,7 +30,7 @@ def ticks(calls, rounds):
 
 def settings(**changes):
     return argparse.Namespace(
-        **{"dtype": "float32", "quick": False, "rounds": 5, "time_limit": None, "flex": False} | changes
+        **{"dtype": "float32", "quick": False, "rounds": 5, "time_limit": None, "flex": False, "where": []} | changes
     )
 
 
@@ -42,6 +44,24 @@ def test_the_plan_covers_what_was_promised_and_nothing_twice():
     assert {cell.prefix_len for cell in cells} == set(PREFIX_LENS)
     assert {cell.is_causal for cell in cells} == {True, False}
     assert {1, 8, 32} == set(BATCHES) <= {cell.batch for cell in cells} and max(cell.batch for cell in cells) == 32
+
+
+def test_the_most_telling_cells_come_first():
+    first = plan()[: len(HEADS) * 2 * 2 * 3 + len(HEADS)]
+    assert {cell.pass_ for cell in first} == {"forward", "backward", "prefix_backward", "decode"}
+    assert {cell.q_len for cell in first} == {1, *LENGTHS[:2]}
+    assert {(cell.q_heads, cell.kv_heads, cell.head_dim) for cell in first} == set(HEADS)
+
+
+def test_a_part_of_the_plan_can_be_chosen_by_the_columns_of_the_table():
+    cells = plan()
+    chosen = select(cells, ["pass=forward,decode", "head_dim=64"])
+    assert chosen == [cell for cell in cells if cell.pass_ in ("forward", "decode") and cell.head_dim == 64]
+    assert {cell.is_causal for cell in select(chosen, ["causal=0"])} == {False}
+    with pytest.raises(ValueError, match="a column of batch, q_heads, .*, pass; got 'length=5'"):
+        select(cells, ["length=5"])
+    with pytest.raises(ValueError, match="--where head_dim=65: no cell left; head_dim is one of 64, 128, 256"):
+        select(cells, ["head_dim=65"])
 
 
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: f"{cell.pass_} {'causal' if cell.is_causal else 'full'}")
@@ -62,13 +82,48 @@ def test_flops_count_the_visible_pairs(cell):
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: f"{cell.pass_} {'causal' if cell.is_causal else 'full'}")
 def test_baselines_that_run_here_compute_what_ours_does(cell):
     calls, refused = cuda_bench.prepare_all(cell, "cpu")
-    assert "merged_flash" in calls or cell.q_heads != cell.kv_heads
-    assert {*calls, *refused} == {"ours", *cuda_baselines.NAMES} - {"cat_flex"}
+    assert {*calls, *refused} == {"ours", *BASELINES} - {"cat_flex"}
+    # Each needs its GPU, and none may be left out for another reason.
+    assert not any("differs" in reason for reason in refused.values()), refused
     results = {name: call() for name, call in calls.items()}
     for name, result in results.items():
         torch.testing.assert_close(
             result, results["ours"], atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.fixture
+def merged_here(monkeypatch):
+    """The split with SDPA's kernel for the CPU in place of the GPU's."""
+    merged = cuda_baselines._merged
+    monkeypatch.setitem(BASELINES, "merged_flash", lambda *cell: merged(baselines.CPU_KERNEL, *cell))
+
+
+@pytest.mark.parametrize("pass_", [*PASSES, "decode"])
+def test_a_baseline_is_compared_before_it_is_timed(merged_here, monkeypatch, pass_):
+    cell = CudaCell(2, 4, 4, 16, 24, 24, 5, False, pass_, "float32")
+    assert "merged_flash" in cuda_bench.prepare_all(cell, "cpu")[0]
+    right = BASELINES["merged_flash"]
+    monkeypatch.setitem(BASELINES, "merged_flash", lambda *cell: lambda *inputs: right(*cell)(*inputs) * 1.2)
+    calls, refused = cuda_bench.prepare_all(cell, "cpu")
+    assert "merged_flash" not in calls
+    assert refused["merged_flash"] == "ValueError: differs from ours by 0.2 of its size"
+
+
+@pytest.mark.parametrize("kernel", [cuda_baselines._FLASH, cuda_baselines._CUDNN], ids=["flash", "cudnn"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernels_of_sdpa_take_what_the_split_gives_them(kernel, kv_heads):
+    """Their schemas and layouts, as far as tensors without contents tell."""
+    query, key, value, dout = (
+        torch.empty(2, 24, heads, 64, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+        for heads in (4, kv_heads, kv_heads, 4)
+    )
+    out, lse = kernel.forward(query, key, value, 0.0, True)
+    assert (out.shape, out.stride()) == (query.shape, query.stride())
+    assert (lse.shape, lse.dtype) == (query.shape[:3], torch.float32)
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    gradients = kernel.backward(dout, query, key, value, out, lse, 0.0, True)
+    assert [each.shape for each in gradients] == [query.shape, key.shape, value.shape]
 
 
 def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, capsys):
@@ -92,6 +147,19 @@ def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, 
 
     cuda_plot.plot(table, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_cell_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsys):
+    def fail_once(*inputs, **options):
+        monkeypatch.undo()
+        raise RuntimeError("launch of a kernel")
+
+    monkeypatch.setattr(cuda_bench, "prefix_attention", fail_once)
+    wishes = ["pass=decode", "k_len=1024", "prefix_len=128", "head_dim=64"]
+    with pytest.raises(SystemExit, match="1 cells failed"):
+        cuda_bench.run(settings(where=wishes), {}, tmp_path / "table.csv", ticks, Ceilings(1.0, 1.0), "cpu")
+    assert "FAILED: launch of a kernel" in capsys.readouterr().out
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == len(BATCHES)
 
 
 def test_a_run_stops_at_its_time_limit(monkeypatch, capsys):
