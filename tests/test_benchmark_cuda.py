@@ -169,54 +169,85 @@ def test_a_run_stops_at_its_time_limit(monkeypatch, capsys):
     assert f"stopped by --time-limit after 0 of {len(SMALL)} cells" in capsys.readouterr().out
 
 
-def run_script(*arguments, python):
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
-    return subprocess.run(
-        [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script with a stub for an interpreter, whose body is given, and another for compute-sanitizer."""
+
+    def stub(name, body):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    def run(*arguments, body='echo "$TORCH_CUDA_ARCH_LIST: $*"', **environment):
+        stub("compute-sanitizer", 'echo "$@"')
+        stub("python3", f'case "$*" in *get_device_capability*) echo 9.0; exit;; esac\n{body}')
+        environment["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+        return subprocess.run(
+            [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+
+    return run
 
 
-def stub(tmp_path, body):
-    path = tmp_path / "python"
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return path
+def texts(folder):
+    """What each part of the script has left, by name."""
+    return {path.stem: path.read_text() for path in folder.glob("*.txt")}
 
 
-def test_the_script_asks_for_a_folder_and_for_a_gpu(tmp_path):
-    run = run_script(python="python3")
-    assert run.returncode == 2 and "usage: " in run.stderr
-    run = run_script(str(tmp_path / "out"), python=stub(tmp_path, "exit 1"))
-    assert run.returncode == 1 and "no GPU that" in run.stderr
+def test_the_script_asks_for_a_folder_and_knows_its_parts(script, tmp_path):
+    for arguments in ((), ("--",), (tmp_path / "out", "tests", "everything")):
+        run = script(*arguments)
+        assert run.returncode == 2
+        assert "OUTDIR [PART...]" in run.stderr
 
 
-def test_the_script_runs_every_part_and_names_those_that_fail(tmp_path):
-    """The interpreter is a stub that says what it was called with; the benchmark of FlexAttention fails."""
-    body = 'case "$*" in *get_device_capability*) echo 9.0;; *--flex*) exit 3;; esac\necho "$TORCH_CUDA_ARCH_LIST: $*"'
-    out = tmp_path / "out"
-    run = run_script(str(out), python=stub(tmp_path, body))
+def test_the_script_asks_for_a_gpu(script, tmp_path):
+    run = script(tmp_path / "out", PYTHON="/bin/false")
+    assert run.returncode == 1
+    assert "no GPU that /bin/false's PyTorch can use" in run.stderr
+
+
+def test_the_script_runs_every_part_and_names_those_that_fail(script, tmp_path):
+    run = script(tmp_path / "out", body='case "$*" in *--flex*) exit 3;; esac\necho "$TORCH_CUDA_ARCH_LIST: $*"')
     assert run.returncode == 1
     assert run.stdout.splitlines()[-1] == "failed: benchmark_flex"
-    assert "9.0" in (out / "build.txt").read_text()
+    written = texts(tmp_path / "out")
     for part, expected in {
-        "build": "-m pip install --no-deps --no-build-isolation",
+        "build": "9.0: -m pip install --no-deps --no-build-isolation",
         "report": "-m prefix_kernels",
         "tests": "tests/gpu",
-        "benchmark": "--device cuda --time-limit 105 --output",
+        "memcheck": "--tool memcheck --error-exitcode 9",
+        "racecheck": "--tool racecheck",
+        "synccheck": "--tool synccheck",
+        "initcheck": "--tool initcheck",
+        "benchmark": "--device cuda --time-limit",
+        "benchmark_flex": "",
     }.items():
-        assert expected in (out / f"{part}.txt").read_text()
+        assert expected in written[part]
 
 
-def test_the_script_gives_up_where_the_build_fails(tmp_path):
-    body = 'case "$*" in *get_device_capability*) echo 9.0;; *"pip install"*) exit 1;; esac'
-    run = run_script(str(tmp_path / "out"), python=stub(tmp_path, body))
-    assert run.returncode == 1 and "the build failed" in run.stderr
-    assert not (tmp_path / "out" / "report.txt").exists()
+def test_the_script_runs_the_parts_that_are_named(script, tmp_path):
+    run = script(tmp_path / "out", "report", "benchmark", "--", "--where", "pass=decode")
+    assert run.returncode == 0, run.stderr
+    written = texts(tmp_path / "out")
+    assert set(written) == {"gpu", "report", "benchmark"}
+    assert written["benchmark"].endswith("attention_cuda.csv --where pass=decode\n")
 
 
-def test_the_parts_of_the_script_fit_into_ten_minutes():
-    # Name and limit of each part; one line stands for the four tools of compute-sanitizer, one for the two pictures.
-    limits = dict(re.findall(r'part "?([$\w]+)"? (\d+) ', SCRIPT.read_text()))
-    assert set(limits) == {"build", "report", "tests", "$tool", "benchmark", "benchmark_flex", "plot_$name"}
-    times = {"$tool": 4, "plot_$name": 2}
-    assert sum(int(limit) * times.get(name, 1) for name, limit in limits.items()) < 600
+def test_the_script_gives_up_where_the_build_fails(script, tmp_path):
+    run = script(tmp_path / "out", body='case "$*" in *"pip install"*) exit 1;; esac')
+    assert run.returncode == 1
+    assert "the build failed" in run.stderr
+    assert set(texts(tmp_path / "out")) == {"gpu", "build"}
+
+
+def test_the_script_keeps_to_its_time(script, tmp_path):
+    """A part that does not come to an end is stopped, and those behind it are not begun."""
+    body = 'case "$*" in *"-m pytest"*) exec sleep 10000;; esac'
+    run = script(tmp_path / "out", "tests", "benchmark", TIME_LIMIT="3", body=body)
+    assert run.stdout.splitlines()[-1] == "failed: tests benchmark"
+    written = texts(tmp_path / "out")
+    assert "stopped after at most" in written["tests"]
+    assert written["benchmark"] == "no time is left for this\n"
+    assert int(re.search(r"TIME_LIMIT:-(\d+)", SCRIPT.read_text()).group(1)) < 600
