@@ -443,10 +443,10 @@ def test_a_decoder_made_bidirectional_sees_everything() -> None:
 @pytest.mark.parametrize("attention", [prefix_attention_forward, torch_attention_forward])
 def test_a_sliding_window_limits_the_sequence_and_not_the_prefix(attention: Callable) -> None:
     module = nn.Module()
-    module.is_causal, module.prefix_layer = True, 0
+    module.is_causal, module.prefix_site = True, 0
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     prefix_key, prefix_value = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    prefixes = LayerPrefixes([(prefix_key, prefix_value)])
+    prefixes = LayerPrefixes({0: (prefix_key, prefix_value)})
     out, _ = attention(module, query, key, value, None, sliding_window=2, layer_prefixes=prefixes)
 
     columns, rows = torch.arange(6), torch.arange(6)[:, None]
@@ -523,7 +523,7 @@ def test_the_config_survives_json() -> None:
         ({"prefix_dropout": 1.5}, r"prefix_dropout: expected a probability in \[0, 1\], got 1.5"),
         (
             {"modules_to_save": "classifier"},
-            "modules_to_save: expected a sequence of names, got the string 'classifier'",
+            "modules_to_save: expected a sequence, got the string 'classifier'",
         ),
         ({"position_offset": "shift"}, r"position_offset: expected one of \('peft', 'none'\), got 'shift'"),
         ({"attention": "flash"}, r"attention: expected one of \('prefix_kernels', 'torch'\), got 'flash'"),
@@ -600,7 +600,7 @@ def test_switching_the_attention_implementation_cannot_silently_drop_the_prefix(
 
 def test_a_layer_called_alone_does_not_silently_drop_the_prefix() -> None:
     model = prepared(tiny_model("bert"))
-    with pytest.raises(RuntimeError, match="of layer 1 was called without its prefix"):
+    with pytest.raises(RuntimeError, match="of prefix 1 was called without its prefix"):
         model.bert.encoder.layer[1](torch.randn(1, 3, 32))
 
 

@@ -20,41 +20,44 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prefix_kernels.functional import prefix_attention
+from prefix_kernels.integrations.layout import PrefixPair
 
 PREFIX_ARGUMENT = "layer_prefixes"
-# Set on every attention module of a prepared model: which layer's prefix it reads.
-PREFIX_LAYER_ATTRIBUTE = "prefix_layer"
+# Set on every attention module with a prefix: its index in PrefixLayout.sites.
+PREFIX_SITE_ATTRIBUTE = "prefix_site"
 
 
 @dataclass(eq=False)
 class LayerPrefixes:
-    """The prefixes of all layers for one forward pass.
+    """The prefixes of a stack of layers for one call of it.
 
     Attributes:
-        pairs: ``(prefix_key, prefix_value)`` of each layer, ``[Hkv, P, D]``.
+        pairs: ``(prefix_key, prefix_value)`` of each attention, ``[Hkv, P, D]``, by its index among the sites.
+        window_includes_prefix: of :class:`prefix_kernels.integrations.config.PrefixTuningConfig`.
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
             :func:`prefix_kernels.integrations.hooks.first_layer_hook`); otherwise None.
     """
 
-    pairs: list[tuple[Tensor, Tensor]]
-    detached_from: list[tuple[Tensor, Tensor]] | None = None
+    pairs: dict[int, PrefixPair]
+    window_includes_prefix: bool = False
+    detached_from: dict[int, PrefixPair] | None = None
 
 
-def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
-    layer = getattr(module, PREFIX_LAYER_ATTRIBUTE, None)
-    if layer is None:
+def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair | tuple[None, None]:
+    site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+    if site is None:
         return None, None
     if prefixes is None:
         raise RuntimeError(
-            f"{type(module).__name__} of layer {layer} was called without its prefix: call the model itself or its "
+            f"{type(module).__name__} of prefix {site} was called without its prefix: call the model itself or its "
             "backbone, not a single layer. If you did, this model does not hand keyword arguments on to its attention"
         )
     if prefixes.detached_from is not None:
         raise RuntimeError(
-            f"{type(module).__name__} of layer {layer} ran before the first layer was called: reentrant activation "
+            f"{type(module).__name__} of prefix {site} ran before the first layer was called: reentrant activation "
             "checkpointing would lose the gradient of the prefix; use use_reentrant=False"
         )
-    return prefixes.pairs[layer]
+    return prefixes.pairs[site]
 
 
 def _visibility(
@@ -110,6 +113,7 @@ def prefix_attention_forward(
         scale=scaling,
         window_size=window,
         softcap=softcap or 0.0,
+        window_includes_prefix=layer_prefixes is not None and layer_prefixes.window_includes_prefix,
     )
     return out.transpose(1, 2), None
 

@@ -10,22 +10,31 @@ from typing import Any
 POSITION_OFFSETS = ("peft", "none")
 ATTENTIONS = ("prefix_kernels", "torch")
 
+PrefixLengths = int | Sequence[int]
+
 
 @dataclass
 class PrefixTuningConfig:
     """Prefix tuning of a Transformers model: P-tuning v2 (Liu et al., 2022), or Li and Liang (2021) with a projection.
 
     Args:
-        num_virtual_tokens: ``P``, the prefix length of every layer, at least 1.
+        num_virtual_tokens: ``P``, the prefix length, at least 1: one for all layers, one per prepared layer, or either
+            of these for each kind of attention by name.
         prefix_projection: generate the prefix by an MLP while training (see :class:`prefix_kernels.PrefixEncoder`).
         encoder_hidden_size: hidden size of that MLP. Default: the width of the model's keys, ``Hkv * D``.
         prefix_dropout: probability with which prefix entries are zeroed while training.
         init_std: standard deviation of the initial prefix. Default: 1.0, as in PEFT.
         modules_to_save: modules trained and stored with the prefix, by name. Default: the head that a fine-tuned model
             starts at random (``classifier``, ``score`` or ``qa_outputs``, whichever the model has). ``()``: none.
+        target_attentions: which kinds of attention get a prefix: ``"encoder"``, ``"decoder"`` and ``"cross"`` in an
+            encoder-decoder model, ``"text"`` and ``"vision"`` in a model of two towers, ``"self"`` elsewhere. Default:
+            all that the model has.
+        layers: the layers that get a prefix, counted from 0, the same for each kind of attention. Default: all.
         position_offset: ``"peft"`` lets the sequence's positions begin at ``P``, as they do in PEFT, whose checkpoints
             expect it; the last ``P`` positions of a learned position table are then out of reach. ``"none"`` keeps the
             model's own positions.
+        window_includes_prefix: where a layer attends within a sliding window: True counts the prefix as positions
+            before the sequence, so that it slides out of sight, as in PEFT; False keeps all of it visible.
         attention: ``"prefix_kernels"``, or ``"torch"``: the same model with ``torch.cat`` and
             ``scaled_dot_product_attention``, the baseline to compare with.
         inference_mode: nothing is trainable, and the prefix is a table even with ``prefix_projection``.
@@ -34,34 +43,56 @@ class PrefixTuningConfig:
         ValueError: a value out of range; the message names it.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: PrefixLengths | Mapping[str, PrefixLengths] = 20
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     prefix_dropout: float = 0.0
     init_std: float | None = None
     modules_to_save: Sequence[str] | None = None
+    target_attentions: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
     position_offset: str = "peft"
+    window_includes_prefix: bool = False
     attention: str = "prefix_kernels"
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "encoder_hidden_size"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        for length in self.prefix_lengths():
+            if length < 1:
+                raise ValueError(f"num_virtual_tokens: expected at least 1, got {length}")
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ValueError(f"encoder_hidden_size: expected at least 1, got {self.encoder_hidden_size}")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise ValueError(
                 f"encoder_hidden_size: expected None without prefix_projection=True, got {self.encoder_hidden_size}"
             )
         if not 0.0 <= self.prefix_dropout <= 1.0:
             raise ValueError(f"prefix_dropout: expected a probability in [0, 1], got {self.prefix_dropout}")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save: expected a sequence of names, got the string {self.modules_to_save!r}")
-        if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)
+        for name in ("modules_to_save", "target_attentions", "layers"):
+            values = getattr(self, name)
+            if isinstance(values, str):
+                raise ValueError(f"{name}: expected a sequence, got the string {values!r}")
+            if values is not None:
+                setattr(self, name, list(values))
+        for name in ("target_attentions", "layers"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name}: expected at least one, got none")
+        if self.layers is not None and min(self.layers) < 0:
+            raise ValueError(f"layers: expected numbers from 0 on, got {min(self.layers)}")
         for name, choices in {"position_offset": POSITION_OFFSETS, "attention": ATTENTIONS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        if self.position_offset == "peft" and len(set(self.prefix_lengths())) > 1:
+            raise ValueError(
+                "position_offset: expected 'none' where prefixes differ in length (there is no one offset to move "
+                "positions by), got 'peft'"
+            )
+
+    def prefix_lengths(self) -> list[int]:
+        """All lengths that ``num_virtual_tokens`` names."""
+        given = self.num_virtual_tokens
+        lengths = given.values() if isinstance(given, Mapping) else [given]
+        return [n for length in lengths for n in ([length] if isinstance(length, int) else length)]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""

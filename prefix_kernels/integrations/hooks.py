@@ -1,8 +1,7 @@
-"""What a prepared model does around its backbone: prefixes go in, positions move, gradients find their way back."""
+"""What a prepared model does around its layers: prefixes go in, and gradients find their way back."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,37 +10,29 @@ from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes, implementation_name
 from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.families import find_position_table
+from prefix_kernels.integrations.layout import PrefixLayout
 
 
-class BackboneHook:
-    """Forward pre-hook of the backbone: evaluates the prefix encoder once and hands its prefixes to the layers.
+class StackHook:
+    """Forward pre-hook of a stack of layers: evaluates its prefixes once and hands them to the layers.
 
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PrefixTuningConfig, layers: list[nn.Module]) -> None:
-        backbone = model.base_model
+    def __init__(
+        self, model: PreTrainedModel, stack: nn.Module, layout: PrefixLayout, config: PrefixTuningConfig
+    ) -> None:
         self.model = model
-        self.layers = layers
+        self.stack = stack
+        self.layout = layout
         self.implementation = implementation_name(config.attention)
-        self.shift = config.num_virtual_tokens if config.position_offset == "peft" else 0
-        self.parameter_names = [
-            parameter.name
-            for parameter in inspect.signature(backbone.forward).parameters.values()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        table = find_position_table(backbone)
-        self.num_positions = None if table is None else table.num_embeddings
-        # RoBERTa and its relatives number their positions from the padding token's id on, and padding not at all.
-        embeddings = getattr(backbone, "embeddings", None)
-        self.padding_aware = embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
+        self.window_includes_prefix = config.window_includes_prefix
+        self.layers = [site.layer for site in layout.sites if site.stack is stack]
 
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        kwargs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
-        if backbone.config._attn_implementation != self.implementation:
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if stack.config._attn_implementation != self.implementation:
             raise RuntimeError(
-                f"the model's attention implementation is {backbone.config._attn_implementation!r}, which would ignore "
+                f"the model's attention implementation is {stack.config._attn_implementation!r}, which would ignore "
                 f"the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
             )
         if kwargs.get("output_attentions"):
@@ -49,54 +40,20 @@ class BackboneHook:
                 "output_attentions=True: the attention weights are never formed, so they cannot be returned; remove "
                 'the prefix and use attn_implementation="eager" to look at them'
             )
-        if self.shift:
-            self._move_positions(kwargs)
-        kwargs[PREFIX_ARGUMENT] = self._prefixes()
-        return (), kwargs
+        return args, kwargs | {PREFIX_ARGUMENT: self._prefixes()}
 
     def _prefixes(self) -> LayerPrefixes:
-        pairs = self.model.prefix_encoder()
-        needs_grad = torch.is_grad_enabled() and pairs[0][0].requires_grad
-        if not (needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers)):
-            return LayerPrefixes(pairs)
-        # Reentrant checkpointing runs one backward pass per layer. Through the encoder's graph that would be as many
-        # passes, the second of which fails: what the first needed has been freed.
-        leaves = [tuple(tensor.detach().requires_grad_() for tensor in pair) for pair in pairs]
-        return LayerPrefixes(leaves, detached_from=pairs)
-
-    def _move_positions(self, kwargs: dict[str, Any]) -> None:
-        input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (input_ids is None) == (embeddings is None):
-            return  # the model says what is wrong
-        tokens = input_ids if embeddings is None else embeddings
-        length, device = tokens.shape[1], tokens.device
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        if kwargs.get("position_ids") is not None:
-            positions = kwargs["position_ids"] + self.shift
-        elif self.padding_aware is not None and input_ids is not None:
-            pad = self.padding_aware.padding_idx
-            positions = self.padding_aware.create_position_ids_from_input_ids(input_ids, pad, past + self.shift)
-        else:
-            first = 0 if self.padding_aware is None else self.padding_aware.padding_idx + 1
-            positions = (torch.arange(length, device=device) + (past + self.shift + first)).unsqueeze(0)
-            if torch.compiler.is_compiling() and cache is None and kwargs.get("attention_mask") is None:
-                # Under compilation Transformers cannot look at positions to see that no sequences are packed; a
-                # padding mask tells it so and saves an Sq x Sk mask.
-                kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)
-        if self.num_positions is not None:
-            self._check_positions(length, past)
-        kwargs["position_ids"] = positions
-
-    def _check_positions(self, length: int, past: int | Tensor) -> None:
-        usable = self.num_positions - self.shift
-        if self.padding_aware is not None:
-            usable -= self.padding_aware.padding_idx + 1
-        if isinstance(past, int) and past + length > usable:
-            raise ValueError(
-                f"input_ids: {past + length} tokens do not fit: position_offset='peft' moves positions by "
-                f"{self.shift}, which leaves {usable} of the model's positions; position_offset='none' keeps all"
-            )
+        pairs = self.layout.pairs(self.model.prefix_encoder, self.stack)
+        prefixes = LayerPrefixes(pairs, self.window_includes_prefix)
+        needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
+        if needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers):
+            # Reentrant checkpointing runs one backward pass per layer. Through the encoder's graph that would be as
+            # many passes, the second of which fails: what the first needed has been freed.
+            prefixes.detached_from = pairs
+            prefixes.pairs = {
+                site: tuple(tensor.detach().requires_grad_() for tensor in pair) for site, pair in pairs.items()
+            }
+        return prefixes
 
 
 def _is_checkpointed_reentrantly(layer: nn.Module) -> bool:
@@ -123,8 +80,8 @@ def first_layer_hook(
             "reentrant activation checkpointing: this version of Transformers runs a layer's hooks inside the "
             "checkpoint, where the gradient of the prefix would be lost; use use_reentrant=False"
         )
-    leaves = [tensor for pair in prefixes.pairs for tensor in pair]
-    sources = [tensor for pair in prefixes.detached_from for tensor in pair]
+    leaves = [tensor for pair in prefixes.pairs.values() for tensor in pair]
+    sources = [tensor for pair in prefixes.detached_from.values() for tensor in pair]
     prefixes.detached_from = None
     if args:
         return (_CollectPrefixGradients.apply(args[0], leaves, *sources), *args[1:]), kwargs

@@ -22,11 +22,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.attention import PREFIX_LAYER_ATTRIBUTE, implementation_name, register
+from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, implementation_name, register
 from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.families import find_attention, find_heads, refuse_unsupported
-from prefix_kernels.integrations.hooks import BackboneHook, first_layer_hook
+from prefix_kernels.integrations.families import find_heads, refuse_unsupported
+from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
+from prefix_kernels.integrations.layout import PrefixLayout
+from prefix_kernels.integrations.positions import PositionShift
+from prefix_kernels.integrations.sites import find_sites
 
 __all__ = ["PrefixTuningConfig", "get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
 
@@ -60,24 +62,11 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     if hasattr(model, _PREPARED):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
     refuse_unsupported(model)
-    attention = find_attention(model)
+    layout = PrefixLayout(find_sites(model), config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
     _check_names(model, heads)
 
-    width = attention.num_kv_heads * attention.head_dim
-    projection = config.prefix_projection and not config.inference_mode
-    model.prefix_encoder = PrefixEncoder(
-        config.num_virtual_tokens,
-        len(attention.modules),
-        attention.num_kv_heads,
-        attention.head_dim,
-        projection=projection,
-        embedding_dim=width if projection else None,
-        hidden_size=(config.encoder_hidden_size or width) if projection else None,
-        dropout=config.prefix_dropout,
-        init_std=config.init_std,
-        device=model.device,
-    )
+    model.prefix_encoder = layout.make_encoder(config, model.device)
     model.prefix_encoder.train(model.training)
     model.prefix_tuning_config = copy.deepcopy(config)
 
@@ -89,12 +78,16 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     _give_own_config(model)
     previous = model.config._attn_implementation
     model.set_attn_implementation(implementation_name(config.attention))
-    for layer, module in enumerate(attention.modules):
-        setattr(module, PREFIX_LAYER_ATTRIBUTE, layer)
-    hooks = [
-        model.base_model.register_forward_pre_hook(BackboneHook(model, config, attention.layers), with_kwargs=True),
-        attention.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True),
-    ]
+    hooks = []
+    if config.position_offset == "peft":
+        shift = PositionShift(model.base_model, config.prefix_lengths()[0])
+        hooks.append(model.base_model.register_forward_pre_hook(shift, with_kwargs=True))
+    for stack in layout.stacks:
+        stack_hook = StackHook(model, stack, layout, config)
+        hooks.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
+        hooks.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
+    for index, site in enumerate(layout.sites):
+        setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
     setattr(model, _PREPARED, {"hooks": hooks, "attn_implementation": previous, "trainable": trainable})
     return model
 
@@ -112,8 +105,8 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     for hook in preparation["hooks"]:
         hook.remove()
     for module in model.modules():
-        if hasattr(module, PREFIX_LAYER_ATTRIBUTE):
-            delattr(module, PREFIX_LAYER_ATTRIBUTE)
+        if hasattr(module, PREFIX_SITE_ATTRIBUTE):
+            delattr(module, PREFIX_SITE_ATTRIBUTE)
     del model.prefix_encoder, model.prefix_tuning_config
     delattr(model, _PREPARED)
     model.set_attn_implementation(preparation["attn_implementation"])

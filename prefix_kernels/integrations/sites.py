@@ -1,0 +1,113 @@
+"""Where the attention of a Transformers model is, and what shape its keys have."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
+SELF = "self"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention that can be given a prefix.
+
+    Attributes:
+        module: the module whose ``forward`` asks Transformers for its attention function.
+        layer: the repeated layer that contains it.
+        stack: the module that owns the list of those layers and calls them.
+        role: ``"self"`` in a model of one stack; ``"encoder"``, ``"decoder"`` or ``"cross"`` in an encoder-decoder
+            model; the name of the tower (``"text"``, ``"vision"``) in a model of several.
+        depth: which of the attentions of its role it is, from 0 on.
+        num_kv_heads: ``Hkv``.
+        head_dim: ``D``.
+    """
+
+    module: nn.Module
+    layer: nn.Module
+    stack: nn.Module
+    role: str
+    depth: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@functools.cache
+def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
+    """All attentions of ``model``, in the order of its modules.
+
+    Raises:
+        ValueError: there are none, or one is outside every list of layers.
+    """
+    backbone = model.base_model
+    found = {name: module for name, module in backbone.named_modules() if _calls_attention_interface(type(module))}
+    if not found:
+        raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
+    depths: Counter[str] = Counter()
+    sites = []
+    for name, module in found.items():
+        stack_name, layer = _enclosing_layer(backbone, name)
+        role = _role(model, stack_name, name)
+        sites.append(
+            AttentionSite(
+                module,
+                layer,
+                backbone.get_submodule(stack_name),
+                role,
+                depths[role],
+                _num_kv_heads(module),
+                _head_dim(module),
+            )
+        )
+        depths[role] += 1
+    return sites
+
+
+def _enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The name of the stack around ``name``, and the layer."""
+    parent, parts = backbone, name.split(".")
+    for i, part in enumerate(parts):
+        child = getattr(parent, part)
+        if isinstance(parent, nn.ModuleList):
+            return ".".join(parts[: i - 1]), child
+        parent = child
+    raise ValueError(f"{type(backbone).__name__}: expected {name} inside a ModuleList of layers")
+
+
+def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
+    if model.config.is_encoder_decoder:
+        is_decoder = stack_name.split(".")[-1] == "decoder"
+        is_cross = any("encoder_attn" in part or "EncDecAttention" in part for part in name.split("."))
+        return CROSS if is_cross else DECODER if is_decoder else ENCODER
+    tower = stack_name.split(".")[0]
+    return tower.removesuffix("_model") if tower.endswith("_model") else SELF
+
+
+def _num_kv_heads(module: nn.Module) -> int:
+    kv_heads = getattr(module.config, "num_key_value_heads", None)
+    if kv_heads is not None:
+        return kv_heads
+    for attribute in ("num_heads", "n_heads", "num_attention_heads"):
+        if isinstance(count := getattr(module, attribute, None), int):
+            return count
+    return module.config.num_attention_heads
+
+
+def _head_dim(module: nn.Module) -> int:
+    for attribute in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size"):
+        if isinstance(size := getattr(module, attribute, None), int):
+            return size
+    return module.config.hidden_size // module.config.num_attention_heads
