@@ -49,10 +49,8 @@ def seed() -> None:
 
 @pytest.fixture
 def nan_filled_memory() -> Iterator[None]:
-    """Every tensor that the operator allocates without initialising it is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    # Not at the top: helpers imports the package, which must be found as arranged above.
+    from helpers import nan_filled
+
+    with nan_filled():
+        yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,19 @@ from prefix_kernels.reference import prefix_attention_reference
 
 INPUT_NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 LAYOUTS = ("contiguous", "transposed", "poisoned")
+
+
+@contextmanager
+def nan_filled() -> Iterator[None]:
+    """Every tensor that the operator allocates without initialising it is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:

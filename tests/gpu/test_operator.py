@@ -51,6 +51,7 @@ def gpu_call(option: str = "plain", layout: str = "aligned", **shape) -> Call:
     return to_gpu(make_call(**{**SHAPE, **OPTIONS[option], **shape}, layout=layout), layout)
 
 
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option, dtype):
@@ -91,12 +92,17 @@ def test_same_call_same_bits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_large_grids(dtype):
-    """More heads of a batch, and more batch rows, than a grid may have blocks along y or z: as its last rows alone."""
-    call = gpu_call("no prefix", batch=66000, q_heads=2, kv_heads=2, q_len=17, k_len=18, head_dim=32, dtype=dtype)
-    last = {name: tensor if tensor is None else tensor[-3:] for name, tensor in call.inputs.items()}
-    expected = run(Call(last, call.options, call.dout[-3:], call.dlse[-3:])).tensors()
-    for name, tensor in run(call).tensors().items():
-        assert torch.equal(tensor[-3:], expected[name]), name
+    """More batch rows, and far more heads of a batch, than a grid may have blocks along y or z: three rows repeated."""
+    few = gpu_call("no prefix", batch=3, q_heads=2, kv_heads=2, q_len=17, k_len=18, head_dim=32, dtype=dtype)
+    times = 22000
+
+    def repeated(tensor):
+        return None if tensor is None else tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+    inputs = {name: repeated(tensor) for name, tensor in few.inputs.items()}
+    many = run(Call(inputs, few.options, repeated(few.dout), repeated(few.dlse))).tensors()
+    for name, expected in run(few).tensors().items():
+        assert torch.equal(many[name].unflatten(0, (times, 3)), expected.expand(times, *expected.shape)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -173,6 +179,15 @@ def test_the_current_stream_is_used():
         out = prefix_attention(doubled * 0.5, *inputs[1:], is_causal=True)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_is_used():
+    call = gpu_call("causal", dtype=torch.bfloat16)
+    expected = prefix_attention(**call.inputs, is_causal=True)
+    out = prefix_attention(**{name: tensor.to("cuda:1") for name, tensor in call.inputs.items()}, is_causal=True)
+    assert out.device == torch.device("cuda:1")
+    assert torch.equal(out.to("cuda:0"), expected)
 
 
 @pytest.mark.parametrize("needs", [INPUT_NAMES, ("prefix_key", "prefix_value")], ids=["all", "prefix"])

@@ -132,11 +132,11 @@ def case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return as_bytes(values), torch.exp2(values)
 
 
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
     if expected.dtype == torch.uint8:
         assert torch.equal(got, expected)
     else:
-        torch.testing.assert_close(got.view(torch.float32), expected, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got.view(torch.float32), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_every_instruction_has_its_case():
@@ -159,4 +159,5 @@ def test_the_gpu_does_what_the_emulated_twin_does(gpu, emulated, name):
         data, expected = case(name)
         size = expected.numel() * expected.element_size()
         got, twin = execute(gpu, name, data, size), execute(emulated, name, data, size)
-        assert_same(got, twin if expected.dtype == torch.uint8 else twin.view(torch.float32))
+        # A tensor core cuts off what its adders do not hold; an element in a wrong place is off by more than 0.01.
+        assert_same(got, twin if expected.dtype == torch.uint8 else twin.view(torch.float32), 5e-5)
