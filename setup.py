@@ -63,6 +63,7 @@ CUDA_SOURCES = [
     "csrc/cuda/sm80/instantiations/decode_float16_64.cu",
     "csrc/cuda/sm80/instantiations/decode_float16_32.cu",
     "csrc/cuda/check_range.cu",
+    "csrc/cuda/padding.cu",
     "csrc/cuda/simt/instantiations/backward_float32.cu",
     "csrc/cuda/simt/instantiations/backward_float64.cu",
     "csrc/cuda/simt/instantiations/forward_float32.cu",

@@ -23,6 +23,14 @@ struct Operand {
   DType dtype = DType::kFloat32;
 };
 
+// Of the columns of a batch row those from the first to the last that its mask shows; [0, 0) where it shows none.
+struct ShownColumns {
+  int32_t prefix_begin;  // among the mask's prefix columns
+  int32_t prefix_end;
+  int32_t begin;  // among the sequence's
+  int32_t end;
+};
+
 struct MaskOperand {
   const void* data = nullptr;  // [batch, q_heads, q_len, columns]; stride 0 where broadcast; null: no mask
   int64_t batch_stride = 0;
@@ -32,6 +40,7 @@ struct MaskOperand {
   bool is_bool = false;        // true: attend where nonzero; false: added to the scores
   int64_t prefix_columns = 0;  // columns before the sequence's: prefix_slots * prefix_len, or 0: the prefix is unmasked
   DType dtype = DType::kFloat32;
+  const ShownColumns* shown = nullptr;  // on a GPU: [batch], or one where batch_stride is 0; null: not known
 };
 
 struct AttentionParams {

@@ -153,6 +153,34 @@ def test_padding_on_either_side(shown, kind):
     check_emulated(call, needs=("key",))
 
 
+def test_query_tiles_that_see_padding_alone_are_not_visited():
+    """Queries on the diagonal of keys that the mask hides: nothing of them is read."""
+    shown = torch.stack([torch.arange(260) < 40, torch.arange(260) >= 400])[:, None, None]
+    call = backward_call(q_len=260, k_len=260, prefix_len=None, window_size=(3, 0), attn_mask=shown, with_dlse=False)
+    expected = run(call, emulated_prefix_attention).tensors()
+    for tensor in (call.inputs["query"], call.dout):
+        tensor[0, :, 128:] = torch.nan
+        tensor[1] = torch.nan
+    for name, got in run(call, emulated_prefix_attention).tensors().items():
+        assert torch.equal(got, expected[name]), name
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_query_tiles_of_rows_that_hide_a_prefix_are_not_visited(slots):
+    shown = torch.arange(slots * 70) < torch.tensor([[slots * 70], [(slots - 1) * 70]])
+    ids = torch.tensor([[1, 0], [0, 1]])[:, -slots:]
+    shape = dict(prefix_len=70, num_prefixes=2, prefix_ids=ids, k_len=0, with_dlse=False)
+    call = backward_call(**shape, attn_mask=shown[:, None, None])
+    needs = ("prefix_key", "prefix_value")
+    check_emulated(call, needs=needs)
+    if slots == 1:
+        expected = run(call, emulated_prefix_attention, needs=needs).tensors()
+        for tensor in (call.inputs["query"], call.dout):
+            tensor[1] = torch.nan
+        for name, got in run(call, emulated_prefix_attention, needs=needs).tensors().items():
+            assert torch.equal(got, expected[name]), name
+
+
 def test_no_gradient_of_lse():
     check_emulated(backward_call(with_dlse=False))
 

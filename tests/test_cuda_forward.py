@@ -237,6 +237,55 @@ def test_tiles_that_no_query_sees_are_not_visited(options, seen, q_len):
     assert torch.equal(run(call, emulated_prefix_attention, needs=()).out, expected)
 
 
+def as_mask(shown, kind):
+    """A padding mask from the columns that it shows."""
+    return shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -math.inf)
+
+
+def hide_cells(tensor, shown):
+    """NaN in each row of a cell of 16 that shows nothing; ``shown`` [..., rows] is of ``tensor`` [..., rows, D]."""
+    rows = shown.shape[-1]
+    cells = torch.nn.functional.pad(shown, (0, -rows % 16)).unflatten(-1, (-1, 16)).any(-1)
+    tensor[~cells.repeat_interleave(16, -1)[..., :rows].expand(tensor.shape[:-1])] = math.nan
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("mode", ["fast", "check"])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("q_len", [LONG, DECODE])
+@pytest.mark.parametrize("shown", [[(0, 300), (0, 3)], [(250, 270), (17, 160)], [(0, 0), (299, 300)]], ids=str)
+def test_padding_is_neither_visited_nor_loaded(shown, q_len, kind, mode):
+    keys = torch.arange(300)
+    shown = torch.stack([(keys >= begin) & (keys < end) for begin, end in shown])[:, None, None]
+    shape = dict(q_heads=2, kv_heads=1, q_len=q_len, k_len=300, prefix_len=PREFIX, head_dim=64, dtype=torch.float16)
+    call = make_call(**shape, layout="aligned", with_dlse=False, attn_mask=as_mask(shown, kind))
+    for name in ("key", "value"):
+        hide_cells(call.inputs[name], shown[:, :, 0])
+    load(mode).device(80, FEW)
+    padded = run(call, partial(emulated_prefix_attention, mode=mode), needs=())
+    for name in ("key", "value"):
+        call.inputs[name].nan_to_num_()
+    check(call, needs=(), function=lambda *_, **__: (padded.out, padded.lse))
+
+
+@pytest.mark.parametrize("q_len", [LONG, DECODE])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_padding_of_prefixes_is_neither_visited_nor_loaded(slots, q_len):
+    """Slots of 70 columns of which the rows of the batch see others."""
+    columns = torch.arange(slots * 70 + 40)
+    shown = torch.stack([(columns >= 40) & (columns < slots * 70 - 20), columns >= slots * 70 - 50, columns >= 500])
+    ids = torch.tensor([[1, 1], [1, 1], [1, 1]])[:, :slots]
+    shape = dict(batch=3, q_heads=2, kv_heads=1, q_len=q_len, k_len=40, prefix_len=70, head_dim=64, dtype=torch.float16)
+    bank = dict(num_prefixes=2, prefix_ids=ids, prefix_lens=torch.tensor([9, 69]))
+    call = make_call(**shape, **bank, layout="aligned", with_dlse=False, attn_mask=shown[:, None, None])
+    for name in ("prefix_key", "prefix_value"):
+        hide_cells(call.inputs[name][1], shown[:, : slots * 70].reshape(-1, 70).any(0)[None])
+    padded = run(call, emulated_prefix_attention, needs=())
+    for name in ("prefix_key", "prefix_value"):
+        call.inputs[name].nan_to_num_()
+    check(call, needs=(), function=lambda *_, **__: (padded.out, padded.lse))
+
+
 @pytest.mark.parametrize("q_len", [70, DECODE])
 def test_the_same_call_gives_the_same_bits_in_any_order_of_warps(q_len):
     call = make_call(q_len=q_len, k_len=200, head_dim=64, dtype=torch.float16, with_dlse=False)

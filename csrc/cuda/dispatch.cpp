@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "padding.h"
 #include "simt/simt.h"
 #include "sm80/backward.h"
 #include "sm80/forward.h"
@@ -21,7 +22,8 @@ void with_head_dim(int64_t head_dim, Call call) {
 }
 
 template <DType kDType>
-void forward_sm80(const AttentionParams& p, const Context& context) {
+void forward_sm80(AttentionParams p, const Context& context) {
+  find_padding(p, context);
   const bool few_queries = p.q_len * (p.q_heads / p.kv_heads) <= sm80::kMaxDecodeRows;
   with_head_dim(p.head_dim, [&](auto head_dim) {
     if (few_queries)
@@ -32,7 +34,11 @@ void forward_sm80(const AttentionParams& p, const Context& context) {
 }
 
 template <DType kDType>
-void backward_sm80(const BackwardParams& b, const Context& context) {
+void backward_sm80(BackwardParams b, const Context& context) {
+  if (b.needs(kDQuery) || b.needs(kDKey) || b.needs(kDValue) || b.forward.mask.prefix_columns > 0)
+    find_padding(b.forward, context);
+  else
+    b.forward.mask = {};  // it covers no column that is visited
   with_head_dim(b.forward.head_dim, [&](auto head_dim) { sm80::backward<kDType, head_dim>(b, context); });
 }
 

@@ -6,11 +6,11 @@
 // A cell lies in one segment, so where its rows are, which of them exist and who sees them is decided once per cell and
 // never per element, and the seam may fall anywhere in a tile. Every slot has the cells of the row's longest prefix;
 // those of a shorter one are empty. Only cells between the first and the last that some row of the tile sees are
-// visited, one after another: a window's gap between prefix and sequence costs nothing. Tiles are runs of visited
-// cells, and a prefix of 16 tokens takes 16 columns of one.
+// visited, one after another: neither padding nor a window's gap between prefix and sequence costs anything. Tiles are
+// runs of visited cells, and a prefix of 16 tokens takes 16 columns of one.
 #pragma once
 
-#include "../visibility.h"
+#include "padding.cuh"
 #include "rows.cuh"
 
 namespace prefix_kernels::cuda {
@@ -21,19 +21,6 @@ struct Cell {
   int count;    // how many of the 16 columns exist
   int before;   // of a prefix: columns of the row's prefixes before the cell's, where a window counts them
 };
-
-// Columns of a cell or of a sequence, [begin, end).
-struct Span {
-  int begin;
-  int end;
-
-  __device__ __forceinline__ bool holds(int column) const { return column >= begin && column < end; }
-};
-
-// Columns fit in 32 bits, unlike positions.
-__device__ __forceinline__ Span to_span(const KeyRange& range) {
-  return {static_cast<int>(range.begin), static_cast<int>(range.end)};
-}
 
 // One batch row's prefixes.
 struct PrefixSlots {
@@ -71,6 +58,15 @@ struct PrefixSlots {
     return slots == 1 ? only_length : static_cast<int>(prefix_length(p, prefix_of_row(p, batch, slot)));
   }
 
+  // The cells before a column of the mask, for which every slot has prefix_len columns; `more`: of a cell begun, how
+  // many columns are missing to count it.
+  __device__ __forceinline__ int cells_before(const AttentionParams& p, int mask_column, int more) const {
+    if (cells_per_slot == 0) return 0;
+    const int slot = mask_column / static_cast<int>(p.prefix_len);
+    const int in_slot = mask_column - slot * static_cast<int>(p.prefix_len);
+    return slot * cells_per_slot + min((in_slot + more) / kCell, cells_per_slot);
+  }
+
   // The columns that exist before this slot's.
   __device__ __forceinline__ int columns_before(const AttentionParams& p, int64_t batch, int slot) const {
     int columns = 0;
@@ -91,14 +87,15 @@ struct VisitedCells {
 
   __device__ __forceinline__ VisitedCells(const AttentionParams& p, int64_t batch_row, int64_t first, int64_t last)
       : batch(batch_row), prefixes(p, batch_row), prefix_begin(0) {
-    prefix_cells = prefixes.slots * prefixes.cells_per_slot;
-    if (prefixes.slots == 1) {
-      prefix_begin = static_cast<int>(visible_prefix_begin(p, first, prefixes.total)) / kCell;
-      prefix_cells -= prefix_begin;
-    }
-    sequence_begin = to_span(visible_sequence(p, first)).begin / kCell * kCell;
-    const int end = to_span(visible_sequence(p, last)).end;
-    count = prefix_cells + (end > sequence_begin ? (end - sequence_begin + kCell - 1) / kCell : 0);
+    const Span shown = shown_prefixes(p, batch_row);
+    if (prefixes.slots == 1) prefix_begin = static_cast<int>(visible_prefix_begin(p, first, prefixes.total)) / kCell;
+    prefix_begin = max(prefix_begin, prefixes.cells_before(p, shown.begin, 0));
+    prefix_cells = max(0, prefixes.cells_before(p, shown.end, kCell - 1) - prefix_begin);
+    const Span sequence =
+        Span{to_span(visible_sequence(p, first)).begin, to_span(visible_sequence(p, last)).end}.within(
+            shown_sequence(p, batch_row));
+    sequence_begin = sequence.begin / kCell * kCell;
+    count = prefix_cells + max(0, (sequence.end - sequence_begin + kCell - 1) / kCell);
   }
 
   // The i-th visited cell.

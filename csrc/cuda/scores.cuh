@@ -6,6 +6,7 @@
 
 #include "../philox.h"
 #include "kv_tiles.cuh"
+#include "mask.cuh"
 
 namespace prefix_kernels::cuda {
 
@@ -49,9 +50,7 @@ struct CellMask {
     if (!applies) return 0.0f;
     const int64_t at = batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride +
                        (column + in_cell) * mask.column_stride;
-    const char* data = static_cast<const char*>(mask.data);
-    if (mask.is_bool) return data[at] != 0 ? 0.0f : minus_infinity();
-    return load_element(data + at * dtype_bytes(mask.dtype), mask.dtype);
+    return element_bias(mask, static_cast<const char*>(mask.data) + at * mask_bytes(mask));
   }
 
   // The same for the thread's columns; 0 where they do not exist.

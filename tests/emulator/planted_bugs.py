@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FORWARD = ("forward_float16_64",)
 DECODE = ("decode_float16_64",)
 BACKWARD = ("backward_float16_64",)
+PADDING = ("padding",)
 FLOAT32 = ("forward_float32", "backward_float32")
 
 
@@ -26,8 +27,8 @@ def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation
     return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
 
 
-def _decode(name: str, old: str, new: str) -> Mutation:
-    return Mutation(f"decode: {name}", "sm80/decode.cuh", old, new, DECODE, ("decode",))
+def _decode(name: str, old: str, new: str, *probes: str) -> Mutation:
+    return Mutation(f"decode: {name}", "sm80/decode.cuh", old, new, DECODE, probes or ("decode",))
 
 
 def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
@@ -36,6 +37,11 @@ def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutatio
 
 def _float32(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"float32: {name}", file, old, new, FLOAT32, ("float32",))
+
+
+def _padding(name: str, old: str, new: str) -> Mutation:
+    probes = ("forward of padding", "decode of padding", "backward of padding")
+    return Mutation(f"padding: {name}", "padding.cu", old, new, PADDING, probes)
 
 
 FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward.cuh", "sm80/backward_columns.cuh", "sm80/backward_rows.cuh"
@@ -92,6 +98,16 @@ BARRIERS = [
     ),
     _decode(
         "results written over cells that are still read", "  __syncthreads();  // nobody reads the ring any more\n", ""
+    ),
+    _padding(
+        "warps' spans are read before they are written",
+        "  }\n  __syncthreads();\n  for (int warp",
+        "  }\n  for (int warp",
+    ),
+    _padding(
+        "the sequence's spans over the prefixes' ones",
+        "  __syncthreads();  // the memory's last readers are done\n",
+        "",
     ),
     _float32(
         "no __syncwarp before the weights are read",
@@ -176,6 +192,32 @@ EDGES = [
         "sm80/delta.cuh",
         "  if (row < params.rows && lane == 0) params.delta",
         "  if (lane == 0) params.delta",
+    ),
+    _padding(
+        "the last column shown is taken for padding",
+        "min(shown.begin, column), column + 1}",
+        "min(shown.begin, column), column}",
+    ),
+    _padding("columns of the prefix taken for the sequence's", "  row += mask.prefix_columns", "  row += 0"),
+    _forward(
+        "a cell that padding leaves in part is not visited",
+        "kv_tiles.cuh",
+        "min((in_slot + more) / kCell",
+        "min(in_slot / kCell",
+        "forward of padding",
+    ),
+    _decode(
+        "padding: a prefix as the first of its rows sees it",
+        "max(any.end, shown.end)}",
+        "min(any.end, shown.end)}",
+        "decode of padding",
+    ),
+    _backward(
+        "columns: a tile that padding leaves in part is not visited",
+        "sm80/query_tiles.cuh",
+        "if (columns.end <= columns.begin)",
+        "if (columns.end < owner.first + kBlockN)",
+        "backward of padding",
     ),
     _float32("one column too many", "simt/forward.cuh", "if (column < segment.end)", "if (column <= segment.end)"),
 ]

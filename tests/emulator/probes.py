@@ -13,6 +13,17 @@ ALL = ("query", "key", "value", "prefix_key", "prefix_value")
 CROSSING = {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 70, "k_len": 150, "prefix_len": 20, "is_causal": True}
 
 
+# Each row hides another part of the prefix, and one of them both ends of its sequence.
+PADDING = {"batch": 2, "q_heads": 2, "kv_heads": 1, "k_len": 150, "prefix_len": 20}
+
+
+def _shown() -> torch.Tensor:
+    """The mask of PADDING."""
+    shown = torch.zeros(2, 1, 1, 170, dtype=torch.bool)
+    shown[0, ..., :10] = shown[1, ..., 18:] = shown[0, ..., 37:118] = True
+    return shown
+
+
 def _half(needs: tuple[str, ...] = (), **options: object) -> tuple[Call, tuple[str, ...]]:
     options = {"head_dim": 64, "dtype": torch.float16, "layout": "aligned", **options}
     return make_call(**options), needs
@@ -34,6 +45,8 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "forward of two prefixes": lambda: _half(
         q_len=20, prefix_len=35, num_prefixes=2, prefix_ids=torch.tensor([[1, 0], [0, -1]])
     ),
+    "forward of padding": lambda: _half(**PADDING, q_len=70, attn_mask=_shown()),
+    "decode of padding": lambda: _half(**PADDING, q_len=2, attn_mask=_shown()),
     "decode": lambda: _half(
         batch=2,
         q_heads=4,
@@ -54,6 +67,7 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         dropout_seed=torch.tensor([5]),
         softcap=4.0,
     ),
+    "backward of padding": lambda: _half(ALL, **PADDING, q_len=70, attn_mask=_shown()),
     "backward of many rows to one prefix": lambda: _half(
         ("prefix_key", "prefix_value"), batch=5, q_heads=2, kv_heads=1, q_len=70, k_len=20, prefix_len=20
     ),

@@ -26,10 +26,6 @@ struct LaneQueries {
   float delta[kCount];      // rowsum(dout * out) - dlse
 };
 
-__device__ __forceinline__ int mask_bytes(const MaskOperand& mask) {
-  return mask.is_bool ? 1 : dtype_bytes(mask.dtype);
-}
-
 // attn_mask of a query and the first column of a segment; null where the segment is unmasked.
 __device__ __forceinline__ const char* mask_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t query,
                                                 int segment) {
@@ -122,8 +118,7 @@ __device__ __forceinline__ uint32_t kept(const ScoreCell& cell, const ScoreScala
 // What attn_mask adds to the score of (query, key) of the cell.
 __device__ __forceinline__ float mask_bias(const MaskOperand& mask, const ScoreCell& cell, int query, int key) {
   const int64_t at = query * mask.row_stride + key * mask.column_stride;
-  if (mask.is_bool) return cell.mask[at] != 0 ? 0.0f : -kInfinity;
-  return load_element(cell.mask + at * dtype_bytes(mask.dtype), mask.dtype);
+  return element_bias(mask, cell.mask + at * mask_bytes(mask));
 }
 
 // tanh(x) to a few ulp of 1, which is what a softcap of scores in 16-bit products can show.

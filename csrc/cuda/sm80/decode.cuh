@@ -111,6 +111,18 @@ __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entr
   return min(found, per_block);
 }
 
+// The columns of a prefix that padding leaves to some of the rows that share it.
+__device__ __forceinline__ Span shown_to_any(const AttentionParams& p, const int* entries, int count) {
+  const int slots = static_cast<int>(p.prefix_slots), most = p.mask.prefix_columns > 0 ? count : 1;
+  Span any = shown_prefix(p, entries[0] / slots, entries[0] % slots);
+#pragma unroll 1
+  for (int i = 1; i < most; ++i) {
+    const Span shown = shown_prefix(p, entries[i] / slots, entries[i] % slots);
+    any = {min(any.begin, shown.begin), max(any.end, shown.end)};
+  }
+  return any;
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
   using T = typename Traits::T;
@@ -146,14 +158,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 
   const int batch = is_prefix ? entry / slots : entry;
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
-  Span columns{0, 0};  // all parts together
+  Span columns;  // all parts together
   if (is_prefix) {
-    columns.end = static_cast<int>(prefix_length(p, owner));
+    columns = shown_to_any(p, entries, entries_here).within({0, static_cast<int>(prefix_length(p, owner))});
   } else {
     const int64_t first = row_query_offset(p, batch);
-    columns.begin = to_span(visible_sequence(p, first)).begin / kCell * kCell;
-    columns.end = max(columns.begin, to_span(visible_sequence(p, first + p.q_len - 1)).end);
+    columns =
+        Span{to_span(visible_sequence(p, first)).begin, to_span(visible_sequence(p, first + p.q_len - 1)).end}.within(
+            shown_sequence(p, batch));
   }
+  columns.begin = columns.begin / kCell * kCell;
+  columns.end = max(columns.begin, columns.end);
   const int cells_per_part = ((columns.end - columns.begin + kCell - 1) / kCell + parts - 1) / parts;
   const int part_begin = columns.begin + part * cells_per_part * kCell;
   const int part_end = min(columns.end, part_begin + cells_per_part * kCell);

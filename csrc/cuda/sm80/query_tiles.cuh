@@ -25,7 +25,8 @@ struct ColumnsOwner {
 // a warp makes each call.
 //
 // A row that names a prefix in a slot is a pair, batch * slots + slot; for the sequence a pair is a batch row.
-template <int kBlockM, int kBlockN, bool kWindows>
+// kGeneral: whether there may be padding, or windows over prefixes.
+template <int kBlockM, int kBlockN, bool kGeneral>
 struct QueryTiles {
   ColumnsOwner owner;
   int group, tiles;  // heads of the group, query tiles of a head
@@ -33,6 +34,7 @@ struct QueryTiles {
   int pair, head_in_group, tile;
   int tile_begin, tile_end;        // those tiles of the pair's row that see the block's columns
   int prefix_start, prefix_total;  // columns before the slot's, and all, among the row's prefixes
+  Span shown;                      // columns of the segment that the row's padding leaves
   int batch;
   int segment;  // of Philox: 0 the sequence, 1 + m the prefix in slot m
 
@@ -65,9 +67,13 @@ struct QueryTiles {
   // The columns of the segment that query i of the visited row sees, mask apart.
   __device__ __forceinline__ Span visible(const AttentionParams& p, int i) const {
     const int64_t position = i + row_query_offset(p, batch);
-    if (!owner.is_prefix) return to_span(visible_sequence(p, position));
-    if (!kWindows) return {0, owner.length};
-    return {max(0, static_cast<int>(visible_prefix_begin(p, position, prefix_total)) - prefix_start), owner.length};
+    Span seen{0, owner.length};
+    if (!owner.is_prefix) {
+      seen = to_span(visible_sequence(p, position));
+    } else if (kGeneral) {
+      seen.begin = max(0, static_cast<int>(visible_prefix_begin(p, position, prefix_total)) - prefix_start);
+    }
+    return kGeneral ? seen.within(shown) : seen;
   }
 
  private:
@@ -96,11 +102,18 @@ struct QueryTiles {
     batch = pair / slots;
     segment = owner.is_prefix ? 1 + pair % slots : 0;
     prefix_start = prefix_total = 0;
-    const int last = min(owner.first + kBlockN, owner.length) - 1;
+    Span columns{owner.first, min(owner.first + kBlockN, owner.length)};
+    if (kGeneral) {
+      shown = owner.is_prefix ? shown_prefix(p, batch, segment - 1) : shown_sequence(p, batch);
+      columns = columns.within(shown);
+    }
+    const int last = columns.end - 1;
     KeyRange queries{0, p.q_len};
-    if (!owner.is_prefix) {
-      queries = queries_of_sequence(p, owner.first, last, row_query_offset(p, batch));
-    } else if (kWindows && p.window_includes_prefix) {
+    if (columns.end <= columns.begin) {
+      queries.end = 0;
+    } else if (!owner.is_prefix) {
+      queries = queries_of_sequence(p, columns.begin, last, row_query_offset(p, batch));
+    } else if (kGeneral && p.window_includes_prefix) {
       const PrefixSlots row(p, batch);
       prefix_total = row.total;
       prefix_start = row.columns_before(p, batch, segment - 1);
