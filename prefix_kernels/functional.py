@@ -68,6 +68,8 @@ def prefix_attention(
     Gradients flow to whichever of ``query``, ``key``, ``value``, ``prefix_key``, ``prefix_value`` asks for one, and the
     backward pass does the work of that set alone; with prefix gradients only, ``key`` and ``value`` are not kept.
 
+    DTensors are taken too, see :func:`prefix_kernels.distributed.sharded_attention`.
+
     Args:
         query: ``[B, Hq, Sq, D]``, D from 1 to 256; any strides with ``stride(-1) == 1``. float64, float32, bfloat16 or
             float16.
@@ -108,6 +110,29 @@ def prefix_attention(
 
     Reference: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
     """
+    if any(hasattr(x, "device_mesh") for x in (query, key, value, prefix_key, prefix_value)):
+        from prefix_kernels.distributed import sharded_attention
+
+        return sharded_attention(
+            prefix_attention,
+            query,
+            key,
+            value,
+            prefix_key,
+            prefix_value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            prefix_ids=prefix_ids,
+            prefix_lens=prefix_lens,
+            window_size=window_size,
+            query_offset=query_offset,
+            softcap=softcap,
+            return_lse=return_lse,
+            window_includes_prefix=window_includes_prefix,
+            dropout_seed=dropout_seed,
+        )
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     query_offsets = query_offset if isinstance(query_offset, Tensor) else None

@@ -1,0 +1,177 @@
+"""More than one device: two processes give the loss and the gradients of one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import INPUT_NAMES, Call, make_call
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from two_processes import WORLD, run_on_two_processes
+
+from prefix_kernels import PrefixEncoder, prefix_attention
+from prefix_kernels.distributed import PrefixParallel
+
+BATCH, HEADS = Shard(0), Shard(1)
+
+
+def _calls() -> dict[str, Call]:
+    ids = torch.tensor([1, -1, 0, 1])
+    sizes = {"batch": 4, "q_heads": 4, "kv_heads": 2, "q_len": 9, "k_len": 11, "layout": "contiguous"}
+    padding = torch.ones(4, 1, 1, 11, dtype=torch.bool)
+    padding[1, ..., 7:] = False
+    return {
+        "one prefix": make_call(**sizes),
+        "causal with padding": make_call(**sizes, is_causal=True, attn_mask=padding),
+        "a mask of every head": make_call(**sizes, attn_mask=torch.randn(4, 9, 16)),
+        "a bank": make_call(
+            **sizes, num_prefixes=2, prefix_ids=ids, prefix_lens=torch.tensor([3, 5]), query_offset=torch.arange(4)
+        ),
+        "one prefix per row": make_call(**sizes, num_prefixes=4),
+        "no prefix": make_call(**sizes, prefix_len=None),
+    }
+
+
+def _result(call: Call, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in inputs.items()}
+    out, lse = prefix_attention(**leaves, **call.options, return_lse=True)
+    dout, dlse = call.dout.to(out.dtype), call.dlse.to(lse.dtype)
+    if isinstance(out, DTensor):
+        dout, dlse = (distribute_tensor(x, out.device_mesh, out.placements) for x in (dout, dlse))
+    torch.autograd.backward([out, lse], [dout, dlse])
+    grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
+    return {"out": out, "lse": lse} | grads
+
+
+def _check_sharded_calls() -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, call in _calls().items():
+        expected = _result(call, call.inputs)
+        for placement in (BATCH, HEADS, Replicate()):
+            sharded = {n: x if x is None else distribute_tensor(x, mesh, [Replicate()]) for n, x in call.inputs.items()}
+            for n in ("query", "key", "value"):
+                sharded[n] = sharded[n].redistribute(placements=[placement])
+            got = _result(call, sharded)
+            assert got["out"].placements == got["lse"].placements == (placement,)
+            assert got["out"].stride() == expected["out"].stride()
+            for n, x in expected.items():
+                assert torch.allclose(got[n].full_tensor(), x, rtol=1e-5, atol=1e-5), (name, placement, n)
+
+
+def test_an_operator_call_on_shards_gives_the_result_of_the_whole(tmp_path: Path) -> None:
+    run_on_two_processes(_check_sharded_calls, tmp_path)
+
+
+def _check_mixed_and_refused() -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    call = _calls()["one prefix"]
+    expected = _result(call, call.inputs)
+    # A plain parameter counts as held whole by everyone.
+    prefixes = [call.inputs[name].clone().requires_grad_() for name in ("prefix_key", "prefix_value")]
+    query, key, value = (distribute_tensor(call.inputs[name], mesh, [HEADS]) for name in INPUT_NAMES[:3])
+    out, lse = prefix_attention(query, key, value, *prefixes, return_lse=True)
+    torch.testing.assert_close(out.full_tensor(), expected["out"])
+    torch.autograd.backward([out, lse], [distribute_tensor(x.float(), mesh, [HEADS]) for x in (call.dout, call.dlse)])
+    for prefix, name in zip(prefixes, ("dprefix_key", "dprefix_value"), strict=True):
+        torch.testing.assert_close(prefix.grad, expected[name])
+
+    # Dropout: the shards drop different elements.
+    same = torch.ones(2, 2, 64, 8)
+    dropped = prefix_attention(
+        *(distribute_tensor(same, mesh, [HEADS]) for _ in range(3)),
+        dropout_p=0.5,
+        dropout_seed=torch.tensor([7]),
+    ).full_tensor()
+    assert not torch.equal(dropped[:, 0], dropped[:, 1])
+
+    with pytest.raises(ValueError, match=r"query: expected placements among .*got Shard\(dim=2\)|S\(2\)"):
+        prefix_attention(*(distribute_tensor(same, mesh, [Shard(2)]) for _ in range(3)))
+    with pytest.raises(ValueError, match="key: expected a number of heads that divides over 2 processes, got 1"):
+        prefix_attention(
+            distribute_tensor(same, mesh, [HEADS]), *(distribute_tensor(same[:, :1], mesh, [Replicate()]),) * 2
+        )
+    with pytest.raises(TypeError, match="query: expected a DTensor like the other inputs, got Tensor"):
+        prefix_attention(same, *(distribute_tensor(same, mesh, [HEADS]),) * 2)
+
+
+def test_plain_tensors_beside_shards_and_what_is_refused(tmp_path: Path) -> None:
+    run_on_two_processes(_check_mixed_and_refused, tmp_path)
+
+
+class Attention(nn.Module):
+    """Self-attention with a prefix whose heads the process may hold only a part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(prefix_attention(q, k, v, *prefix, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, projection: bool) -> None:
+        super().__init__()
+        self.prefix_encoder = PrefixEncoder(5, 2, 4, 8, projection=projection)
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, prefix in zip(self.layers, self.prefix_encoder(), strict=True):
+            x = x + layer(x, prefix)
+        return x
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compare(model: nn.Module, whole: nn.Module, x: Tensor, own: slice) -> None:
+    """Gradients of the mean over all rows, of which this process has ``own``."""
+    whole(x).square().mean().backward()
+    model(x[own]).square().mean().backward()
+    inner = model.module if hasattr(model, "module") else model
+    for (name, parameter), expected in zip(inner.named_parameters(), whole.parameters(), strict=True):
+        if expected.requires_grad:
+            assert expected.grad.abs().max() > 0, name
+            torch.testing.assert_close(_full(parameter.grad), expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _check_training(how: str) -> None:
+    for projection in (False, True):
+        _check_gradients(how, projection)
+
+
+def _check_gradients(how: str, projection: bool) -> None:
+    torch.manual_seed(0)
+    whole, x = Model(projection), torch.randn(4, 7, 32)
+    whole.layers.requires_grad_(False)
+    rank = dist.get_rank()
+    model = copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    rows = slice(2 * rank, 2 * rank + 2)
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif how == "fsdp":
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        rows = slice(None)
+        split = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "o": RowwiseParallel()}
+        plan = {f"layers.{i}.{name}": style for i in range(2) for name, style in split.items()}
+        parallelize_module(model, mesh, plan | {"prefix_encoder": PrefixParallel()})
+        assert projection or model.prefix_encoder.table.to_local().shape == (5, 4, 2, 8)
+    _compare(model, whole, x, rows)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tensor-parallel"])
+def test_training_on_two_processes_gives_the_gradients_of_one(how: str, tmp_path: Path) -> None:
+    run_on_two_processes(_check_training, tmp_path, how)
