@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes, implementation_name
 from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.layout import PrefixLayout
+from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 
 
 class StackHook:
@@ -42,8 +42,12 @@ class StackHook:
             )
         return args, kwargs | {PREFIX_ARGUMENT: self._prefixes()}
 
+    def pairs(self) -> dict[int, PrefixPair]:
+        """The prefixes of this call, by site."""
+        return self.layout.pairs(self.model.prefix_encoder, self.stack)
+
     def _prefixes(self) -> LayerPrefixes:
-        pairs = self.layout.pairs(self.model.prefix_encoder, self.stack)
+        pairs = self.pairs()
         prefixes = LayerPrefixes(pairs, self.window_includes_prefix)
         needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
         if needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers):

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
 from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, implementation_name, register
-from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.families import find_heads, refuse_unsupported
 from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
 from prefix_kernels.integrations.layout import PrefixLayout
@@ -32,7 +32,6 @@ from prefix_kernels.integrations.sites import find_sites
 
 __all__ = ["PrefixTuningConfig", "get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
 
-_CONFIG_KEY = "prefix_tuning_config"
 _PREPARED = "_prefix_preparation"
 
 register()
@@ -75,7 +74,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     if config.inference_mode:
         model.requires_grad_(False)
 
-    _give_own_config(model)
+    give_own_config(model)
     previous = model.config._attn_implementation
     model.set_attn_implementation(implementation_name(config.attention))
     hooks = []
@@ -132,7 +131,7 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
         config = PrefixTuningConfig.from_dict(
             config.to_dict() | {"prefix_projection": False, "encoder_hidden_size": None}
         )
-    save_prefix(model, path, fold=fold, metadata={_CONFIG_KEY: config.to_json()})
+    save_prefix(model, path, fold=fold, metadata={CONFIG_KEY: config.to_json()})
 
 
 def load_prefix_model(
@@ -153,9 +152,9 @@ def load_prefix_model(
     """
     metadata = read_prefix_metadata(path)
     if config is None:
-        if _CONFIG_KEY not in metadata:
+        if CONFIG_KEY not in metadata:
             raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
-        config = PrefixTuningConfig.from_json(metadata[_CONFIG_KEY])
+        config = PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
     get_prefix_model(model, config)
     try:
         load_prefix(model, path)
@@ -178,7 +177,7 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _give_own_config(model: PreTrainedModel) -> None:
+def give_own_config(model: PreTrainedModel) -> None:
     """Replace, in all submodules, the model's config and those inside it by one copy."""
     copies: dict[int, object] = {}
     copy.deepcopy(model.config, copies)
