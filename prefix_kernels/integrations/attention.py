@@ -22,6 +22,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from prefix_kernels.functional import prefix_attention
 from prefix_kernels.integrations.layout import PrefixPair
+from prefix_kernels.integrations.position_bias import StackBias, biased_mask, position_bias_of
 
 PREFIX_ARGUMENT = "layer_prefixes"
 # Set on every attention module with a prefix: its index in PrefixLayout.sites.
@@ -40,6 +41,7 @@ class LayerPrefixes:
         lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
             :func:`prefix_kernels.integrations.hooks.first_layer_hook`); otherwise None.
+        bias: the stack's position bias, where it has one.
     """
 
     pairs: dict[int, PrefixPair]
@@ -47,6 +49,7 @@ class LayerPrefixes:
     ids: Tensor | None = None
     lens: dict[int, Tensor] | None = None
     detached_from: dict[int, PrefixPair] | None = None
+    bias: StackBias | None = None
 
 
 def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair | tuple[None, None]:
@@ -130,6 +133,29 @@ def _position_of_the_query(module: nn.Module, query: Tensor, mask: Tensor) -> Te
     return last.expand(query.shape[0])
 
 
+def _with_position_bias(
+    module: nn.Module,
+    visible: Tensor | None,
+    attention_mask: Tensor | None,
+    k_len: int,
+    prefixes: LayerPrefixes | None,
+    arguments: dict[str, object],
+) -> Tensor | None:
+    """``visible``, or with a position bias the mask of both, which may have columns for the prefix."""
+    bias = position_bias_of(module, arguments)
+    if bias is None:
+        return visible
+    if prefixes is None or prefixes.bias is None:
+        return biased_mask(bias, visible, k_len)
+    has_prefix = hasattr(module, PREFIX_SITE_ATTRIBUTE)
+    if has_prefix and prefixes.bias.prefix is not None and prefixes.ids is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: a prefix for each row has no position bias with position_offset='peft', because "
+            "they differ in length; use position_offset='none'"
+        )
+    return prefixes.bias.mask(bias, attention_mask, visible, k_len, has_prefix)
+
+
 def prefix_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -165,7 +191,9 @@ def prefix_attention_forward(
         seen.value,
         prefix_key,
         prefix_value,
-        attn_mask=seen.attn_mask,
+        attn_mask=_with_position_bias(
+            module, seen.attn_mask, attention_mask, seen.key.shape[2], layer_prefixes, kwargs
+        ),
         dropout_p=dropout,
         is_causal=seen.is_causal,
         scale=scaling,
@@ -217,6 +245,9 @@ def torch_attention_forward(
         if right >= 0:
             visible = visible & (column <= position + right)
         mask = visible if mask is None else visible & mask
+    mask = _with_position_bias(module, mask, attention_mask, k_len, layer_prefixes, kwargs)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
 
     prefix_key, prefix_value = _prefix_of(module, layer_prefixes)
     if prefix_key is not None:
@@ -227,7 +258,7 @@ def torch_attention_forward(
             mask = _mask_of_columns(mask, query, k_len)
             mask = torch.cat([_bank_mask(ids, lens, prefix_key.shape[2], mask), mask], dim=-1)
             prefix_key, prefix_value = _of_each_row(prefix_key, ids), _of_each_row(prefix_value, ids)
-        if mask is not None and ids is None:
+        if mask is not None and ids is None and mask.shape[-1] == k_len:
             seen = 1.0 if mask.dtype == torch.bool else 0.0
             mask = F.pad(mask, (prefix_key.shape[2], 0), value=seen)
         if layer_prefixes.window_includes_prefix and left >= 0:
@@ -283,10 +314,6 @@ def _mask_of_columns(mask: Tensor | None, query: Tensor, k_len: int) -> Tensor:
 
 
 def _refuse(module: nn.Module, arguments: dict[str, object]) -> None:
-    if arguments.get("position_bias") is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} adds a position bias, which has no columns for the prefix: not supported"
-        )
     if arguments.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: the attention weights are never formed, so they cannot be returned; use the model "
