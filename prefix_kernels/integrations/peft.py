@@ -1,0 +1,390 @@
+"""Prefix tuning of PEFT on the kernels of this package, in one line.
+
+    from prefix_kernels.integrations.peft import accelerate
+
+    model = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20))
+    model = accelerate(model)
+
+How it works
+------------
+PEFT's ``forward`` repeats the prefix for every row of the batch, puts it into a key/value cache, lengthens the
+attention mask and calls the model below. An accelerated model is of a subclass of its PEFT class whose ``forward``
+and ``generate`` call the model below as it is; there, hooks hand the prompt encoder's prefix to the attention and move
+the positions, as in :func:`prefix_kernels.integrations.transformers.get_prefix_model`. A subclass, because PEFT builds
+its cache inside its own methods: a hook on the model below would come too late to save the copies, and would have to
+tell the cache and the mask that PEFT made from those of the user. Everything else is PEFT's: parameters, adapters,
+``save_pretrained``. The hooks act only while an accelerated model runs, so that the base model called by itself is
+without a prefix, as in PEFT.
+
+Loading and writing PEFT's checkpoints, which does not need PEFT, is in
+:mod:`prefix_kernels.integrations.peft_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+try:
+    from peft import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs PEFT 0.21 or newer, which could not be imported ({error}); its checkpoints can be read and "
+        "written without it: prefix_kernels.integrations.peft_checkpoint"
+    ) from error
+
+from prefix_kernels.integrations.attention import (
+    PREFIX_ARGUMENT,
+    PREFIX_SITE_ATTRIBUTE,
+    LayerPrefixes,
+    implementation_name,
+)
+from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.families import refuse_unsupported
+from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
+from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.peft_layout import pairs_of_layers
+from prefix_kernels.integrations.positions import PositionShift
+from prefix_kernels.integrations.sites import DECODER, find_sites
+from prefix_kernels.integrations.transformers import give_own_config
+
+__all__ = ["accelerate", "restore"]
+
+PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+_ACCELERATION = "_prefix_kernels_acceleration"
+
+
+def accelerate(peft_model: PeftModel) -> PeftModel:
+    """Run a PEFT prefix-tuning model, in place, on the kernels of this package.
+
+    Logits, losses, gradients and generated tokens are PEFT's. The parameters stay the same objects, so that an
+    optimizer made before goes on; ``save_pretrained``, ``set_adapter``, ``load_adapter``, ``disable_adapter`` and
+    ``Trainer`` work as before. The prefix is not repeated for the rows of a batch and does not enter key/value caches,
+    which therefore hold the sequence alone. Activation checkpointing, with which PEFT refuses to work or silently
+    trains without the prefix, works if it is enabled after ``get_peft_model``.
+
+    Args:
+        peft_model: a model with adapters of the type PREFIX_TUNING (with or without ``prefix_projection``) or
+            CARTRIDGE, being trained or loaded, on a model that :func:`get_prefix_model` supports.
+
+    Returns:
+        ``peft_model``; its class is now a subclass of the one that it had. :func:`restore` gives it back.
+
+    Raises:
+        TypeError: not a PEFT model, or one of a class of the user's own.
+        ValueError: accelerated already, inside ``disable_adapter()``, an adapter of another type or one that does not
+            fit the model, or a model that is not supported; the message says which and why.
+
+    Source:
+        Li and Liang, 2021: "Prefix-Tuning: Optimizing Continuous Prompts for Generation"; Eyuboglu et al., 2025:
+        "Cartridges: Lightweight and general-purpose long context representations via self-study".
+    """
+    _refuse(peft_model)
+    model = peft_model.base_model
+    is_encoder_decoder = isinstance(peft_model, PeftModelForSeq2SeqLM)
+    # One length stands for those of all adapters: a layout's tables are PEFT's here, not its own.
+    config = PrefixTuningConfig(
+        num_virtual_tokens=1,
+        target_attentions=(DECODER,) if is_encoder_decoder else None,
+        window_includes_prefix=True,
+    )
+    acceleration = _Acceleration(PrefixLayout(find_sites(model), config), model.config._attn_implementation)
+    for name in peft_model.peft_config:
+        acceleration.check(peft_model, name)
+
+    # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
+    for name in ("forward", "prepare_inputs_for_generation"):
+        vars(peft_model).pop(name, None)
+    peft_model.__class__ = _ACCELERATED[type(peft_model)]
+    setattr(peft_model, _ACCELERATION, acceleration)
+
+    give_own_config(model)
+    model.set_attn_implementation(implementation_name(config.attention))
+    handles = acceleration.handles
+    handles.append(
+        model.base_model.register_forward_pre_hook(_AdapterPositions(model.base_model, acceleration), with_kwargs=True)
+    )
+    for stack in acceleration.layout.stacks:
+        stack_hook = _AdapterStackHook(model, stack, acceleration, config)
+        handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
+        handles.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
+    for index, site in enumerate(acceleration.layout.sites):
+        setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
+    return peft_model
+
+
+def restore(peft_model: PeftModel) -> PeftModel:
+    """Undo :func:`accelerate`, in place: PEFT's own class and the attention implementation from before.
+
+    Returns:
+        ``peft_model``.
+
+    Raises:
+        ValueError: ``peft_model`` is not accelerated.
+    """
+    if not isinstance(peft_model, _Accelerated):
+        raise ValueError(f"peft_model: expected a model of accelerate(), got {type(peft_model).__name__}")
+    acceleration: _Acceleration = getattr(peft_model, _ACCELERATION)
+    for handle in acceleration.handles:
+        handle.remove()
+    for module in peft_model.base_model.modules():
+        if hasattr(module, PREFIX_SITE_ATTRIBUTE):
+            delattr(module, PREFIX_SITE_ATTRIBUTE)
+    delattr(peft_model, _ACCELERATION)
+    peft_model.__class__ = type(peft_model).__bases__[-1]
+    peft_model.base_model.set_attn_implementation(acceleration.attn_implementation)
+    return peft_model
+
+
+def _refuse(peft_model: nn.Module) -> None:
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
+    if isinstance(peft_model, _Accelerated):
+        raise ValueError(f"{type(peft_model).__name__} is accelerated already; restore(peft_model) undoes it")
+    for name, config in peft_model.peft_config.items():
+        if config.peft_type not in PREFIX_TYPES:
+            raise ValueError(
+                f"peft_model: expected adapters of the types {', '.join(PREFIX_TYPES)}, got {name!r} of type "
+                f"{getattr(config.peft_type, 'value', config.peft_type)}"
+            )
+    if not peft_model.peft_config:
+        raise ValueError("peft_model: expected a model with an adapter, got one without any")
+    if type(peft_model) is PeftModel:
+        raise ValueError(
+            "peft_model: expected a model with a task_type, got one without; PEFT runs it without its prefix, silently "
+            "(give task_type, such as CAUSAL_LM, in the adapter's config)"
+        )
+    if type(peft_model) not in _ACCELERATED:
+        raise TypeError(
+            f"peft_model: expected one of {', '.join(cls.__name__ for cls in _ACCELERATED)}, "
+            f"got {type(peft_model).__name__}"
+        )
+    if not peft_model.has_active_enabled_adapter:
+        raise ValueError("peft_model: expected one with its adapter enabled, got one inside disable_adapter()")
+    if not isinstance(peft_model.base_model, PreTrainedModel):
+        raise TypeError(
+            "peft_model.base_model: expected a transformers.PreTrainedModel, got "
+            f"{type(peft_model.base_model).__name__}"
+        )
+    refuse_unsupported(peft_model.base_model)
+    if any(hasattr(module, PREFIX_SITE_ATTRIBUTE) for module in peft_model.base_model.modules()):
+        raise ValueError(
+            f"{type(peft_model.base_model).__name__} below the PEFT model has a prefix already, of get_prefix_model or "
+            "of another accelerated model"
+        )
+
+
+@dataclass(eq=False)
+class _Acceleration:
+    """What an accelerated model and the hooks on the model below it share.
+
+    Attributes:
+        layout: the attentions with a prefix.
+        attn_implementation: the one from before.
+        handles: of the hooks.
+    """
+
+    layout: PrefixLayout
+    attn_implementation: str
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def check(self, peft_model: PeftModel, name: str) -> None:
+        """Raise ValueError where the adapter ``name`` does not fit the attentions."""
+        config = peft_model.peft_config[name]
+        heads, width = config.num_attention_heads, config.token_dim
+        for site in self.layout.sites:
+            if (site.num_kv_heads, site.num_kv_heads * site.head_dim) != (heads, width):
+                raise ValueError(
+                    f"adapter {name!r}: expected num_attention_heads={site.num_kv_heads} and "
+                    f"token_dim={site.num_kv_heads * site.head_dim}, the key/value heads of {site.role} layer "
+                    f"{site.depth}, got {heads} and {width}"
+                )
+        is_encoder_decoder = config.num_transformer_submodules == 2
+        if is_encoder_decoder != isinstance(peft_model, PeftModelForSeq2SeqLM):
+            raise ValueError(
+                f"adapter {name!r}: expected num_transformer_submodules={2 - is_encoder_decoder} in a "
+                f"{type(peft_model).__name__}, got {config.num_transformer_submodules}"
+            )
+        if not is_encoder_decoder and config.num_layers != len(self.layout.sites):
+            raise ValueError(
+                f"adapter {name!r}: expected num_layers={len(self.layout.sites)}, the layers of the model, "
+                f"got {config.num_layers}"
+            )
+        pairs_of_layers(config.num_layers, len(self.layout.sites), is_encoder_decoder=is_encoder_decoder)
+
+    def running(self) -> PeftModel | None:
+        """The accelerated model of this that is running in this thread with its adapter enabled."""
+        model = _running.model
+        # A replica of DataParallel is another object, with parameters of its own.
+        if model is None or getattr(model, _ACCELERATION) is not self or not model.has_active_enabled_adapter:
+            return None
+        return model
+
+    def pairs(self, peft_model: PeftModel) -> dict[int, PrefixPair]:
+        """The prefix ``[Hkv, P, D]`` of every attention, by site, evaluated once and for one row."""
+        name = peft_model.active_adapter
+        self.check(peft_model, name)
+        config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
+        if config.inference_mode:
+            # What a projection generated is then stored in place of it.
+            table = encoder.embedding.weight
+        else:
+            tokens = peft_model.prompt_tokens[name][: config.num_virtual_tokens]
+            table = encoder(tokens[None].to(peft_model.device))[0]
+        slices = table.view(table.shape[0], 2 * config.num_layers, config.num_attention_heads, -1)
+        slices = slices.permute(1, 2, 0, 3).unbind(0)
+        read = pairs_of_layers(
+            config.num_layers, len(self.layout.sites), is_encoder_decoder=config.num_transformer_submodules == 2
+        )
+        return {site: (slices[2 * pair], slices[2 * pair + 1]) for site, pair in enumerate(read)}
+
+
+class _Running(threading.local):
+    """The accelerated model that runs in this thread: of threads, one may run what another has disabled."""
+
+    model: PeftModel | None = None
+
+
+_running = _Running()
+
+
+class _AdapterStackHook(StackHook):
+    """Takes the prefixes from the active adapter; without one that runs, the layers have none."""
+
+    def __init__(
+        self, model: PreTrainedModel, stack: nn.Module, acceleration: _Acceleration, config: PrefixTuningConfig
+    ) -> None:
+        super().__init__(model, stack, acceleration.layout, config)
+        self.acceleration = acceleration
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if self.acceleration.running() is None:
+            nothing = dict.fromkeys(range(len(self.layout.sites)), (None, None))
+            return args, kwargs | {PREFIX_ARGUMENT: LayerPrefixes(nothing)}
+        return super().__call__(stack, args, kwargs)
+
+    def pairs(self) -> dict[int, PrefixPair]:
+        return self.acceleration.pairs(self.acceleration.running())
+
+
+class _AdapterPositions:
+    """Forward pre-hook of the backbone: :class:`PositionShift` by the length of the active adapter."""
+
+    def __init__(self, backbone: nn.Module, acceleration: _Acceleration) -> None:
+        self.acceleration = acceleration
+        self.shifts: dict[int, PositionShift] = {}
+
+    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        peft_model = self.acceleration.running()
+        if peft_model is None:
+            return None
+        length = peft_model.active_peft_config.num_virtual_tokens
+        if length not in self.shifts:
+            self.shifts[length] = PositionShift(backbone, length)
+        return self.shifts[length](backbone, args, kwargs)
+
+
+class _Accelerated:
+    """What an accelerated model does in place of its PEFT class, the next one among its bases.
+
+    Attributes:
+        ignored_inputs: what PEFT takes and does not give to the model below. That its prefix tuning is without token
+            types, even where the model has them, is how its adapters were trained.
+    """
+
+    ignored_inputs: tuple[str, ...] = ()
+    positional_inputs: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_active_enabled_adapter:
+            return self.base_model(*args, **kwargs)
+        kwargs = dict(zip(self.positional_inputs, args, strict=False)) | kwargs
+        return self._run(self.base_model, **self._given_to_the_model_below(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(super().generate, *args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        before = self._adapters_disabled
+        self._adapters_disabled = True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = before
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: expected None, got {kwargs['adapter_names']}; PEFT's prefix tuning has one active "
+                "adapter for all rows of a batch"
+            )
+        before, _running.model = _running.model, self
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _running.model = before
+
+    def _given_to_the_model_below(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs.pop("task_ids", None)
+        for name in self.ignored_inputs:
+            if kwargs.pop(name, None) is not None:
+                warnings.warn(
+                    f"{name}: PEFT's prefix tuning ignores them for this task, and so does this", stacklevel=4
+                )
+        return kwargs
+
+
+class _AcceleratedGenerator(_Accelerated):
+    def prepare_inputs_for_generation(
+        self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        return self._given_to_the_model_below(inputs) if self.has_active_enabled_adapter else inputs
+
+
+def _accelerated(peft_class: type[PeftModel], mixin: type[_Accelerated], ignored_inputs: tuple[str, ...]) -> type:
+    parameters = inspect.signature(peft_class.forward).parameters.values()
+    # functools.wraps, because what calls a model looks at the signature of its forward.
+    forward = functools.wraps(peft_class.forward)(lambda self, *args, **kwargs: mixin.forward(self, *args, **kwargs))
+    members = {
+        "__doc__": f"{peft_class.__name__} on the kernels of prefix_kernels; see :func:`accelerate`.",
+        "__module__": __name__,
+        "forward": forward,
+        "ignored_inputs": ignored_inputs,
+        "positional_inputs": tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:],
+    }
+    return type(f"Accelerated{peft_class.__name__}", (mixin, peft_class), members)
+
+
+_ACCELERATED: dict[type[PeftModel], type] = {
+    peft_class: _accelerated(peft_class, mixin, ignored_inputs)
+    for peft_class, mixin, ignored_inputs in (
+        (PeftModelForSequenceClassification, _Accelerated, ()),
+        (PeftModelForTokenClassification, _Accelerated, ()),
+        (PeftModelForQuestionAnswering, _Accelerated, ("token_type_ids", "position_ids")),
+        (PeftModelForFeatureExtraction, _Accelerated, ("token_type_ids",)),
+        (PeftModelForCausalLM, _AcceleratedGenerator, ("token_type_ids",)),
+        (PeftModelForSeq2SeqLM, _AcceleratedGenerator, ("token_type_ids",)),
+    )
+}
+# pickle finds a class by its name in its module.
+globals().update({accelerated.__name__: accelerated for accelerated in _ACCELERATED.values()})
