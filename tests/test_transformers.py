@@ -21,7 +21,6 @@ from prefix_kernels.integrations.attention import (
     prefix_attention_forward,
     torch_attention_forward,
 )
-from prefix_kernels.integrations.families import FAMILIES
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
@@ -33,6 +32,7 @@ from prefix_kernels.reference import prefix_attention_reference
 
 P, LAYERS, VOCABULARY = 5, 2, 99
 GENERATORS = ("gpt2", "llama")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "llama")
 ONE_OF_EACH = ("bert", "roberta", "gpt2", "llama")
 PAD = {"roberta": 1, "xlm-roberta": 1, "camembert": 1}
 
@@ -550,8 +550,8 @@ def tiny_t5() -> PreTrainedModel:
     return transformers.AutoModelForSeq2SeqLM.from_config(config)
 
 
-def tiny_mistral() -> PreTrainedModel:
-    return tiny_model("mistral", AutoModelForCausalLM, num_key_value_heads=2)
+def tiny_starcoder() -> PreTrainedModel:
+    return tiny_model("starcoder2", AutoModelForCausalLM, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def tiny_mistral() -> PreTrainedModel:
         (tiny_deberta, ValueError, r"DebertaV2ForSequenceClassification .*does not go through.*AttentionInterface"),
         (tiny_bloom, ValueError, r"BloomForCausalLM .*does not go through Transformers' AttentionInterface"),
         (tiny_t5, ValueError, r"T5ForConditionalGeneration .*is an encoder-decoder model"),
-        (tiny_mistral, ValueError, r"MistralForCausalLM .*'mistral'\) is not supported; supported are bert, roberta"),
+        (tiny_starcoder, ValueError, r"Starcoder2ForCausalLM .*'starcoder2'\) is not supported; supported are bert, roberta"),
         (
             lambda: tiny_model("gpt2", AutoModelForCausalLM, add_cross_attention=True),
             ValueError,

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
@@ -42,6 +43,9 @@ class LayerPrefixes:
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
             :func:`prefix_kernels.integrations.hooks.first_layer_hook`); otherwise None.
         bias: the stack's position bias, where it has one.
+        sites: in a layer that is called more than once, the sites of its attentions in this call by those of their
+            first calls; an attention that is missing has no prefix in this call. None elsewhere.
+        inputs: what such layers were called with so far; see :mod:`prefix_kernels.integrations.repeated`.
     """
 
     pairs: dict[int, PrefixPair]
@@ -50,6 +54,13 @@ class LayerPrefixes:
     lens: dict[int, Tensor] | None = None
     detached_from: dict[int, PrefixPair] | None = None
     bias: StackBias | None = None
+    sites: dict[int, int] | None = None
+    inputs: dict[int, list[StorageWeakRef | None]] = field(default_factory=dict)
+
+    def site_of(self, module: nn.Module) -> int | None:
+        """The index of the attention ``module``, in this call of it, among the sites; None: it has no prefix."""
+        site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+        return site if self.sites is None else self.sites.get(site)
 
 
 def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair | tuple[None, None]:
@@ -66,14 +77,14 @@ def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair 
             f"{type(module).__name__} of prefix {site} ran before the first layer was called: reentrant activation "
             "checkpointing would lose the gradient of the prefix; use use_reentrant=False"
         )
-    return prefixes.pairs[site]
+    site = prefixes.site_of(module)
+    return (None, None) if site is None else prefixes.pairs[site]
 
 
 def _rows_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
     """``(prefix_ids, prefix_lens)`` of a mixed batch, or None for both."""
-    if prefixes is None or prefixes.ids is None or not hasattr(module, PREFIX_SITE_ATTRIBUTE):
-        return None, None
-    return prefixes.ids, prefixes.lens[getattr(module, PREFIX_SITE_ATTRIBUTE)]
+    site = None if prefixes is None or prefixes.ids is None else prefixes.site_of(module)
+    return (None, None) if site is None else (prefixes.ids, prefixes.lens[site])
 
 
 class _Visibility(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +27,8 @@ class AttentionSite:
         depth: which of the attentions of its role it is, from 0 on.
         num_kv_heads: ``Hkv``.
         head_dim: ``D``.
+        call: which of the calls of ``layer`` in a forward pass it is, from 0 on.
+        calls: how often ``stack`` calls ``layer`` in a forward pass: more than once where layers share weights.
     """
 
     module: nn.Module
@@ -36,6 +38,8 @@ class AttentionSite:
     depth: int
     num_kv_heads: int
     head_dim: int
+    call: int = 0
+    calls: int = 1
 
 
 @functools.cache
@@ -47,7 +51,7 @@ def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
 
 
 def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
-    """All attentions of ``model``, in the order of its modules.
+    """All attentions of ``model``, in the order of its modules, or of their calls where layers share weights.
 
     Raises:
         ValueError: there are none, or one is outside every list of layers.
@@ -56,24 +60,33 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     found = {name: module for name, module in backbone.named_modules() if _calls_attention_interface(type(module))}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
-    depths: Counter[str] = Counter()
     sites = []
     for name, module in found.items():
         stack_name, layer = _enclosing_layer(backbone, name)
-        role = _role(model, stack_name, name)
-        sites.append(
-            AttentionSite(
-                module,
-                layer,
-                backbone.get_submodule(stack_name),
-                role,
-                depths[role],
-                _num_kv_heads(module),
-                _head_dim(module),
-            )
-        )
-        depths[role] += 1
-    return sites
+        stack, role = backbone.get_submodule(stack_name), _role(model, stack_name, name)
+        sites.append(AttentionSite(module, layer, stack, role, 0, _num_kv_heads(module), _head_dim(module)))
+    depths: Counter[str] = Counter()
+    numbered = []
+    for site in _in_order_of_calls(sites):
+        numbered.append(replace(site, depth=depths[site.role]))
+        depths[site.role] += 1
+    return numbered
+
+
+def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
+    """``sites``, those of a layer that is called more than once repeated for each call."""
+    stack = sites[0].stack
+    groups = getattr(stack, "albert_layer_groups", None)
+    if groups is None:
+        return sites
+    repetitions = stack.config.num_hidden_layers / stack.config.num_hidden_groups
+    called = [int(i / repetitions) for i in range(stack.config.num_hidden_layers)]
+    return [
+        replace(site, call=called[:i].count(group), calls=called.count(group))
+        for i, group in enumerate(called)
+        for site in sites
+        if site.layer is groups[group]
+    ]
 
 
 def _enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
