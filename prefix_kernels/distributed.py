@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from prefix_kernels.encoder import PrefixEncoder
@@ -177,8 +177,8 @@ class PrefixParallel(ParallelStyle):
         for name, parameter in list(module.named_parameters()):
             placement = Shard(heads_of_table) if name == "table" else Replicate()
             owner = module.get_submodule(name.rpartition(".")[0])
-            whole = DTensor.from_local(parameter.detach(), device_mesh, [Replicate()], run_check=False)
-            sharded = whole.redistribute(device_mesh, [placement])
+            # The first process's values: each may have drawn its own.
+            sharded = distribute_tensor(parameter.detach(), device_mesh, [placement])
             owner.register_parameter(
                 name.rpartition(".")[2], nn.Parameter(sharded, requires_grad=parameter.requires_grad)
             )
