@@ -22,6 +22,11 @@ from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_pre
 P = 5
 
 
+def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool) -> None:
+    """As Transformers does it."""
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A kind of model, and how to make a tiny random one.
@@ -34,6 +39,7 @@ class Family:
         paddings: those that it knows.
         peft_task: ``task_type`` of PEFT's prefix tuning; None where PEFT cannot run it.
         settings: of :class:`PrefixTuningConfig`, where they differ from the default.
+        checkpoint: gives a prepared model activation checkpointing, reentrant or not.
         trains_every_element: whether every element of the prefix receives a gradient (a dead ReLU would not let it).
     """
 
@@ -44,6 +50,7 @@ class Family:
     paddings: tuple[str, ...] = ("none", "right", "left")
     peft_task: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    checkpoint: Callable[[PreTrainedModel, bool], None] = checkpoint_layers
     trains_every_element: bool = True
 
 
@@ -80,9 +87,9 @@ def with_peft(family: Family, base: PreTrainedModel, ours: PreTrainedModel) -> p
     return theirs
 
 
-def check_against_peft(family: Family, padding: str) -> None:
+def check_against_peft(family: Family, padding: str, **settings: object) -> None:
     base = family.model()
-    ours = prepared(family, base)
+    ours = prepared(family, base, **settings)
     theirs = with_peft(family, base, ours)
     inputs = family.inputs(padding)
     labels = family.labels(inputs)
@@ -164,7 +171,7 @@ def check_training(family: Family) -> None:
 def check_activation_checkpointing(family: Family, use_reentrant: bool, projection: bool) -> None:
     plain = prepared(family, family.model(), prefix_projection=projection, prefix_dropout=0.1).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    family.checkpoint(checkpointed, use_reentrant)
     inputs = family.inputs(family.paddings[0])
     labels = family.labels(inputs)
     for model in (plain, checkpointed):
@@ -224,20 +231,20 @@ def check_bfloat16(family: Family) -> None:
 
 
 def check_generation(
-    family: Family, *, max_new_tokens: int = 8, caches: tuple[str, ...] = ("dynamic", "static")
+    family: Family, *, max_new_tokens: int = 8, caches: tuple[str, ...] = ("dynamic", "static"), **settings: object
 ) -> None:
     """Greedy, sampled and with 3 beams: every cache gives the tokens of full recomputation, for every padding."""
-    model = prepared(family, family.model())
+    model = prepared(family, family.model(), **settings)
     for padding in [padding for padding in family.paddings if padding != "right" or model.config.is_encoder_decoder]:
         inputs = family.inputs(padding)
         for name in ("decoder_input_ids", "decoder_attention_mask"):
             inputs.pop(name, None)
         for search in ({}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}):
-            settings = {"max_new_tokens": 8, "do_sample": False} | search
+            search = {"max_new_tokens": max_new_tokens, "do_sample": False} | search
 
-            def generate(settings: dict = settings, inputs: dict = inputs, **more: object) -> Tensor:
+            def generate(search: dict = search, inputs: dict = inputs, **more: object) -> Tensor:
                 torch.manual_seed(3)
-                return model.generate(**inputs, **settings, **more)
+                return model.generate(**inputs, **search, **more)
 
             expected = generate(use_cache=False)
             assert len(expected.unique()) > 3, "a model that repeats one token would hide mistakes"
