@@ -176,3 +176,11 @@ def test_a_deadlock_names_every_waiter() -> None:
 def test_equal_seeds_give_equal_runs() -> None:
     reports = [run("two_warps_one_output", torch.zeros(256), 256, mode="check", seed=5).report for _ in range(2)]
     assert reports[0] == reports[1] != ""
+
+
+def test_the_page_stops_at_the_line_that_it_shows() -> None:
+    page = (emulated.EMULATOR / "README.md").read_text()
+    file, number = re.search(r"\(gdb\) break (\S+):(\d+) ", page).groups()
+    shown = re.search(rf"^    {number}\t(.*)$", page, flags=re.MULTILINE).group(1)
+    lines = (emulated.CHECKOUT / "csrc" / "cuda" / file).read_text().splitlines()
+    assert lines[int(number) - 1] == shown
