@@ -40,6 +40,7 @@ class Family:
         peft_task: ``task_type`` of PEFT's prefix tuning; None where PEFT cannot run it.
         settings: of :class:`PrefixTuningConfig`, where they differ from the default.
         checkpoint: gives a prepared model activation checkpointing, reentrant or not.
+        learning_rate: with which a prefix is trained in a few steps.
         trains_every_element: whether every element of the prefix receives a gradient (a dead ReLU would not let it).
     """
 
@@ -51,6 +52,7 @@ class Family:
     peft_task: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     checkpoint: Callable[[PreTrainedModel, bool], None] = checkpoint_layers
+    learning_rate: float = 0.05
     trains_every_element: bool = True
 
 
@@ -152,7 +154,7 @@ def check_training(family: Family) -> None:
     assert all(name.startswith("prefix_encoder.") for name in trainable(model))
     inputs = family.inputs(family.paddings[0])
     labels = family.labels(inputs)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=family.learning_rate)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()

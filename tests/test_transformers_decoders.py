@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -33,7 +34,10 @@ def tiny(model_type: str, settings: dict[str, object], **more: object) -> PreTra
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
     others = {"max_position_embeddings": 64, "initializer_range": 0.3, "attention_dropout": 0.1}
     config = AutoConfig.for_model(model_type, **(sizes | tokens | others | settings | more))
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Transformers does not know it of a GPT2LMHeadModel, and says so where a compiled model cannot.
+    model.loss_type = "ForCausalLM"
+    return model
 
 
 def batch(padding: str) -> dict[str, Tensor]:
@@ -51,11 +55,14 @@ def batch(padding: str) -> dict[str, Tensor]:
 
 def labels(inputs: dict[str, Tensor]) -> Tensor:
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return inputs["input_ids"].masked_fill(mask == 0, -100)
+    # What comes first is predicted by padding on its left, where no model's output means anything.
+    first = mask.cumsum(1) == 1
+    return inputs["input_ids"].masked_fill((mask == 0) | first, -100)
 
 
 def family(name: str, **settings: object) -> Family:
-    return Family(name, functools.partial(tiny, name, settings), batch, labels, peft_task="CAUSAL_LM")
+    model = functools.partial(tiny, name, settings)
+    return Family(name, model, batch, labels, peft_task="CAUSAL_LM", learning_rate=0.3)
 
 
 GROUPED = {"num_key_value_heads": 2}
@@ -75,7 +82,8 @@ FAMILIES = [
     family("phi", qk_layernorm=True, **GROUPED),
     family("phi3", sliding_window=WINDOW, **GROUPED),
 ]
-SLIDING = [one for one in FAMILIES if one.name in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")]
+MIXED_FAMILIES = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+SLIDING = [one for one in FAMILIES if one.name in (*MIXED_FAMILIES, "mistral", "phi3")]
 
 
 def of_each(families: list[Family]) -> pytest.MarkDecorator:
@@ -123,7 +131,9 @@ def test_generated_tokens_are_those_of_full_recomputation_where_the_prefix_slide
 
 @of_each(FAMILIES)
 def test_a_compiled_model_is_one_graph_and_gives_the_same(family: Family) -> None:
-    check_compiled(family)
+    one_of_each_kind = 2 if family.name in MIXED_FAMILIES else 1
+    model = functools.partial(family.model, num_hidden_layers=one_of_each_kind)
+    check_compiled(dataclasses.replace(family, model=model))
 
 
 @of_each(FAMILIES)
