@@ -78,7 +78,16 @@ def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair 
             "checkpointing would lose the gradient of the prefix; use use_reentrant=False"
         )
     site = prefixes.site_of(module)
-    return (None, None) if site is None else prefixes.pairs[site]
+    if site is None:
+        return None, None
+    key, value = prefixes.pairs[site]
+    if not torch.is_grad_enabled() and key.requires_grad and key.grad_fn is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} of prefix {site} runs without gradients in a forward pass that needs them: "
+            "reentrant activation checkpointing that get_prefix_model does not know of would lose the gradient of the "
+            "prefix; use use_reentrant=False, or torch's checkpoint_wrapper before get_prefix_model"
+        )
+    return key, value
 
 
 def _rows_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:

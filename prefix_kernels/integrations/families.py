@@ -5,8 +5,16 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "llama")
-HEAD_NAMES = ("classifier", "score", "qa_outputs")
+# Model types, by kind: encoders of text, decoders, images (and both).
+FAMILIES = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "modernbert"),
+    *("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("vit", "deit", "clip", "clip_text_model", "clip_vision_model"),
+)
+HEAD_NAMES = (
+    *("classifier", "pre_classifier", "sequence_summary", "score", "qa_outputs"),
+    *("cls_classifier", "distillation_classifier"),
+)
 
 
 def refuse_unsupported(model: nn.Module) -> None:
