@@ -107,15 +107,8 @@ def prepare(cell: Cell, function: Callable[..., Tensor], inputs: list[Tensor]) -
     return lambda: torch.autograd.grad(out, asked, dout, retain_graph=True)
 
 
-def timed(call: Callable[[], object], device: str) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Milliseconds of one call."""
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
     begin_ns = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - begin_ns) / 1e6
@@ -134,7 +127,7 @@ def measure(cell: Cell, device: str, rounds: int) -> dict[str, list[float]]:
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(timed(calls[name], device))
+            times[name].append(timed(calls[name]))
     return times
 
 

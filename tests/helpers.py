@@ -130,6 +130,23 @@ def make_call(
     )
 
 
+def repeat_batch(call: Call, times: int) -> Call:
+    """The batch rows of a call without options of their own, over and over: results too must repeat themselves."""
+
+    def repeated(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+    inputs = {name: repeated(tensor) for name, tensor in call.inputs.items()}
+    return Call(inputs, call.options, repeated(call.dout), repeated(call.dlse))
+
+
+def assert_repeats(many: Result, few: Result, times: int) -> None:
+    """That the results are bit for bit those of the few rows that `repeat_batch` repeated."""
+    for name, expected in few.tensors().items():
+        got = many.tensors()[name].unflatten(0, (times, -1))
+        assert torch.equal(got, expected.expand(times, *expected.shape)), name
+
+
 def run(
     call: Call,
     function: Callable[..., Any] = prefix_attention,

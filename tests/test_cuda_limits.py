@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from emulated import CHECKOUT, emulated_prefix_attention
-from helpers import INPUT_NAMES, Call, make_call, run
+from helpers import INPUT_NAMES, assert_repeats, make_call, repeat_batch, run
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -20,17 +20,10 @@ DTYPES = [torch.bfloat16, torch.float32]
 )
 def test_more_batch_rows_than_a_grid_has_blocks_along_y_or_z(dtype, q_len, needs):
     """66,000 rows, three over and over."""
-    times, shape = 22000, dict(q_heads=1, q_len=q_len, k_len=2, head_dim=8, prefix_len=None, dtype=dtype)
-    few = make_call(batch=3, **shape, layout="contiguous")
-
-    def repeated(tensor):
-        return None if tensor is None else tensor.repeat(times, *[1] * (tensor.dim() - 1))
-
-    inputs = {name: repeated(tensor) for name, tensor in few.inputs.items()}
-    many = Call(inputs, few.options, repeated(few.dout), repeated(few.dlse))
-    results = run(many, emulated_prefix_attention, needs=needs).tensors()
-    for name, expected in run(few, emulated_prefix_attention, needs=needs).tensors().items():
-        assert torch.equal(results[name].unflatten(0, (times, 3)), expected.expand(times, *expected.shape)), name
+    shape = dict(q_heads=1, q_len=q_len, k_len=2, head_dim=8, prefix_len=None, dtype=dtype)
+    few, times = make_call(batch=3, **shape, layout="contiguous"), 22000
+    many = run(repeat_batch(few, times), emulated_prefix_attention, needs=needs)
+    assert_repeats(many, run(few, emulated_prefix_attention, needs=needs), times)
 
 
 @pytest.fixture(scope="module")

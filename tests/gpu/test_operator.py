@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import INPUT_NAMES, Call, check, lay_out, make_call, run
+from helpers import INPUT_NAMES, Call, assert_repeats, check, lay_out, make_call, repeat_batch, run
 
 from prefix_kernels import prefix_attention
 
@@ -95,14 +95,7 @@ def test_large_grids(dtype):
     """More batch rows, and far more heads of a batch, than a grid may have blocks along y or z: three rows repeated."""
     few = gpu_call("no prefix", batch=3, q_heads=2, kv_heads=2, q_len=17, k_len=18, head_dim=32, dtype=dtype)
     times = 22000
-
-    def repeated(tensor):
-        return None if tensor is None else tensor.repeat(times, *[1] * (tensor.dim() - 1))
-
-    inputs = {name: repeated(tensor) for name, tensor in few.inputs.items()}
-    many = run(Call(inputs, few.options, repeated(few.dout), repeated(few.dlse))).tensors()
-    for name, expected in run(few).tensors().items():
-        assert torch.equal(many[name].unflatten(0, (times, 3)), expected.expand(times, *expected.shape)), name
+    assert_repeats(run(repeat_batch(few, times)), run(few), times)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
