@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import peft
 import torch
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.layout import PrefixLayout
+from prefix_kernels.integrations.peft_layout import table_from_peft
 from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
+from prefix_kernels.integrations.transformers import (
+    PrefixTuningConfig,
+    get_prefix_model,
+    load_named_prefix,
+    load_prefix_model,
+    save_prefix_model,
+)
 
 P = 5
 
@@ -38,6 +46,7 @@ class Family:
         labels: what it is trained on with those inputs; nothing at padding.
         paddings: those that it knows.
         peft_task: ``task_type`` of PEFT's prefix tuning; None where PEFT cannot run it.
+        peft_settings: of PEFT's config, where it cannot find them itself.
         settings: of :class:`PrefixTuningConfig`, where they differ from the default.
         checkpoint: gives a prepared model activation checkpointing, reentrant or not.
         learning_rate: with which a prefix is trained in a few steps.
@@ -50,6 +59,7 @@ class Family:
     labels: Callable[[dict[str, Tensor]], Tensor]
     paddings: tuple[str, ...] = ("none", "right", "left")
     peft_task: str | None = None
+    peft_settings: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     checkpoint: Callable[[PreTrainedModel, bool], None] = checkpoint_layers
     learning_rate: float = 0.05
@@ -81,12 +91,18 @@ def tables(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def with_peft(family: Family, base: PreTrainedModel, ours: PreTrainedModel) -> peft.PeftModel:
-    """PEFT's prefix tuning of the same model with the same prefix, for models of one stack."""
-    config = peft.PrefixTuningConfig(task_type=family.peft_task, num_virtual_tokens=P)
+    """PEFT's prefix tuning of the same model, whose prefix ``ours`` gets."""
+    config = peft.PrefixTuningConfig(task_type=family.peft_task, num_virtual_tokens=P, **family.peft_settings)
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     with torch.no_grad():
-        theirs.prompt_encoder.default.embedding.weight.copy_(ours.prefix_encoder.table.flatten(1))
+        ours.prefix_encoder.table.copy_(_as_ours(theirs.prompt_encoder.default.embedding.weight, ours))
     return theirs
+
+
+def _as_ours(peft_table: Tensor, ours: PreTrainedModel) -> Tensor:
+    _, slices, num_heads, head_dim = ours.prefix_encoder.table.shape
+    is_encoder_decoder = ours.config.is_encoder_decoder
+    return table_from_peft(peft_table, num_heads, head_dim, slices // 2, is_encoder_decoder=is_encoder_decoder)
 
 
 def check_against_peft(family: Family, padding: str, **settings: object) -> None:
@@ -102,9 +118,12 @@ def check_against_peft(family: Family, padding: str, **settings: object) -> None
 
     valid = _valid(our_output.logits, inputs)
     torch.testing.assert_close(our_output.logits[valid], their_output.logits[valid], rtol=0, atol=1e-5)
-    their_grad = theirs.prompt_encoder.default.embedding.weight.grad
+    table = theirs.prompt_encoder.default.embedding.weight
+    their_grad, table.grad = table.grad, None
     assert their_grad.abs().max() > 1e-2
-    torch.testing.assert_close(ours.prefix_encoder.table.grad.flatten(1), their_grad, rtol=0, atol=1e-5)
+    # Layers that share a slice of PEFT's table add up their gradients.
+    _as_ours(table, ours).backward(ours.prefix_encoder.table.grad)
+    torch.testing.assert_close(table.grad, their_grad, rtol=0, atol=1e-5)
 
 
 def check_against_eager(family: Family, padding: str, **settings: object) -> None:
@@ -230,6 +249,39 @@ def check_bfloat16(family: Family) -> None:
     output.loss.backward()
     assert all(table.grad.isfinite().all() for table in tables(exact))
     assert (output.logits - expected)[valid].abs().max() < tolerance
+
+
+def check_torch_baseline(family: Family, padding: str) -> None:
+    base = family.model()
+    ours = prepared(family, base)
+    baseline = prepared(family, base, attention="torch")
+    baseline.load_state_dict(ours.state_dict())
+    inputs = family.inputs(padding)
+    labels = family.labels(inputs)
+    logits = []
+    for model in (ours, baseline):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        logits.append(output.logits[_valid(output.logits, inputs)])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    for table, expected in zip(tables(ours), tables(baseline), strict=True):
+        torch.testing.assert_close(table.grad, expected.grad, rtol=0, atol=1e-5)
+
+
+def check_mixed_batch(family: Family, folder: Path) -> None:
+    """Rows that name a prefix get what the whole batch gets from it; the third has none."""
+    base = family.model()
+    inputs = family.inputs(family.paddings[-1])
+    alone = {"default": prepared(family, base), "short": prepared(family, base, num_virtual_tokens=2)}
+    expected = {name: model(**inputs).logits for name, model in alone.items()} | {None: base(**inputs).logits}
+    for name, model in alone.items():
+        save_prefix_model(model, folder / f"{name}.safetensors")
+    mixed = load_prefix_model(copy.deepcopy(base), folder / "default.safetensors")
+    load_named_prefix(mixed, "short", folder / "short.safetensors")
+    names = ["short", "default", None]
+    logits = mixed(**inputs, prefix_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(logits[row], expected[name][row])
 
 
 def check_generation(
