@@ -110,6 +110,8 @@ def save_prefix(
 ) -> None:
     """Store the task that ``model`` holds as one safetensors file, replacing ``path`` only once it is written.
 
+    Sharded parameters (DTensor) are stored whole: all processes must call this then.
+
     Args:
         model: any module that contains prefix modules.
         path: the file to write.
@@ -123,6 +125,7 @@ def save_prefix(
     model = _unwrapped(model)
     state = {}
     for name, tensor in prefix_state_dict(model, fold=fold).items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         state[name] = tensor.to("cpu").contiguous().clone()
     described = _describe(model)
@@ -183,7 +186,7 @@ def load_prefix(
         ValueError: names, shapes or dtypes do not fit; the message lists all of them.
     """
     model = _unwrapped(model)
-    heads = _marked_heads(model) | _find_heads(model, "also_load", also_load)
+    heads = marked_heads(model) | _find_heads(model, "also_load", also_load)
     if isinstance(source, Mapping):
         origin, state = "state dict", dict(source)
     else:
@@ -203,9 +206,18 @@ def load_prefix(
         targets |= _owned(name, holder)
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(state[name])
+            target.copy_(_laid_out_like(target, state[name]))
     for head in heads.values():
         setattr(head, _HEAD_MARK, True)
+
+
+def _laid_out_like(target: Tensor, stored: Tensor) -> Tensor:
+    if not hasattr(target, "device_mesh"):
+        return stored
+    from torch.distributed.tensor import distribute_tensor
+
+    stored = stored.full_tensor() if hasattr(stored, "full_tensor") else stored
+    return distribute_tensor(stored.to(target.device, target.dtype), target.device_mesh, target.placements)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -258,7 +270,8 @@ def _find_heads(model: nn.Module, argument: str, names: Iterable[str]) -> dict[s
     return heads
 
 
-def _marked_heads(model: nn.Module) -> dict[str, nn.Module]:
+def marked_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The heads of ``model``, by qualified name."""
     return {_canonical(n): m for n, m in model.named_modules() if getattr(m, _HEAD_MARK, False)}
 
 
@@ -282,7 +295,7 @@ def _head_state(heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _task_state(model: nn.Module, *, fold: bool) -> dict[str, Tensor]:
-    state = _head_state(_marked_heads(model))
+    state = _head_state(marked_heads(model))
     for name, holder in _holders(model).items():
         if fold and _offers(holder, "folded_prefix_state"):
             state |= {_join(name, own): tensor for own, tensor in holder.folded_prefix_state().items()}
@@ -297,7 +310,7 @@ def _describe(model: nn.Module) -> dict[str, str]:
         "prefix_kernels_format": str(FORMAT_VERSION),
         "kind": ",".join(sorted({type(holder).__name__ for holder in holders})),
         "num_prefix_tokens": ",".join(map(str, sorted({holder.num_prefix_tokens for holder in holders}))),
-        "heads": json.dumps(sorted(_marked_heads(model))),
+        "heads": json.dumps(sorted(marked_heads(model))),
     }
 
 

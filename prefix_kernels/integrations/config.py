@@ -9,6 +9,8 @@ from typing import Any
 
 POSITION_OFFSETS = ("peft", "none")
 ATTENTIONS = ("prefix_kernels", "torch")
+# What a stored task calls its config in the metadata of its file.
+CONFIG_KEY = "prefix_tuning_config"
 
 PrefixLengths = int | Sequence[int]
 
@@ -25,14 +27,14 @@ class PrefixTuningConfig:
         prefix_dropout: probability with which prefix entries are zeroed while training.
         init_std: standard deviation of the initial prefix. Default: 1.0, as in PEFT.
         modules_to_save: modules trained and stored with the prefix, by name. Default: the head that a fine-tuned model
-            starts at random (``classifier``, ``score`` or ``qa_outputs``, whichever the model has). ``()``: none.
+            starts at random (``classifier``, ``score``, ``qa_outputs``, ..., whichever the model has). ``()``: none.
         target_attentions: which kinds of attention get a prefix: ``"encoder"``, ``"decoder"`` and ``"cross"`` in an
             encoder-decoder model, ``"text"`` and ``"vision"`` in a model of two towers, ``"self"`` elsewhere. Default:
             all that the model has.
         layers: the layers that get a prefix, counted from 0, the same for each kind of attention. Default: all.
         position_offset: ``"peft"`` lets the sequence's positions begin at ``P``, as they do in PEFT, whose checkpoints
             expect it; the last ``P`` positions of a learned position table are then out of reach. ``"none"`` keeps the
-            model's own positions.
+            model's own positions. Patches of images are numbered by their place: neither moves them.
         window_includes_prefix: where a layer attends within a sliding window: True counts the prefix as positions
             before the sequence, so that it slides out of sight, as in PEFT; False keeps all of it visible.
         attention: ``"prefix_kernels"``, or ``"torch"``: the same model with ``torch.cat`` and

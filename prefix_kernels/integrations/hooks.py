@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,11 @@ from transformers import PreTrainedModel
 from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes, implementation_name
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.position_bias import RelativeBias, has_relative_bias
+from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
+
+if TYPE_CHECKING:
+    from prefix_kernels.integrations.tasks import PrefixTasks
 
 
 class StackHook:
@@ -20,35 +25,60 @@ class StackHook:
     """
 
     def __init__(
-        self, model: PreTrainedModel, stack: nn.Module, layout: PrefixLayout, config: PrefixTuningConfig
+        self,
+        model: PreTrainedModel,
+        stack: nn.Module,
+        layout: PrefixLayout,
+        config: PrefixTuningConfig,
+        tasks: PrefixTasks | None = None,
     ) -> None:
         self.model = model
+        self.tasks = tasks
         self.stack = stack
         self.layout = layout
         self.implementation = implementation_name(config.attention)
         self.window_includes_prefix = config.window_includes_prefix
-        self.layers = [site.layer for site in layout.sites if site.stack is stack]
+        sites = [site for site in layout.sites if site.stack is stack]
+        self.layers = list({id(site.layer): site.layer for site in sites}.values())
+        self.attentions = list({id(site.module): site.module for site in sites}.values())
+        self.position_offset = config.prefix_lengths()[0] if config.position_offset == "peft" else 0
+        self.relative_bias = RelativeBias(stack) if has_relative_bias(stack) else None
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        if stack.config._attn_implementation != self.implementation:
-            raise RuntimeError(
-                f"the model's attention implementation is {stack.config._attn_implementation!r}, which would ignore "
-                f"the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
-            )
+        for attention in self.attentions:
+            if attention.config._attn_implementation != self.implementation:
+                raise RuntimeError(
+                    f"the model's attention implementation is {attention.config._attn_implementation!r}, which would "
+                    f"ignore the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
+                )
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True: the attention weights are never formed, so they cannot be returned; remove "
                 'the prefix and use attn_implementation="eager" to look at them'
             )
-        return args, kwargs | {PREFIX_ARGUMENT: self._prefixes()}
+        selection = None if self.tasks is None else find_selection(kwargs, self.tasks)
+        kwargs.pop(PREFIX_NAMES, None)
+        if selection is None:
+            prefixes = LayerPrefixes(self.pairs(), self.window_includes_prefix)
+        else:
+            bank, ids = selection.bank(stack), selection.ids_of(_batch_size(args, kwargs))
+            prefixes = LayerPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
+        if self.relative_bias is not None:
+            prefixes.bias = self.relative_bias(self.shift(), args, kwargs)
+        self._detach_for_reentrant_checkpointing(prefixes)
+        return args, kwargs | {PREFIX_ARGUMENT: prefixes}
 
     def pairs(self) -> dict[int, PrefixPair]:
-        """The prefixes of this call, by site."""
-        return self.layout.pairs(self.model.prefix_encoder, self.stack)
+        """The prefixes of this call, by site, where all rows see the same."""
+        layout = self.layout if self.tasks is None else self.tasks.layout
+        return layout.pairs(self.model.prefix_encoder, self.stack)
 
-    def _prefixes(self) -> LayerPrefixes:
-        pairs = self.pairs()
-        prefixes = LayerPrefixes(pairs, self.window_includes_prefix)
+    def shift(self) -> int:
+        """How many positions before the sequence the prefix counts as in this call."""
+        return self.position_offset if self.tasks is None else self.tasks.shift
+
+    def _detach_for_reentrant_checkpointing(self, prefixes: LayerPrefixes) -> None:
+        pairs = prefixes.pairs
         needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
         if needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers):
             # Reentrant checkpointing runs one backward pass per layer. Through the encoder's graph that would be as
@@ -57,10 +87,18 @@ class StackHook:
             prefixes.pairs = {
                 site: tuple(tensor.detach().requires_grad_() for tensor in pair) for site, pair in pairs.items()
             }
-        return prefixes
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    names = ("hidden_states", "inputs_embeds", "input_ids", "input_features", "pixel_values")
+    candidates = [*args, *(kwargs.get(name) for name in names)]
+    return next(candidate.shape[0] for candidate in candidates if isinstance(candidate, Tensor))
 
 
 def _is_checkpointed_reentrantly(layer: nn.Module) -> bool:
+    # torch's checkpoint_wrapper, around the layer or inside it.
+    if any(getattr(getattr(m, "checkpoint_impl", None), "name", None) == "REENTRANT" for m in layer.modules()):
+        return True
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
         return False
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)

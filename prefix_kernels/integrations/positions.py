@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
+
+if TYPE_CHECKING:
+    from prefix_kernels.integrations.tasks import PrefixTasks
+
+
+# What models call their learned table of absolute positions.
+POSITION_TABLES = ("position_embeddings", "position_embedding", "wpe")
+
+
+def position_modules(model: PreTrainedModel, stacks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that number the positions of the sequences that ``stacks`` process.
+
+    Each is the innermost model around a stack: of CLIP, whose towers can be called alone, the text tower. Models of
+    images take no position_ids: they have no sequence that could begin behind the prefix.
+    """
+    found: dict[int, nn.Module] = {}
+    for stack in stacks:
+        owners = [
+            module
+            for module in model.base_model.modules()
+            if isinstance(module, PreTrainedModel) and any(inner is stack for inner in module.modules())
+        ]
+        if "position_ids" in inspect.signature(owners[-1].forward).parameters:
+            found[id(owners[-1])] = owners[-1]
+    return list(found.values())
 
 
 class PositionShift:
@@ -15,15 +44,18 @@ class PositionShift:
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, backbone: nn.Module, shift: int) -> None:
+    def __init__(self, backbone: nn.Module, shift: int, tasks: PrefixTasks | None = None) -> None:
         self.shift = shift
+        self.tasks = tasks
         self.parameter_names = [
             parameter.name
             for parameter in inspect.signature(backbone.forward).parameters.values()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         table = find_position_table(backbone)
-        self.num_positions = None if table is None else table.num_embeddings
+        # OPT's table has rows before the first position, and padding has no positions of its own.
+        self.num_positions = None if table is None else table.num_embeddings - getattr(table, "offset", 0)
+        self.counts_tokens = table is not None and _takes_padding(table)
         # RoBERTa and its relatives number their positions from the padding token's id on, and padding not at all.
         embeddings = getattr(backbone, "embeddings", None)
         self.padding_aware = embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
@@ -33,44 +65,96 @@ class PositionShift:
         self._move_positions(kwargs)
         return (), kwargs
 
+    def _shift(self, kwargs: dict[str, Any], batch: int) -> tuple[int | Tensor, int]:
+        """The shift, one for all or ``[batch, 1]``, and the largest."""
+        if self.tasks is None:
+            return self.shift, self.shift
+        selection = find_selection(kwargs, self.tasks)
+        if selection is None:
+            return self.tasks.shift, self.tasks.shift
+        kwargs[PREFIX_NAMES] = selection
+        if not selection.moves:
+            return 0, 0
+        # Code compiled for one largest shift would be compiled again for another; there, the table itself refuses.
+        return selection.shifts_of(batch), 0 if torch.compiler.is_compiling() else selection.largest_shift
+
     def _move_positions(self, kwargs: dict[str, Any]) -> None:
         input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (input_ids is None) == (embeddings is None):
             return  # the model says what is wrong
         tokens = input_ids if embeddings is None else embeddings
         length, device = tokens.shape[1], tokens.device
+        shift, largest = self._shift(kwargs, tokens.shape[0])
+        if isinstance(shift, int) and shift == 0:
+            return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         if kwargs.get("position_ids") is not None:
-            positions = kwargs["position_ids"] + self.shift
+            positions = kwargs["position_ids"] + shift
         elif self.padding_aware is not None and input_ids is not None:
             pad = self.padding_aware.padding_idx
-            positions = self.padding_aware.create_position_ids_from_input_ids(input_ids, pad, past + self.shift)
+            positions = self.padding_aware.create_position_ids_from_input_ids(input_ids, pad, past + shift)
+        elif self.counts_tokens:
+            positions = _count_tokens(kwargs.get("attention_mask"), past, length, device) + shift
         else:
             first = 0 if self.padding_aware is None else self.padding_aware.padding_idx + 1
-            positions = (torch.arange(length, device=device) + (past + self.shift + first)).unsqueeze(0)
-            if torch.compiler.is_compiling() and cache is None and kwargs.get("attention_mask") is None:
-                # Under compilation Transformers cannot look at positions to see that no sequences are packed; a
-                # padding mask tells it so and saves an Sq x Sk mask.
-                kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)
+            positions = torch.arange(length, device=device).unsqueeze(0) + (past + shift + first)
         if self.num_positions is not None:
-            self._check_positions(length, past)
+            self._check_positions(length, past, largest)
         kwargs["position_ids"] = positions
 
-    def _check_positions(self, length: int, past: int | Tensor) -> None:
-        usable = self.num_positions - self.shift
+    def _check_positions(self, length: int, past: int | Tensor, shift: int) -> None:
+        usable = self.num_positions - shift
         if self.padding_aware is not None:
             usable -= self.padding_aware.padding_idx + 1
         if isinstance(past, int) and past + length > usable:
             raise ValueError(
                 f"input_ids: {past + length} tokens do not fit: position_offset='peft' moves positions by "
-                f"{self.shift}, which leaves {usable} of the model's positions; position_offset='none' keeps all"
+                f"{shift}, which leaves {usable} of the model's positions; position_offset='none' keeps all"
             )
 
 
 def find_position_table(backbone: nn.Module) -> nn.Embedding | None:
     """The learned table of absolute positions, or None for a model without one (rotary, relative)."""
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.Embedding) and name.split(".")[-1] in ("position_embeddings", "wpe"):
+        is_table = name.split(".")[-1] in POSITION_TABLES or _takes_padding(module)
+        if isinstance(module, nn.Embedding) and is_table:
             return module
     return None
+
+
+def _takes_padding(table: nn.Module) -> bool:
+    """Whether the positions of a table are counted along the padding mask (OPT)."""
+    return isinstance(table, nn.Embedding) and "attention_mask" in inspect.signature(table.forward).parameters
+
+
+def _count_tokens(padding: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Positions of tokens that are not padding, from 0 on; padding has -1."""
+    if padding is None or padding.dim() != 2:
+        return (torch.arange(length, device=device) + past).unsqueeze(0)
+    padding = padding.long()
+    return (padding.cumsum(1) * padding - 1)[:, past:]
+
+
+class UnpackedHint:
+    """Forward pre-hook of a stack of layers: saves a compiled model a mask of size Sq x Sk.
+
+    Transformers looks at positions to see whether sequences are packed in a row, and while compiling it cannot. A
+    padding mask tells it that none are. Positions that the caller gives may be those of packed sequences.
+    """
+
+    needs = ("attention_mask", "position_ids", "past_key_values")
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.parameter_names = list(inspect.signature(stack.forward).parameters)
+        self.applies = set(self.needs) <= set(self.parameter_names)
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not (self.applies and torch.compiler.is_compiling()):
+            return None
+        given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if tokens is None or any(given.get(name) is not None for name in self.needs):
+            return None
+        padding = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return (), given | {"attention_mask": padding}

@@ -24,13 +24,42 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
 from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, implementation_name, register
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
+from prefix_kernels.integrations.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.families import find_heads, refuse_unsupported
 from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
 from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.positions import PositionShift
+from prefix_kernels.integrations.positions import PositionShift, UnpackedHint, position_modules
+from prefix_kernels.integrations.repeated import RepeatedLayerHook
 from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.tasks import (
+    PrefixTasks,
+    active_prefix,
+    delete_named_prefix,
+    get_named_prefix,
+    load_named_prefix,
+    prefix_names,
+    select_prefixes,
+    set_prefix,
+    tasks_of,
+    use_prefixes,
+)
+from prefix_kernels.integrations.tensor_parallel import split_over_heads
 
-__all__ = ["PrefixTuningConfig", "get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
+__all__ = [
+    "PrefixTuningConfig",
+    "active_prefix",
+    "delete_named_prefix",
+    "get_named_prefix",
+    "get_prefix_model",
+    "load_named_prefix",
+    "load_prefix_model",
+    "prefix_names",
+    "remove_prefix",
+    "save_prefix_model",
+    "select_prefixes",
+    "set_prefix",
+    "use_prefixes",
+]
 
 _PREPARED = "_prefix_preparation"
 
@@ -46,7 +75,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     copy of its own config, so that another model built from the same config object is not affected.
 
     Args:
-        model: a model of the BERT, RoBERTa, GPT-2 or Llama family, with any head.
+        model: a model of one of the families in :mod:`prefix_kernels.integrations.families`, with any head.
         config: default ``PrefixTuningConfig()``.
 
     Returns:
@@ -66,6 +95,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     _check_names(model, heads)
 
     model.prefix_encoder = layout.make_encoder(config, model.device)
+    split_over_heads(model, layout)
     model.prefix_encoder.train(model.training)
     model.prefix_tuning_config = copy.deepcopy(config)
 
@@ -77,16 +107,24 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     give_own_config(model)
     previous = model.config._attn_implementation
     model.set_attn_implementation(implementation_name(config.attention))
-    hooks = []
-    if config.position_offset == "peft":
-        shift = PositionShift(model.base_model, config.prefix_lengths()[0])
-        hooks.append(model.base_model.register_forward_pre_hook(shift, with_kwargs=True))
+    tasks = PrefixTasks(model, model.prefix_tuning_config, layout)
+    hooks = tasks.install()
+    hooks += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
+    if config.position_offset == "peft" and model.config.is_encoder_decoder:
+        hooks += register_decoder_shift(layout, tasks)
+    elif config.position_offset == "peft":
+        for module in position_modules(model, layout.stacks):
+            shift = PositionShift(module, config.prefix_lengths()[0], tasks)
+            hooks.append(module.register_forward_pre_hook(shift, with_kwargs=True))
     for stack in layout.stacks:
-        stack_hook = StackHook(model, stack, layout, config)
+        stack_hook = StackHook(model, stack, layout, config, tasks)
         hooks.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
         hooks.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
+    for layer in {id(site.layer): site.layer for site in layout.sites if site.calls > 1}.values():
+        hooks.append(layer.register_forward_pre_hook(RepeatedLayerHook(layer, layout), with_kwargs=True))
     for index, site in enumerate(layout.sites):
-        setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
+        if not hasattr(site.module, PREFIX_SITE_ATTRIBUTE):
+            setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
     setattr(model, _PREPARED, {"hooks": hooks, "attn_implementation": previous, "trainable": trainable})
     return model
 
@@ -103,6 +141,7 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     preparation = getattr(model, _PREPARED)
     for hook in preparation["hooks"]:
         hook.remove()
+    tasks_of(model).uninstall()
     for module in model.modules():
         if hasattr(module, PREFIX_SITE_ATTRIBUTE):
             delattr(module, PREFIX_SITE_ATTRIBUTE)

@@ -1,0 +1,135 @@
+"""Which prefix each row of a batch sees, when they differ: one bank of prefixes, and indices into it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefix_kernels.integrations.layout import PrefixPair
+
+# The keyword argument of a prepared model's forward and generate.
+PREFIX_NAMES = "prefix_names"
+RowNames = str | None | Sequence[str]
+
+
+@dataclass(eq=False)
+class PrefixBank:
+    """The prefixes of several tasks for the attentions of one stack.
+
+    Attributes:
+        pairs: ``(prefix_key, prefix_value)`` ``[N, Hkv, P, D]`` of each attention, by its index among the sites, ``P``
+            being the longest. Beyond a prefix's own length they are zero.
+        lens: ``[N]``, the length of each, by site.
+    """
+
+    pairs: dict[int, PrefixPair]
+    lens: dict[int, Tensor]
+
+
+def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
+    """One bank of the prefixes ``[Hkv, P, D]`` of several tasks, each given by site. Gradients flow back to them."""
+    bank = PrefixBank({}, {})
+    for site in prefixes[0]:
+        pairs = [prefix[site] for prefix in prefixes]
+        lengths = [key.shape[1] for key, _ in pairs]
+        longest = max(lengths)
+        bank.pairs[site] = tuple(
+            torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tensors])
+            for tensors in zip(*pairs, strict=True)
+        )
+        bank.lens[site] = torch.tensor(lengths, device=pairs[0][0].device)
+    return bank
+
+
+@dataclass(eq=False)
+class PrefixSelection:
+    """The prefixes of a batch; made by :func:`prefix_kernels.integrations.tasks.select_prefixes`.
+
+    Attributes:
+        owner: the tasks of the model it was made for.
+        bank_names: the tasks in the bank, in its order.
+        ids: int64 ``[B]`` or ``[B, M]``, indices into the bank; -1 is none.
+        shifts: int64 ``[B]``, by how much the positions of each row begin later (``position_offset="peft"``).
+        largest_shift: the largest of them.
+        moves: whether that is more than 0.
+        may_repeat: a batch may have ``n`` rows for each of these, one after another, as beams are laid out.
+        banks: the bank of each stack if it was made beforehand; otherwise each forward pass makes it, so that gradients
+            reach the prefixes.
+        was_used: whether a stack has asked for it.
+    """
+
+    owner: Any
+    bank_names: tuple[str, ...]
+    ids: Tensor
+    shifts: Tensor
+    largest_shift: int
+    moves: bool
+    may_repeat: bool = False
+    banks: dict[int, PrefixBank] | None = None
+    was_used: bool = field(default=False, init=False)
+
+    def bank(self, stack: nn.Module) -> PrefixBank:
+        """The bank of the attentions in ``stack``."""
+        if not torch.compiler.is_compiling():
+            self.was_used = True
+        if self.banks is not None:
+            return self.banks[self.owner.stack_number(stack)]
+        return self.owner.make_bank(self.bank_names, stack)
+
+    def ids_of(self, batch: int) -> Tensor:
+        """``ids`` for a batch of that many rows."""
+        return self._repeated(self.ids, batch)
+
+    def shifts_of(self, batch: int) -> Tensor:
+        """``shifts`` for a batch of that many rows, ``[batch, 1]``."""
+        return self._repeated(self.shifts, batch).unsqueeze(1)
+
+    def _repeated(self, rows: Tensor, batch: int) -> Tensor:
+        count = rows.shape[0]
+        if batch == count:
+            return rows
+        if self.may_repeat and count and batch % count == 0:
+            return rows.repeat_interleave(batch // count, dim=0)
+        expected = f"a multiple of {batch} rows" if self.may_repeat else f"one entry for each of the {batch} rows"
+        raise ValueError(f"prefix_names: expected {expected} of the batch, got {count}")
+
+
+_selections: ContextVar[Mapping[int, PrefixSelection]] = ContextVar("prefix_selections", default={})  # noqa: B039
+_lock = threading.Lock()
+
+
+@contextmanager
+def selected(selection: PrefixSelection) -> Iterator[None]:
+    """While it is open, ``selection`` is what the calls of its model in this thread see, unless they name their own."""
+    owner = selection.owner
+    with _lock:
+        owner.open_selections += 1
+    token = _selections.set({**_selections.get(), id(owner): selection})
+    try:
+        yield
+    finally:
+        _selections.reset(token)
+        with _lock:
+            owner.open_selections -= 1
+
+
+@torch.compiler.disable
+def _open_selection(owner: Any) -> PrefixSelection | None:
+    return _selections.get().get(id(owner))
+
+
+def find_selection(kwargs: Mapping[str, Any], owner: Any) -> PrefixSelection | None:
+    """What a call with ``kwargs`` is to see: what it names itself, else the selection that is open, else None."""
+    named = kwargs.get(PREFIX_NAMES)
+    if named is not None:
+        return named if isinstance(named, PrefixSelection) else owner.select(named)
+    # Compiled code cannot look into a ContextVar, but guards on this number: it breaks the graph only if it has to.
+    return _open_selection(owner) if owner.open_selections else None
