@@ -16,6 +16,8 @@ from family_checks import (
     check_against_peft,
     check_bfloat16,
     check_compiled,
+    check_mixed_batch,
+    check_torch_baseline,
     check_training,
     prepared,
     tables,
@@ -200,6 +202,26 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same(family: Family) -> Non
 @of_each(FAMILIES)
 def test_a_bfloat16_model_and_autocast_take_a_float32_prefix(family: Family) -> None:
     check_bfloat16(family)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@of_each(FAMILIES)
+def test_the_torch_baseline_is_the_same_model(family: Family, padding: str) -> None:
+    check_torch_baseline(family, padding)
+
+
+@of_each(FAMILIES)
+def test_inputs_embeds_give_what_input_ids_give(family: Family) -> None:
+    model = prepared(family, family.model())
+    inputs = family.inputs("none")
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    by_embeddings = model.base_model(inputs_embeds=embeddings).last_hidden_state
+    torch.testing.assert_close(by_embeddings, model.base_model(**inputs).last_hidden_state)
+
+
+@of_each(FAMILIES)
+def test_rows_of_a_batch_see_the_prefixes_that_they_name(tmp_path: Path, family: Family) -> None:
+    check_mixed_batch(family, tmp_path)
 
 
 @of_each(FAMILIES)

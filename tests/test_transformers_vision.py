@@ -16,6 +16,8 @@ from family_checks import (
     check_against_eager,
     check_bfloat16,
     check_compiled,
+    check_mixed_batch,
+    check_torch_baseline,
     check_training,
     prepared,
     tables,
@@ -255,6 +257,16 @@ def test_a_saved_task_of_both_towers_gives_the_same_logits_in_a_fresh_model(tmp_
     assert isinstance(loaded.prefix_tuning_config, PrefixTuningConfig) and len(tables(loaded)) == 2
     inputs = images_and_texts("left")
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@of_each(FAMILIES)
+def test_the_torch_baseline_is_the_same_model(family: Family) -> None:
+    check_torch_baseline(family, family.paddings[-1])
+
+
+@of_each(FAMILIES[:3])
+def test_rows_of_a_batch_see_the_prefixes_that_they_name(tmp_path: Path, family: Family) -> None:
+    check_mixed_batch(family, tmp_path)
 
 
 @of_each(FAMILIES)
