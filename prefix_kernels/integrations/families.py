@@ -11,9 +11,10 @@ FAMILIES = (
     *("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"),
     *("vit", "deit", "clip", "clip_text_model", "clip_vision_model"),
 )
+ENCODER_DECODERS = ("t5", "bart", "mbart", "whisper")
 HEAD_NAMES = (
     *("classifier", "pre_classifier", "sequence_summary", "score", "qa_outputs"),
-    *("cls_classifier", "distillation_classifier"),
+    *("cls_classifier", "distillation_classifier", "classification_head", "projector"),
 )
 
 
@@ -32,12 +33,17 @@ def refuse_unsupported(model: nn.Module) -> None:
             f"{name} cannot take a custom attention function: its code does not go through Transformers' "
             "AttentionInterface"
         )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model, which is not supported")
+    if model.config.is_encoder_decoder and model.config.model_type not in ENCODER_DECODERS:
+        raise ValueError(
+            f"{name} is an encoder-decoder model whose masks, positions and caches are not known here; supported are "
+            f"{', '.join(ENCODER_DECODERS)}"
+        )
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError(f"{name} has cross-attention, which is not supported (config.add_cross_attention)")
-    if model.config.model_type not in FAMILIES:
-        raise ValueError(f"{name} is not supported; supported are {', '.join(FAMILIES)}")
+    if not model.config.is_encoder_decoder and any(n.endswith(".encoder_attn") for n, _ in model.named_modules()):
+        raise ValueError(f"{name} has cross-attention, which is not supported outside an encoder-decoder model")
+    if model.config.model_type not in (*FAMILIES, *ENCODER_DECODERS):
+        raise ValueError(f"{name} is not supported; supported are {', '.join((*FAMILIES, *ENCODER_DECODERS))}")
     if model.config.output_attentions:
         raise ValueError(
             "model.config.output_attentions=True: the attention weights are never formed, so they cannot be returned"

@@ -98,27 +98,26 @@ class RelativeBias:
 
     Args:
         stack: a stack of layers whose first attention holds a table of relative positions.
-        num_positions: how many positions before the sequence the prefix counts as; 0 gives it no bias.
     """
 
-    def __init__(self, stack: nn.Module, num_positions: int) -> None:
+    def __init__(self, stack: nn.Module) -> None:
         self.attention = next(module for module in stack.modules() if hasattr(module, _TABLE))
-        self.num_positions = num_positions
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackBias:
-        """The bias for a call of the stack with these arguments."""
+    def __call__(self, num_positions: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackBias:
+        """The bias for a call of the stack with these arguments.
+
+        The prefix counts as ``num_positions`` positions before the sequence; with 0 it has no bias.
+        """
         inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
         tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
-        if self.num_positions == 0 or len(tokens) != 1:  # the stack says what is wrong
+        if num_positions == 0 or len(tokens) != 1:  # the stack says what is wrong
             return StackBias()
         cache = inputs.get("past_key_values") if self.attention.is_decoder else None
         past = 0 if cache is None else cache.get_seq_length()
         with torch.no_grad():
             return StackBias(
-                self.attention.compute_bias(
-                    tokens[0].shape[1], self.num_positions, past_seen_tokens=past + self.num_positions
-                )
+                self.attention.compute_bias(tokens[0].shape[1], num_positions, past_seen_tokens=past + num_positions)
             )
 
 
