@@ -1,0 +1,400 @@
+"""The Transformers integration on encoder-decoder models: T5 (also gated, as in flan-T5), BART, mBART and Whisper."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from family_checks import (
+    Family,
+    P,
+    check_activation_checkpointing,
+    check_against_eager,
+    check_against_peft,
+    check_bfloat16,
+    check_compiled,
+    check_generation,
+    check_training,
+    prepared,
+    tables,
+    trainable,
+    with_peft,
+)
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from prefix_kernels import prefix_attention
+from prefix_kernels.integrations.transformers import (
+    PrefixTuningConfig,
+    get_prefix_model,
+    load_prefix_model,
+    remove_prefix,
+    save_prefix_model,
+)
+
+ENCODER_LAYERS, DECODER_LAYERS = 3, 2
+VOCABULARY, SOURCE, TARGET = 99, 7, 5
+PAD, START, END = 0, 97, 98
+TOKENS = {
+    **{"vocab_size": VOCABULARY, "pad_token_id": PAD, "decoder_start_token_id": START, "bos_token_id": START},
+    **{"eos_token_id": END, "forced_eos_token_id": None, "forced_bos_token_id": None},
+}
+
+
+def tiny_t5(auto_class: type = transformers.AutoModelForSeq2SeqLM, **settings: object) -> PreTrainedModel:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "relative_attention_num_buckets": 8}
+    sizes |= {"num_layers": ENCODER_LAYERS, "num_decoder_layers": DECODER_LAYERS}
+    sizes |= {"relative_attention_max_distance": 12, "initializer_factor": 1.0}
+    return auto_class.from_config(AutoConfig.for_model("t5", **(sizes | TOKENS | settings))).eval()
+
+
+def tiny_flan_t5(**settings: object) -> PreTrainedModel:
+    """Gated, with heads that are not as wide together as the model, and an output layer of its own."""
+    return tiny_t5(
+        feed_forward_proj="gated-gelu", d_kv=6, tie_word_embeddings=False, **({"initializer_factor": 0.5} | settings)
+    )
+
+
+def tiny_bart(
+    model_type: str = "bart", auto_class: type = transformers.AutoModelForSeq2SeqLM, **settings: object
+) -> PreTrainedModel:
+    sizes = {"d_model": 32, "encoder_layers": ENCODER_LAYERS, "decoder_layers": DECODER_LAYERS}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"max_position_embeddings": 32, "init_std": 0.2}
+    return auto_class.from_config(AutoConfig.for_model(model_type, **(sizes | TOKENS | settings))).eval()
+
+
+def tiny_mbart(**settings: object) -> PreTrainedModel:
+    return tiny_bart("mbart", **settings)
+
+
+FRAMES, MELS = 8, 6
+
+
+def tiny_whisper(**settings: object) -> PreTrainedModel:
+    sizes = {"max_source_positions": FRAMES, "max_target_positions": 32, "num_mel_bins": MELS}
+    sizes |= {"begin_suppress_tokens": None, "suppress_tokens": None}
+    return tiny_bart("whisper", transformers.AutoModelForSpeechSeq2Seq, **(sizes | settings))
+
+
+def targets(padding: str) -> dict[str, Tensor]:
+    """Three decoder inputs; with right padding the second has four tokens and the third three."""
+    decoder_input_ids = torch.randint(3, 97, (3, TARGET))
+    decoder_input_ids[:, 0] = START
+    if padding != "right":
+        return {"decoder_input_ids": decoder_input_ids}
+    mask = torch.ones_like(decoder_input_ids)
+    for row, absent in enumerate([0, 1, 2]):
+        mask[row, TARGET - absent :] = 0
+    decoder_input_ids[mask == 0] = PAD
+    return {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": mask}
+
+
+def text(padding: str) -> dict[str, Tensor]:
+    """Three rows of up to seven tokens; with padding the second has five and the third three."""
+    input_ids = torch.randint(3, 97, (3, SOURCE))
+    if padding == "none":
+        return {"input_ids": input_ids} | targets(padding)
+    attention_mask = torch.ones_like(input_ids)
+    for row, absent in enumerate([0, 2, 4]):
+        attention_mask[row, slice(SOURCE - absent, SOURCE) if padding == "right" else slice(0, absent)] = 0
+    input_ids[attention_mask == 0] = PAD
+    return {"input_ids": input_ids, "attention_mask": attention_mask} | targets(padding)
+
+
+def speech(padding: str) -> dict[str, Tensor]:
+    """Whisper's encoder takes 30 seconds, always: only its decoder knows padding."""
+    return {"input_features": torch.randn(3, MELS, 2 * FRAMES)} | targets(padding)
+
+
+def next_tokens(inputs: dict[str, Tensor]) -> Tensor:
+    labels = torch.randint(3, 97, inputs["decoder_input_ids"].shape)
+    return labels.masked_fill(inputs.get("decoder_attention_mask", torch.ones_like(labels)) == 0, -100)
+
+
+# Small weights are good for small rounding errors; with larger ones a model does not repeat one token.
+TALKATIVE = {
+    "t5": {"initializer_factor": 1.5, "tie_word_embeddings": False},
+    "flan-t5": {"initializer_factor": 1.5},
+    "bart": {"init_std": 0.4},
+    "mbart": {"init_std": 0.4, "tie_word_embeddings": False},
+    "whisper": {"init_std": 0.4},
+}
+
+# PEFT gives a prefix to the decoder's self-attention alone, and needs a decoder that is no deeper than the encoder.
+PEFT = {"peft_task": "SEQ_2_SEQ_LM"}
+T5 = Family("t5", tiny_t5, text, next_tokens, **PEFT)
+# PEFT takes the width of the model for that of its heads, and crashes.
+FLAN_T5 = Family("flan-t5", tiny_flan_t5, text, next_tokens, **PEFT, peft_settings={"token_dim": 24})
+BART = Family("bart", tiny_bart, text, next_tokens, **PEFT)
+MBART = Family("mbart", tiny_mbart, text, next_tokens, **PEFT)
+# PEFT demands input_ids.
+WHISPER = Family("whisper", tiny_whisper, speech, next_tokens, paddings=("none", "right"))
+FAMILIES = [T5, FLAN_T5, BART, MBART, WHISPER]
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+FAMILIES_AND_PADDINGS = [
+    pytest.param(family, padding, id=f"{family.name}-{padding}") for family in FAMILIES for padding in family.paddings
+]
+
+
+def with_model(family: Family, **settings: object) -> Family:
+    return dataclasses.replace(family, model=functools.partial(family.model, **settings))
+
+
+def with_depths(family: Family, encoder: int, decoder: int) -> Family:
+    names = ("num_layers", "num_decoder_layers") if "t5" in family.name else ("encoder_layers", "decoder_layers")
+    return with_model(family, **dict(zip(names, (encoder, decoder), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("family", "padding"), [case for case in FAMILIES_AND_PADDINGS if case.values[0].peft_task is not None]
+)
+def test_logits_and_prefix_gradients_are_those_of_peft(family: Family, padding: str) -> None:
+    check_against_peft(family, padding, target_attentions=["decoder"])
+
+
+@pytest.mark.parametrize("family", [T5, BART], ids=lambda family: family.name)
+def test_layers_that_share_a_slice_in_peft_are_those_of_peft(family: Family) -> None:
+    """With an encoder of even depth; all decoder layers read different ones if it is odd."""
+    check_against_peft(with_depths(family, 2, 2), "right", target_attentions=["decoder"])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", [T5, BART, MBART], ids=lambda family: family.name)
+def test_generated_tokens_are_those_of_peft(family: Family, beams: int) -> None:
+    base = family.model(**TALKATIVE[family.name])
+    ours = prepared(family, base, target_attentions=["decoder"])
+    theirs = with_peft(family, base, ours)
+    inputs = {name: tensor for name, tensor in family.inputs("left").items() if not name.startswith("decoder")}
+    settings = inputs | {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    expected = theirs.generate(**settings)
+    assert len(expected.unique()) > 3, "a model that repeats one token would hide mistakes"
+    assert torch.equal(ours.generate(**settings), expected)
+
+
+@pytest.mark.parametrize(("family", "padding"), FAMILIES_AND_PADDINGS)
+def test_logits_and_prefix_gradients_are_those_of_the_eager_model(family: Family, padding: str) -> None:
+    check_against_eager(family, padding)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_attentions": ["encoder"]},
+        {"target_attentions": ["decoder"]},
+        {"target_attentions": ["cross"]},
+        {"target_attentions": ["cross", "encoder"], "layers": [1]},
+        {"num_virtual_tokens": {"encoder": 2, "decoder": [3, 1], "cross": 4}},
+    ],
+    ids=["encoder", "decoder", "cross", "one-layer", "lengths"],
+)
+@pytest.mark.parametrize("family", [T5, BART, WHISPER], ids=lambda family: family.name)
+def test_each_kind_of_attention_can_have_a_prefix_of_its_own(family: Family, settings: dict[str, object]) -> None:
+    check_against_eager(with_depths(family, 2, 2) if "layers" in settings else family, "right", **settings)
+
+
+def test_prefixes_are_found_by_kind() -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in trainable(prepared(BART, tiny_bart())).items()}
+    assert shapes == {
+        "prefix_encoder.encoder.table": (P, 2 * ENCODER_LAYERS, 4, 8),
+        "prefix_encoder.decoder.table": (P, 2 * DECODER_LAYERS, 4, 8),
+        "prefix_encoder.cross.table": (P, 2 * DECODER_LAYERS, 4, 8),
+    }
+    assert set(trainable(prepared(BART, tiny_bart(), target_attentions=["cross"]))) == {"prefix_encoder.table"}
+    with pytest.raises(ValueError, match=r"layers: expected numbers below 2 \(decoder attention\), got 2"):
+        prepared(BART, tiny_bart(), layers=[2])
+
+
+@pytest.mark.parametrize("position_offset", ["peft", "none"])
+@pytest.mark.parametrize(("family", "padding"), FAMILIES_AND_PADDINGS)
+def test_the_torch_baseline_is_the_same_model(family: Family, padding: str, position_offset: str) -> None:
+    base = family.model()
+    ours = prepared(family, base, position_offset=position_offset)
+    baseline = prepared(family, base, position_offset=position_offset, attention="torch")
+    baseline.load_state_dict(ours.state_dict())
+    inputs = family.inputs(padding)
+    labels = family.labels(inputs)
+    logits = []
+    for model in (ours, baseline):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        logits.append(output.logits[inputs["decoder_attention_mask"] == 1] if padding == "right" else output.logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    for name, parameter in trainable(ours).items():
+        torch.testing.assert_close(parameter.grad, baseline.get_parameter(name).grad, rtol=0, atol=1e-5)
+
+
+@each_family
+def test_training_moves_the_prefix_and_nothing_frozen(family: Family) -> None:
+    check_training(family)
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["table", "projection"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@each_family
+def test_activation_checkpointing_gives_the_same_gradients(
+    family: Family, use_reentrant: bool, projection: bool
+) -> None:
+    check_activation_checkpointing(family, use_reentrant, projection)
+
+
+@each_family
+def test_generated_tokens_are_those_of_full_recomputation(family: Family) -> None:
+    check_generation(with_model(family, **TALKATIVE[family.name]))
+
+
+@each_family
+def test_a_compiled_model_is_one_graph_with_the_same_results(family: Family) -> None:
+    check_compiled(with_depths(family, 2, 1), "right")
+
+
+@each_family
+def test_a_bfloat16_model_takes_a_float32_prefix(family: Family) -> None:
+    check_bfloat16(family)
+
+
+class Calls(list):
+    """What the operator was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", self.spy)
+
+    def spy(self, *args: Tensor, **kwargs: object) -> Tensor:
+        self.append(kwargs)
+        return prefix_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("position_offset", ["peft", "none"])
+def test_the_position_bias_of_t5_is_one_mask_for_all_layers(
+    monkeypatch: pytest.MonkeyPatch, position_offset: str, padding: str
+) -> None:
+    model = prepared(T5, tiny_t5(), position_offset=position_offset)
+    inputs = text(padding)
+    calls = Calls(monkeypatch)
+    model(**inputs)
+    masks = [call["attn_mask"] for call in calls]
+    encoder, decoder, cross = masks[:ENCODER_LAYERS], masks[ENCODER_LAYERS::2], masks[ENCODER_LAYERS + 1 :: 2]
+
+    visible = inputs["attention_mask"].bool()[:, None, None] if padding == "left" else None
+    for mask in cross:
+        assert mask is None if visible is None else torch.equal(mask, visible)
+    for stack, masks, length in ((model.encoder, encoder, SOURCE), (model.decoder, decoder, TARGET)):
+        # The prefix as the P positions before the sequence.
+        bias = stack.block[0].layer[0].SelfAttention.compute_bias(P + length, P + length)[:, :, P:]
+        bias = bias[..., P:] if position_offset == "none" else bias
+        if stack is model.encoder and visible is not None:
+            bias = bias.masked_fill(~F.pad(visible, (bias.shape[-1] - length, 0), value=True), -torch.inf)
+        torch.testing.assert_close(masks[0], bias)
+        assert len({mask.data_ptr() for mask in masks}) == 1, "no layer has a copy of its own"
+    assert [call["is_causal"] for call in calls] == [False] * ENCODER_LAYERS + [True, False] * DECODER_LAYERS
+
+
+@pytest.mark.parametrize("family", [BART, MBART, WHISPER], ids=lambda family: family.name)
+def test_no_mask_of_size_sq_times_sk_is_built(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
+    model = prepared(family, family.model())
+    calls = Calls(monkeypatch)
+    model(**family.inputs("right"))
+    assert len(calls) == ENCODER_LAYERS + 2 * DECODER_LAYERS
+    for call in calls:
+        assert call["attn_mask"] is None or call["attn_mask"].shape[1:3] == (1, 1)
+
+
+def test_training_the_table_of_the_position_bias_is_refused() -> None:
+    model = prepared(T5, tiny_t5())
+    table = model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_()
+    inputs = text("none")
+    with pytest.raises(ValueError, match=r"T5Attention.relative_attention_bias.weight: expected a frozen table"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    table.requires_grad_(False)
+    model(**inputs)
+
+
+@pytest.mark.parametrize("family", [BART, MBART, WHISPER], ids=lambda family: family.name)
+def test_peft_positions_leave_the_decoder_fewer_and_the_encoder_all(family: Family) -> None:
+    base = family.model()
+    longest = {name: tensor for name, tensor in family.inputs("none").items() if not name.startswith("decoder")}
+    if "input_ids" in longest:
+        longest["input_ids"] = torch.randint(3, 97, (3, 32))
+    decoder_input_ids = torch.randint(3, 97, (3, 32))
+    prepared(family, base, position_offset="none")(**longest, decoder_input_ids=decoder_input_ids)
+    prepared(family, base, target_attentions=["encoder", "cross"])(**longest, decoder_input_ids=decoder_input_ids)
+    shifted = prepared(family, base)
+    shifted(**longest, decoder_input_ids=decoder_input_ids[:, : 32 - P])
+    with pytest.raises(
+        ValueError, match=r"decoder_input_ids: 28 tokens do not fit.*leaves 27 .*position_offset='none'"
+    ):
+        shifted(**longest, decoder_input_ids=decoder_input_ids[:, : 33 - P])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "tiny", "heads"),
+    [
+        (transformers.T5Model, tiny_t5, set()),
+        (transformers.T5EncoderModel, tiny_t5, set()),
+        (transformers.T5ForSequenceClassification, tiny_t5, {"classification_head"}),
+        (transformers.T5ForTokenClassification, tiny_t5, {"classifier"}),
+        (transformers.T5ForQuestionAnswering, tiny_t5, {"qa_outputs"}),
+        (transformers.BartForSequenceClassification, tiny_bart, {"classification_head"}),
+        (transformers.MBartForQuestionAnswering, tiny_mbart, {"qa_outputs"}),
+        (transformers.WhisperForAudioClassification, tiny_whisper, {"projector", "classifier"}),
+    ],
+)
+def test_every_head_is_trained_beside_every_element_of_the_prefix(
+    model_class: type[PreTrainedModel], tiny: Callable[[], PreTrainedModel], heads: set[str]
+) -> None:
+    model = get_prefix_model(model_class(tiny().config).eval(), PrefixTuningConfig(num_virtual_tokens=P))
+    inputs = (speech if tiny is tiny_whisper else text)("none")
+    inputs.get("input_ids", torch.empty(1, 1))[:, -1] = END
+    if model_class is not transformers.T5Model:
+        del inputs["decoder_input_ids"]
+    model(**inputs)[0].square().sum().backward()
+    assert all(table.grad.ne(0).all() for table in tables(model))
+    assert {name.split(".")[0] for name in trainable(model)} == heads | {"prefix_encoder"}
+
+
+def test_a_task_is_saved_and_loaded(tmp_path: Path) -> None:
+    base = tiny_bart()
+    model = prepared(
+        BART, base, num_virtual_tokens={"encoder": 2, "decoder": [3, 1], "cross": 4}, position_offset="none"
+    )
+    save_prefix_model(model, tmp_path / "task.safetensors")
+    inputs = text("left")
+    loaded = load_prefix_model(copy.deepcopy(base), tmp_path / "task.safetensors")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(remove_prefix(loaded)(**inputs).logits, base(**inputs).logits)
+
+
+def composite() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = transformers.BertConfig(vocab_size=VOCABULARY, **sizes)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, copy.deepcopy(bert))
+    return transformers.EncoderDecoderModel(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: tiny_bart("pegasus"),
+            r"PegasusForConditionalGeneration .* is an encoder-decoder model whose",
+        ),
+        (composite, r"EncoderDecoderModel .* is an encoder-decoder model whose"),
+        (lambda: transformers.BartForCausalLM(tiny_bart().config), "BartForCausalLM .*has cross-attention"),
+        (lambda: transformers.WhisperForCausalLM(tiny_whisper().config), "WhisperForCausalLM .*has cross-attention"),
+    ],
+)
+def test_other_models_with_cross_attention_are_refused_by_name(
+    build: Callable[[], PreTrainedModel], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_prefix_model(build())
