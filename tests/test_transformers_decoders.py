@@ -8,8 +8,8 @@ import functools
 import pytest
 import torch
 from family_checks import (
-    P,
     Family,
+    P,
     check_activation_checkpointing,
     check_against_eager,
     check_against_peft,
@@ -22,7 +22,15 @@ from family_checks import (
     with_peft,
 )
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from prefix_kernels.integrations.attention import prefix_attention, prefix_mask
 
 LENGTH, WINDOW = 9, 4
 PAD, FIRST_TOKEN, VOCABULARY = 0, 3, 99
@@ -31,7 +39,14 @@ PAD, FIRST_TOKEN, VOCABULARY = 0, 3, 99
 def tiny(model_type: str, settings: dict[str, object], **more: object) -> PreTrainedModel:
     """A random model whose weights are large enough for every gradient to matter, in eval mode."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    tokens = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+    # With a head of its own a random model does not repeat its last token.
+    tokens = {
+        "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     others = {"max_position_embeddings": 64, "initializer_range": 0.3, "attention_dropout": 0.1}
     config = AutoConfig.for_model(model_type, **(sizes | tokens | others | settings | more))
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -80,7 +95,7 @@ FAMILIES = [
     family("gemma2", head_dim=8, attn_logit_softcapping=3.0, attn_implementation="eager", **MIXED),
     family("gemma3_text", head_dim=8, **MIXED),
     family("phi", qk_layernorm=True, **GROUPED),
-    family("phi3", sliding_window=WINDOW, **GROUPED),
+    family("phi3", sliding_window=WINDOW, initializer_range=0.2, **GROUPED),
 ]
 MIXED_FAMILIES = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 SLIDING = [one for one in FAMILIES if one.name in (*MIXED_FAMILIES, "mistral", "phi3")]
@@ -139,3 +154,183 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same(family: Family) -> Non
 @of_each(FAMILIES)
 def test_a_bfloat16_model_and_autocast_take_a_float32_prefix(family: Family) -> None:
     check_bfloat16(family)
+
+
+windows = pytest.mark.parametrize("window_includes_prefix", [False, True], ids=["always visible", "slides"])
+
+
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+@windows
+@paddings
+@of_each([one for one in SLIDING if one.name != "gemma2"])  # the baseline has no softcap
+def test_the_torch_baseline_slides_alike(family: Family, padding: str, window_includes_prefix: bool) -> None:
+    base = family.model()
+    ours = prepared(family, base, window_includes_prefix=window_includes_prefix)
+    baseline = prepared(family, base, window_includes_prefix=window_includes_prefix, attention="torch")
+    baseline.load_state_dict(ours.state_dict())
+    inputs = family.inputs(padding)
+    outputs = [model(**inputs, labels=family.labels(inputs)) for model in (ours, baseline)]
+    for output in outputs:
+        output.loss.backward()
+    valid = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    torch.testing.assert_close(outputs[0].logits[valid], outputs[1].logits[valid], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tables(ours)[0].grad, tables(baseline)[0].grad, rtol=0, atol=1e-5)
+
+
+@windows
+def test_the_torch_baseline_generates_alike(window_includes_prefix: bool) -> None:
+    check_generation(named("mistral"), window_includes_prefix=window_includes_prefix, attention="torch")
+
+
+@windows
+@of_each(SLIDING)
+def test_whether_the_prefix_slides_out_of_sight_is_chosen(family: Family, window_includes_prefix: bool) -> None:
+    """Every layer slides, and the last token stands P + WINDOW behind the first of the prefix."""
+    model = family.model(layer_types=["sliding_attention"] * 2)
+    model = prepared(family, model, window_includes_prefix=window_includes_prefix, position_offset="none")
+    input_ids = batch("none")["input_ids"]
+    before = model(input_ids).logits
+    with torch.no_grad():
+        tables(model)[0].normal_()
+    after = model(input_ids).logits
+    # Through two layers the prefix reaches 2 * (WINDOW - 1) positions.
+    reached = 2 * (WINDOW - 1)
+    assert not torch.allclose(before[:, :reached], after[:, :reached])
+    assert torch.allclose(before[:, reached:], after[:, reached:]) == window_includes_prefix
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@of_each(SLIDING)
+def test_generated_tokens_are_those_of_peft_where_the_prefix_slides(family: Family, padding: str) -> None:
+    base = family.model()
+    ours = prepared(family, base, window_includes_prefix=True)
+    theirs = with_peft(family, base, ours)
+    settings = batch(padding) | {"max_new_tokens": 8, "do_sample": False}
+    expected = theirs.generate(**settings)
+    assert len(expected[:, LENGTH:].unique()) > 3, "a model that repeats one token would hide mistakes"
+    assert torch.equal(ours.generate(**settings), expected)
+
+
+@windows
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@of_each(SLIDING)
+def test_a_prompt_fed_in_pieces_gives_the_same_logits(
+    family: Family, static: bool, window_includes_prefix: bool
+) -> None:
+    """Pieces shorter and longer than the window, before and after the cache has begun to drop keys."""
+    model = prepared(family, family.model(), window_includes_prefix=window_includes_prefix)
+    input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (2, 14))
+    whole = model(input_ids, use_cache=False).logits
+    for pieces in ([2, 1, 3, 1, 7], [6, 8], [1, 4, 9]):
+        cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+        outputs = [model(piece, past_key_values=cache).logits for piece in input_ids.split(pieces, dim=1)]
+        torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@windows
+@of_each(SLIDING)
+def test_no_mask_of_size_sq_times_sk_is_built(
+    family: Family, window_includes_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(query: Tensor, key: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
+        seen.append((query.shape[2], kwargs["attn_mask"], kwargs["window_size"]))
+        return prefix_attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
+    model = prepared(family, family.model(), window_includes_prefix=window_includes_prefix)
+    for padding in ("none", "right", "left"):
+        model(**batch(padding))
+    for cache in ("dynamic", "static"):
+        model.generate(**batch("left"), max_new_tokens=6, cache_implementation=cache, disable_compile=True)
+    assert len(seen) == 2 * (3 + 2 * 6)
+    for queries, mask, _ in seen:
+        assert mask is None or mask.shape[1:3] == (1, 1)
+        assert queries == LENGTH or queries == 1
+    assert (WINDOW - 1, 0) in [window for queries, _, window in seen if queries == LENGTH]
+
+
+@of_each([named("mistral"), named("gemma3_text")])
+def test_packed_sequences_in_a_window_do_not_see_each_other_or_are_refused(family: Family) -> None:
+    base = family.model()
+    model = prepared(family, base)
+    first, second = (torch.randint(FIRST_TOKEN, VOCABULARY, (1, length)) for length in (8, 6))
+    positions = torch.cat([torch.arange(8), torch.arange(6)])[None]
+    packed = {"input_ids": torch.cat([first, second], 1), "position_ids": positions, "use_cache": False}
+    alone = torch.cat([model(first).logits, model(second).logits], 1)
+    torch.testing.assert_close(model(**packed).logits, alone, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="window_includes_prefix=True: a mask of four dimensions"):
+        prepared(family, base, window_includes_prefix=True)(**packed)
+
+
+@windows
+def test_a_compiled_model_takes_its_own_positions_for_those_of_one_sequence(window_includes_prefix: bool) -> None:
+    """Else it would mask Sq x Sk for sequences packed in a row, which are refused where the prefix slides."""
+    settings = {"window_includes_prefix": window_includes_prefix, "position_offset": "none"}
+    model = prepared(named("mistral"), named("mistral").model(num_hidden_layers=1), **settings)
+    input_ids = batch("none")["input_ids"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids, use_cache=False).logits, model(input_ids).logits)
+
+
+@windows
+def test_a_static_cache_is_decoded_by_one_graph(window_includes_prefix: bool) -> None:
+    model = prepared(named("gemma3_text"), named("gemma3_text").model(), window_includes_prefix=window_includes_prefix)
+    settings = batch("left") | {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**settings)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    compiled = model.generate(**settings, cache_implementation="static", disable_compile=True)
+    assert torch.equal(compiled, expected)
+    assert len(graphs) == 2, "the prompt and the decoding step"
+
+
+@paddings
+def test_decoders_made_bidirectional_keep_their_windows(padding: str) -> None:
+    """Each of the two families by its own switch; their windows differ by one."""
+    gemma = dataclasses.replace(
+        named("gemma3_text"), model=functools.partial(named("gemma3_text").model, use_bidirectional_attention=True)
+    )
+    mistral = dataclasses.replace(named("mistral"), model=functools.partial(named("mistral").model, is_causal=False))
+    for family in (gemma, mistral):
+        check_against_eager(family, padding)
+
+
+def test_only_a_plain_window_is_taken_for_one() -> None:
+    """Masks that more is laid over, and local attention in chunks, are given as they are."""
+    overlaid = and_masks(sliding_window_causal_mask_function(WINDOW), lambda batch, head, q, kv: kv != 1)
+    chunked = chunked_causal_mask_function(WINDOW, torch.zeros(1, dtype=torch.int64))
+    llama4 = AutoConfig.for_model("llama4_text", attention_chunk_size=WINDOW)
+    sizes = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "local_size": WINDOW}
+    for function, more in ((overlaid, {"allow_is_causal_skip": False}), (chunked, {"config": llama4})):
+        mask = prefix_mask(mask_function=function, **sizes, **more)
+        rows, columns = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+        expected = function(0, 0, rows, columns)
+        assert torch.equal(mask, expected[None, None])
+    assert prefix_mask(mask_function=sliding_window_causal_mask_function(WINDOW), **sizes) is None
+    assert prefix_mask(mask_function=causal_mask_function, **sizes) is None
+
+
+def test_positions_of_opt_count_tokens_and_end_with_its_table() -> None:
+    family = named("opt")
+    model = prepared(family, family.model(max_position_embeddings=LENGTH + P))
+    inputs = batch("left")
+    logits = model(**inputs).logits
+    mask = inputs["attention_mask"]
+    counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    given = model(**inputs, position_ids=counted).logits
+    torch.testing.assert_close(given[mask.bool()], logits[mask.bool()])
+    longer = torch.randint(FIRST_TOKEN, VOCABULARY, (1, LENGTH + 1))
+    with pytest.raises(ValueError, match=f"{LENGTH + 1} tokens do not fit.*leaves {LENGTH}.*position_offset='none'"):
+        model(longer)
