@@ -167,7 +167,7 @@ def _with_position_bias(
         return visible
     if prefixes is None or prefixes.bias is None:
         return biased_mask(bias, visible, k_len)
-    has_prefix = hasattr(module, PREFIX_SITE_ATTRIBUTE)
+    has_prefix = prefixes.site_of(module) is not None
     if has_prefix and prefixes.bias.prefix is not None and prefixes.ids is not None:
         raise NotImplementedError(
             f"{type(module).__name__}: a prefix for each row has no position bias with position_offset='peft', because "
