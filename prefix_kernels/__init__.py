@@ -15,6 +15,7 @@ from prefix_kernels.checkpoint import (  # noqa: E402
 from prefix_kernels.encoder import PrefixEncoder  # noqa: E402
 from prefix_kernels.functional import prefix_attention  # noqa: E402
 from prefix_kernels.modules import PrefixMultiheadAttention, PrefixTuningAttention  # noqa: E402
+from prefix_kernels.replacement import replace_multihead_attention, restore_multihead_attention  # noqa: E402
 
 __all__ = [
     "PrefixEncoder",
@@ -26,5 +27,7 @@ __all__ = [
     "prefix_attention",
     "prefix_state_dict",
     "read_prefix_metadata",
+    "replace_multihead_attention",
+    "restore_multihead_attention",
     "save_prefix",
 ]
