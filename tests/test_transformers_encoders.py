@@ -40,7 +40,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
-from transformers.models.albert.modeling_albert import AlbertLayer, AlbertLayerGroup
+from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer, AlbertLayerGroup
 
 from prefix_kernels.integrations.attention import prefix_attention
 from prefix_kernels.integrations.transformers import load_prefix_model, save_prefix_model
@@ -312,17 +312,30 @@ def test_the_prefix_of_modernbert_can_slide_out_of_sight() -> None:
 # ALBERT: the layers of a group are one module
 
 
+def attention_outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What each call of an attention in an ALBERT model gives."""
+    outputs: list[Tensor] = []
+    attentions = [module for module in model.modules() if isinstance(module, AlbertAttention)]
+    hooks = [one.register_forward_hook(lambda _, args, output: outputs.append(output[0])) for one in attentions]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
 def test_every_depth_of_albert_has_a_prefix_of_its_own() -> None:
     for one, depths in {FAMILIES[4]: 4, NESTED_ALBERT: 8}.items():
         model = prepared(one, one.model())
         assert tables(model)[0].shape == (P, 2 * depths, 4, 8)
         inputs = one.inputs("none")
-        before = model(**inputs).logits
+        before = attention_outputs(model, inputs)
+        assert len(before) == depths
         for depth in range(depths):
             with torch.no_grad():
                 tables(model)[0][:, 2 * depth] += 1
-            after = model(**inputs).logits
-            assert not torch.allclose(after, before, atol=1e-4), depth
+            after = attention_outputs(model, inputs)
+            unchanged = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
+            assert unchanged == [True] * depth + [False] * (depths - depth)
             before = after
 
 
@@ -332,29 +345,24 @@ def test_layers_inside_the_groups_of_albert_agree_with_the_oracle(padding: str) 
 
 
 def test_a_depth_of_albert_without_a_prefix_has_none() -> None:
-    """With values of zero and keys that outweigh all others, a prefix silences its attention; the others are intact."""
     one = albert(num_hidden_layers=3)
     base = one.model()
     inputs = one.inputs("right")
     model = prepared(one, base, layers=[1], position_offset="none")
-    outputs: list[Tensor] = []
-    attention = model.base_model.encoder.albert_layer_groups[0].albert_layers[0].attention
-    attention.dense.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-    expected: list[Tensor] = []
-    plain = base.base_model.encoder.albert_layer_groups[0].albert_layers[0].attention
-    plain.dense.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
-    model(**inputs)
-    base(**inputs)
-    torch.testing.assert_close(outputs[0], expected[0])
-    assert not torch.allclose(outputs[1], expected[1], atol=1e-3)
+    outputs, plain = attention_outputs(model, inputs), attention_outputs(base, inputs)
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(outputs[0][valid], plain[0][valid])
+    assert not torch.allclose(outputs[1][valid], plain[1][valid], atol=1e-2)
 
-    with torch.no_grad():
-        tables(model)[0].zero_()
-    outputs.clear()
-    alone = prepared(one, base, layers=[1], position_offset="none")
-    with torch.no_grad():
-        tables(alone)[0].zero_()
-    torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits)
+    # The last depth sees what the second changed, and no prefix of its own.
+    last: list[Tensor] = []
+    group = model.base_model.encoder.albert_layer_groups[0]
+    group.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    model(**inputs)
+    expected, _ = (
+        base.base_model.encoder.albert_layer_groups[0].albert_layers[0].attention(last[2], valid[:, None, None, :])
+    )
+    torch.testing.assert_close(outputs[2][valid], expected[valid])
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["wrapped before", "wrapped after"])
