@@ -31,10 +31,14 @@ class PrefixTuningConfig:
         target_attentions: which kinds of attention get a prefix: ``"encoder"``, ``"decoder"`` and ``"cross"`` in an
             encoder-decoder model, ``"text"`` and ``"vision"`` in a model of two towers, ``"self"`` elsewhere. Default:
             all that the model has.
-        layers: the layers that get a prefix, counted from 0, the same for each kind of attention. Default: all.
+        layers: the layers that get a prefix, counted from 0: the same for each kind of attention, or those of each kind
+            by name. Default: all.
         position_offset: ``"peft"`` lets the sequence's positions begin at ``P``, as they do in PEFT, whose checkpoints
             expect it; the last ``P`` positions of a learned position table are then out of reach. ``"none"`` keeps the
-            model's own positions. Patches of images are numbered by their place: neither moves them.
+            model's own positions. Patches of images are numbered by their place: neither moves them. Of encoder-decoder
+            models it is the decoder whose positions move, as in PEFT. Relative positions (T5) stay: with ``"peft"`` the
+            prefix of a self-attention gets the bias of ``P`` positions before the sequence, with ``"none"`` it gets no
+            bias; nor does that of cross-attention.
         window_includes_prefix: where a layer attends within a sliding window: True counts the prefix as positions
             before the sequence, so that it slides out of sight, as in PEFT; False keeps all of it visible.
         attention: ``"prefix_kernels"``, or ``"torch"``: the same model with ``torch.cat`` and
@@ -52,7 +56,7 @@ class PrefixTuningConfig:
     init_std: float | None = None
     modules_to_save: Sequence[str] | None = None
     target_attentions: Sequence[str] | None = None
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     position_offset: str = "peft"
     window_includes_prefix: bool = False
     attention: str = "prefix_kernels"
@@ -74,13 +78,17 @@ class PrefixTuningConfig:
             values = getattr(self, name)
             if isinstance(values, str):
                 raise ValueError(f"{name}: expected a sequence, got the string {values!r}")
-            if values is not None:
+            if name == "layers" and isinstance(values, Mapping):
+                self.layers = {role: list(layers) for role, layers in values.items()}
+            elif values is not None:
                 setattr(self, name, list(values))
-        for name in ("target_attentions", "layers"):
-            if getattr(self, name) == []:
+        chosen = list(self.layers.values()) if isinstance(self.layers, Mapping) else [self.layers]
+        for name, values in [("target_attentions", self.target_attentions), *(("layers", one) for one in chosen)]:
+            if values == []:
                 raise ValueError(f"{name}: expected at least one, got none")
-        if self.layers is not None and min(self.layers) < 0:
-            raise ValueError(f"layers: expected numbers from 0 on, got {min(self.layers)}")
+        for layers in chosen:
+            if layers is not None and min(layers) < 0:
+                raise ValueError(f"layers: expected numbers from 0 on, got {min(layers)}")
         for name, choices in {"position_offset": POSITION_OFFSETS, "attention": ATTENTIONS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")

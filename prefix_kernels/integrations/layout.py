@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,11 @@ class PrefixLayout:
         self.stacks = list({id(site.stack): site.stack for site in self.sites}.values())
 
     def _add_role(self, role: str, sites: list[AttentionSite], config: PrefixTuningConfig) -> None:
-        if config.layers is not None:
-            if outside := [layer for layer in config.layers if layer >= len(sites)]:
+        layers = _of_role("layers", role, config.layers)
+        if layers is not None:
+            if outside := [layer for layer in layers if layer >= len(sites)]:
                 raise ValueError(f"layers: expected numbers below {len(sites)} ({role} attention), got {outside[0]}")
-            sites = [site for site in sites if site.depth in config.layers]
+            sites = [site for site in sites if site.depth in layers]
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for site, length in zip(sites, _lengths(role, len(sites), config), strict=True):
             shapes.setdefault((length, site.num_kv_heads, site.head_dim), []).append(len(self.sites))
@@ -85,12 +87,17 @@ class PrefixLayout:
         return pairs
 
 
+def _of_role(name: str, role: str, value: Any) -> Any:
+    """``value``, or what it says for ``role``."""
+    if not isinstance(value, Mapping):
+        return value
+    if role not in value:
+        raise ValueError(f"{name}: expected a value for {role!r}, got values for {sorted(value)}")
+    return value[role]
+
+
 def _lengths(role: str, count: int, config: PrefixTuningConfig) -> list[int]:
-    lengths = config.num_virtual_tokens
-    if isinstance(lengths, Mapping):
-        if role not in lengths:
-            raise ValueError(f"num_virtual_tokens: expected a length for {role!r}, got {sorted(lengths)}")
-        lengths = lengths[role]
+    lengths = _of_role("num_virtual_tokens", role, config.num_virtual_tokens)
     if isinstance(lengths, int):
         return [lengths] * count
     if len(lengths) != count:
