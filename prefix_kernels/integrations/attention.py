@@ -36,7 +36,7 @@ class LayerPrefixes:
 
     Attributes:
         pairs: ``(prefix_key, prefix_value)`` of each attention by its index among the sites: ``[Hkv, P, D]``, or with
-            ``ids`` a bank ``[N, Hkv, P, D]``.
+            ``ids`` a bank ``[N, Hkv, P, D]``. Empty: the call has no prefixes.
         window_includes_prefix: of :class:`prefix_kernels.integrations.config.PrefixTuningConfig`.
         ids: ``[B]`` or ``[B, M]``, the prefixes of the bank that each row sees; -1 is none.
         lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
@@ -46,6 +46,7 @@ class LayerPrefixes:
         sites: in a layer that is called more than once, the sites of its attentions in this call by those of their
             first calls; an attention that is missing has no prefix in this call. None elsewhere.
         inputs: what such layers were called with so far; see :mod:`prefix_kernels.integrations.repeated`.
+        recorded: gets the keys and values ``[B, Hkv, Sk, D]`` of the sequence, by site; None: they are not asked for.
     """
 
     pairs: dict[int, PrefixPair]
@@ -56,9 +57,14 @@ class LayerPrefixes:
     bias: StackBias | None = None
     sites: dict[int, int] | None = None
     inputs: dict[int, list[StorageWeakRef | None]] = field(default_factory=dict)
+    recorded: dict[int, PrefixPair] | None = None
 
     def site_of(self, module: nn.Module) -> int | None:
         """The index of the attention ``module``, in this call of it, among the sites; None: it has no prefix."""
+        return self.called_site(module) if self.pairs else None
+
+    def called_site(self, module: nn.Module) -> int | None:
+        """The same, whether or not this call has prefixes."""
         site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
         return site if self.sites is None else self.sites.get(site)
 
@@ -88,6 +94,11 @@ def _prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair 
             "prefix; use use_reentrant=False, or torch's checkpoint_wrapper before get_prefix_model"
         )
     return key, value
+
+
+def _record(module: nn.Module, key: Tensor, value: Tensor, prefixes: LayerPrefixes | None) -> None:
+    if prefixes is not None and prefixes.recorded is not None and (site := prefixes.called_site(module)) is not None:
+        prefixes.recorded[site] = key, value
 
 
 def _rows_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
@@ -120,7 +131,8 @@ def _visibility(
     if attention_mask is not None and attention_mask.dim() == 4:
         # A mask of four dimensions says everything about the sequence: it is the caller's own, or `prefix_mask` built
         # it to.
-        if sliding_window is None or prefixes is None or not prefixes.window_includes_prefix:
+        slides = prefixes is not None and prefixes.window_includes_prefix and prefixes.site_of(module) is not None
+        if sliding_window is None or not slides:
             return _Visibility(key, value, attention_mask, False, (-1, -1))
         offset = _position_of_the_query(module, query, attention_mask)
         return _Visibility(key, value, attention_mask, False, (sliding_window - 1, -1), offset)
@@ -204,6 +216,7 @@ def prefix_attention_forward(
     _refuse(module, kwargs)
     prefix_key, prefix_value = _prefix_of(module, layer_prefixes)
     prefix_ids, prefix_lens = _rows_of(module, layer_prefixes)
+    _record(module, key, value, layer_prefixes)
     seen = _visibility(module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes)
     out = prefix_attention(
         query,
@@ -251,6 +264,7 @@ def torch_attention_forward(
         raise ValueError(
             'attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"'
         )
+    _record(module, key, value, layer_prefixes)
     key, value, mask, causal, (left, right), offset = _visibility(
         module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes
     )

@@ -12,6 +12,7 @@ from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.position_bias import RelativeBias, has_relative_bias
+from prefix_kernels.integrations.recording import find_recording
 from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ class StackHook:
             )
         selection = None if self.tasks is None else find_selection(kwargs, self.tasks)
         kwargs.pop(PREFIX_NAMES, None)
-        if selection is None:
+        recorded = None if self.tasks is None else find_recording(self.tasks)
+        if recorded is not None:
+            prefixes = LayerPrefixes({}, recorded=recorded)
+        elif selection is None:
             prefixes = LayerPrefixes(self.pairs(), self.window_includes_prefix)
         else:
             bank, ids = selection.bank(stack), selection.ids_of(_batch_size(args, kwargs))

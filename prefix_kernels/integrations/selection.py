@@ -107,18 +107,26 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def selected(selection: PrefixSelection) -> Iterator[None]:
-    """While it is open, ``selection`` is what the calls of its model in this thread see, unless they name their own."""
-    owner = selection.owner
+def counted_open(owner: Any) -> Iterator[None]:
+    """Counts in ``owner.open_selections``, which compiled code can look at where it cannot look into a ContextVar."""
     with _lock:
         owner.open_selections += 1
-    token = _selections.set({**_selections.get(), id(owner): selection})
     try:
         yield
     finally:
-        _selections.reset(token)
         with _lock:
             owner.open_selections -= 1
+
+
+@contextmanager
+def selected(selection: PrefixSelection) -> Iterator[None]:
+    """While it is open, ``selection`` is what the calls of its model in this thread see, unless they name their own."""
+    with counted_open(selection.owner):
+        token = _selections.set({**_selections.get(), id(selection.owner): selection})
+        try:
+            yield
+        finally:
+            _selections.reset(token)
 
 
 @torch.compiler.disable
@@ -131,5 +139,5 @@ def find_selection(kwargs: Mapping[str, Any], owner: Any) -> PrefixSelection | N
     named = kwargs.get(PREFIX_NAMES)
     if named is not None:
         return named if isinstance(named, PrefixSelection) else owner.select(named)
-    # Compiled code cannot look into a ContextVar, but guards on this number: it breaks the graph only if it has to.
+    # Compiled code guards on this number: the graph is broken only if it has to be.
     return _open_selection(owner) if owner.open_selections else None

@@ -28,6 +28,7 @@ from prefix_kernels.checkpoint import marked_heads, read_prefix_metadata
 from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.recording import find_recording
 from prefix_kernels.integrations.selection import (
     PREFIX_NAMES,
     PrefixBank,
@@ -191,7 +192,7 @@ class PrefixTasks:
 
     Attributes:
         active: the name of the active task.
-        open_selections: how many selections are open (:func:`prefix_kernels.integrations.selection.selected`).
+        open_selections: how many selections and recordings are open in all threads.
     """
 
     def __init__(self, model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout) -> None:
@@ -233,6 +234,8 @@ class PrefixTasks:
     @property
     def shift(self) -> int:
         """By how much the active task moves positions."""
+        if find_recording(self) is not None:
+            return 0
         return self._tasks[self.active].shift
 
     def check(self, name: object) -> None:

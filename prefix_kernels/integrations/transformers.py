@@ -27,6 +27,11 @@ from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.families import find_heads, refuse_unsupported
 from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
+from prefix_kernels.integrations.initialization import (
+    initialize_from_prefix,
+    initialize_from_text,
+    initialize_like_keys,
+)
 from prefix_kernels.integrations.layout import PrefixLayout
 from prefix_kernels.integrations.positions import PositionShift, UnpackedHint, position_modules
 from prefix_kernels.integrations.repeated import RepeatedLayerHook
@@ -51,6 +56,9 @@ __all__ = [
     "delete_named_prefix",
     "get_named_prefix",
     "get_prefix_model",
+    "initialize_from_prefix",
+    "initialize_from_text",
+    "initialize_like_keys",
     "load_named_prefix",
     "load_prefix_model",
     "prefix_names",
