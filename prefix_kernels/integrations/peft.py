@@ -28,11 +28,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 try:
@@ -51,25 +50,21 @@ except ImportError as error:
         "written without it: prefix_kernels.integrations.peft_checkpoint"
     ) from error
 
-from prefix_kernels.integrations.attention import (
-    PREFIX_ARGUMENT,
-    PREFIX_SITE_ATTRIBUTE,
-    LayerPrefixes,
-    implementation_name,
-)
+from prefix_kernels.integrations.attachment import Attachment, attach
+from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, register
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.families import refuse_unsupported
-from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
+from prefix_kernels.integrations.hooks import StackHook
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.peft_layout import pairs_of_layers
-from prefix_kernels.integrations.positions import PositionShift
 from prefix_kernels.integrations.sites import DECODER, find_sites
-from prefix_kernels.integrations.transformers import give_own_config
 
 __all__ = ["accelerate", "restore"]
 
-PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
-_ACCELERATION = "_prefix_kernels_acceleration"
+_ADAPTERS = "_prefix_kernels_adapters"
+
+register()
 
 
 def accelerate(peft_model: PeftModel) -> PeftModel:
@@ -99,35 +94,22 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     """
     _refuse(peft_model)
     model = peft_model.base_model
-    is_encoder_decoder = isinstance(peft_model, PeftModelForSeq2SeqLM)
-    # One length stands for those of all adapters: a layout's tables are PEFT's here, not its own.
+    # One length stands for those of all adapters, whose tables are PEFT's.
     config = PrefixTuningConfig(
         num_virtual_tokens=1,
-        target_attentions=(DECODER,) if is_encoder_decoder else None,
+        target_attentions=(DECODER,) if model.config.is_encoder_decoder else None,
         window_includes_prefix=True,
     )
-    acceleration = _Acceleration(PrefixLayout(find_sites(model), config), model.config._attn_implementation)
+    adapters = _Adapters(PrefixLayout(find_sites(model), config))
     for name in peft_model.peft_config:
-        acceleration.check(peft_model, name)
+        adapters.check(peft_model, name)
+    adapters.attachment = attach(model, adapters.layout, config, adapters, _AdapterStackHook)
 
     # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
     for name in ("forward", "prepare_inputs_for_generation"):
         vars(peft_model).pop(name, None)
     peft_model.__class__ = _ACCELERATED[type(peft_model)]
-    setattr(peft_model, _ACCELERATION, acceleration)
-
-    give_own_config(model)
-    model.set_attn_implementation(implementation_name(config.attention))
-    handles = acceleration.handles
-    handles.append(
-        model.base_model.register_forward_pre_hook(_AdapterPositions(model.base_model, acceleration), with_kwargs=True)
-    )
-    for stack in acceleration.layout.stacks:
-        stack_hook = _AdapterStackHook(model, stack, acceleration, config)
-        handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
-        handles.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
-    for index, site in enumerate(acceleration.layout.sites):
-        setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
+    setattr(peft_model, _ADAPTERS, adapters)
     return peft_model
 
 
@@ -142,15 +124,9 @@ def restore(peft_model: PeftModel) -> PeftModel:
     """
     if not isinstance(peft_model, _Accelerated):
         raise ValueError(f"peft_model: expected a model of accelerate(), got {type(peft_model).__name__}")
-    acceleration: _Acceleration = getattr(peft_model, _ACCELERATION)
-    for handle in acceleration.handles:
-        handle.remove()
-    for module in peft_model.base_model.modules():
-        if hasattr(module, PREFIX_SITE_ATTRIBUTE):
-            delattr(module, PREFIX_SITE_ATTRIBUTE)
-    delattr(peft_model, _ACCELERATION)
+    getattr(peft_model, _ADAPTERS).attachment.remove(peft_model.base_model)
+    delattr(peft_model, _ADAPTERS)
     peft_model.__class__ = type(peft_model).__bases__[-1]
-    peft_model.base_model.set_attn_implementation(acceleration.attn_implementation)
     return peft_model
 
 
@@ -193,18 +169,18 @@ def _refuse(peft_model: nn.Module) -> None:
 
 
 @dataclass(eq=False)
-class _Acceleration:
-    """What an accelerated model and the hooks on the model below it share.
+class _Adapters:
+    """The adapters of an accelerated model, as the hooks on the model below it know them.
 
     Attributes:
         layout: the attentions with a prefix.
-        attn_implementation: the one from before.
-        handles: of the hooks.
+        attachment: the hooks.
+        open_selections: none ever; see :func:`prefix_kernels.integrations.selection.find_selection`.
     """
 
     layout: PrefixLayout
-    attn_implementation: str
-    handles: list[RemovableHandle] = field(default_factory=list)
+    attachment: Attachment | None = None
+    open_selections: int = 0
 
     def check(self, peft_model: PeftModel, name: str) -> None:
         """Raise ValueError where the adapter ``name`` does not fit the attentions."""
@@ -217,11 +193,11 @@ class _Acceleration:
                     f"token_dim={site.num_kv_heads * site.head_dim}, the key/value heads of {site.role} layer "
                     f"{site.depth}, got {heads} and {width}"
                 )
-        is_encoder_decoder = config.num_transformer_submodules == 2
-        if is_encoder_decoder != isinstance(peft_model, PeftModelForSeq2SeqLM):
+        is_encoder_decoder = bool(peft_model.base_model.config.is_encoder_decoder)
+        if config.num_transformer_submodules != 1 + is_encoder_decoder:
             raise ValueError(
-                f"adapter {name!r}: expected num_transformer_submodules={2 - is_encoder_decoder} in a "
-                f"{type(peft_model).__name__}, got {config.num_transformer_submodules}"
+                f"adapter {name!r}: expected num_transformer_submodules={1 + is_encoder_decoder}, which PEFT uses for "
+                f"models like {type(peft_model.base_model).__name__}, got {config.num_transformer_submodules}"
             )
         if not is_encoder_decoder and config.num_layers != len(self.layout.sites):
             raise ValueError(
@@ -231,15 +207,30 @@ class _Acceleration:
         pairs_of_layers(config.num_layers, len(self.layout.sites), is_encoder_decoder=is_encoder_decoder)
 
     def running(self) -> PeftModel | None:
-        """The accelerated model of this that is running in this thread with its adapter enabled."""
+        """The model of these adapters, if it runs in this thread with its adapter enabled."""
         model = _running.model
         # A replica of DataParallel is another object, with parameters of its own.
-        if model is None or getattr(model, _ACCELERATION) is not self or not model.has_active_enabled_adapter:
+        if model is None or getattr(model, _ADAPTERS) is not self or not model.has_active_enabled_adapter:
             return None
         return model
 
-    def pairs(self, peft_model: PeftModel) -> dict[int, PrefixPair]:
-        """The prefix ``[Hkv, P, D]`` of every attention, by site, evaluated once and for one row."""
+    @property
+    def shift(self) -> int:
+        """By how much positions begin later in what runs."""
+        peft_model = self.running()
+        return 0 if peft_model is None else peft_model.active_peft_config.num_virtual_tokens
+
+    def select(self, names: object) -> None:
+        raise ValueError(
+            f"prefix_names: expected None, got {names!r}; an accelerated PEFT model has one active adapter for all "
+            "rows of a batch (load_prefix_model reads PEFT's checkpoints into a model whose rows may differ)"
+        )
+
+    def pairs(self) -> dict[int, PrefixPair]:
+        """The prefix ``[Hkv, P, D]`` of every attention, by site, evaluated for one row. Empty if none runs."""
+        peft_model = self.running()
+        if peft_model is None:
+            return {}
         name = peft_model.active_adapter
         self.check(peft_model, name)
         config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
@@ -269,37 +260,8 @@ _running = _Running()
 class _AdapterStackHook(StackHook):
     """Takes the prefixes from the active adapter; without one that runs, the layers have none."""
 
-    def __init__(
-        self, model: PreTrainedModel, stack: nn.Module, acceleration: _Acceleration, config: PrefixTuningConfig
-    ) -> None:
-        super().__init__(model, stack, acceleration.layout, config)
-        self.acceleration = acceleration
-
-    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        if self.acceleration.running() is None:
-            nothing = dict.fromkeys(range(len(self.layout.sites)), (None, None))
-            return args, kwargs | {PREFIX_ARGUMENT: LayerPrefixes(nothing)}
-        return super().__call__(stack, args, kwargs)
-
     def pairs(self) -> dict[int, PrefixPair]:
-        return self.acceleration.pairs(self.acceleration.running())
-
-
-class _AdapterPositions:
-    """Forward pre-hook of the backbone: :class:`PositionShift` by the length of the active adapter."""
-
-    def __init__(self, backbone: nn.Module, acceleration: _Acceleration) -> None:
-        self.acceleration = acceleration
-        self.shifts: dict[int, PositionShift] = {}
-
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        peft_model = self.acceleration.running()
-        if peft_model is None:
-            return None
-        length = peft_model.active_peft_config.num_virtual_tokens
-        if length not in self.shifts:
-            self.shifts[length] = PositionShift(backbone, length)
-        return self.shifts[length](backbone, args, kwargs)
+        return self.tasks.pairs()
 
 
 class _Accelerated:

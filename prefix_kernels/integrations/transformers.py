@@ -18,23 +18,21 @@ from __future__ import annotations
 import copy
 import os
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
-from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, implementation_name, register
+from prefix_kernels.integrations.attachment import attach
+from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
-from prefix_kernels.integrations.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.families import find_heads, refuse_unsupported
-from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
 from prefix_kernels.integrations.initialization import (
     initialize_from_prefix,
     initialize_from_text,
     initialize_like_keys,
 )
 from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.positions import PositionShift, UnpackedHint, position_modules
-from prefix_kernels.integrations.repeated import RepeatedLayerHook
+from prefix_kernels.integrations.peft_checkpoint import is_peft_checkpoint, read_peft_checkpoint
 from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.tasks import (
     PrefixTasks,
@@ -112,28 +110,10 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     if config.inference_mode:
         model.requires_grad_(False)
 
-    give_own_config(model)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(implementation_name(config.attention))
     tasks = PrefixTasks(model, model.prefix_tuning_config, layout)
     hooks = tasks.install()
-    hooks += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
-    if config.position_offset == "peft" and model.config.is_encoder_decoder:
-        hooks += register_decoder_shift(layout, tasks)
-    elif config.position_offset == "peft":
-        for module in position_modules(model, layout.stacks):
-            shift = PositionShift(module, config.prefix_lengths()[0], tasks)
-            hooks.append(module.register_forward_pre_hook(shift, with_kwargs=True))
-    for stack in layout.stacks:
-        stack_hook = StackHook(model, stack, layout, config, tasks)
-        hooks.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
-        hooks.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
-    for layer in {id(site.layer): site.layer for site in layout.sites if site.calls > 1}.values():
-        hooks.append(layer.register_forward_pre_hook(RepeatedLayerHook(layer, layout), with_kwargs=True))
-    for index, site in enumerate(layout.sites):
-        if not hasattr(site.module, PREFIX_SITE_ATTRIBUTE):
-            setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
-    setattr(model, _PREPARED, {"hooks": hooks, "attn_implementation": previous, "trainable": trainable})
+    attachment = attach(model, layout, config, tasks)
+    setattr(model, _PREPARED, {"hooks": hooks, "attachment": attachment, "trainable": trainable})
     return model
 
 
@@ -150,12 +130,9 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     for hook in preparation["hooks"]:
         hook.remove()
     tasks_of(model).uninstall()
-    for module in model.modules():
-        if hasattr(module, PREFIX_SITE_ATTRIBUTE):
-            delattr(module, PREFIX_SITE_ATTRIBUTE)
     del model.prefix_encoder, model.prefix_tuning_config
     delattr(model, _PREPARED)
-    model.set_attn_implementation(preparation["attn_implementation"])
+    preparation["attachment"].remove(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(preparation["trainable"][name])
     return model
@@ -184,27 +161,34 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
 def load_prefix_model(
     model: PreTrainedModel, path: str | os.PathLike, *, config: PrefixTuningConfig | None = None
 ) -> PreTrainedModel:
-    """Prepare a fresh ``model`` for the task stored by :func:`save_prefix_model`, and load it.
+    """Prepare a fresh ``model`` for the task stored by :func:`save_prefix_model` or by PEFT, and load it.
 
     Args:
         model: a model of the same shape as the one that was trained, without a prefix.
-        path: the stored file.
+        path: the stored file, or the folder that PEFT's ``save_pretrained`` wrote for an adapter of the type
+            PREFIX_TUNING or CARTRIDGE; then the outputs are PEFT's.
         config: default: the stored one. Give one to choose another ``attention`` or ``inference_mode``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the file was not written by :func:`save_prefix_model`, or does not fit the model.
+        ValueError: the file was not written by :func:`save_prefix_model`, the folder holds an adapter of another type,
+            or it does not fit the model.
     """
-    metadata = read_prefix_metadata(path)
-    if config is None:
-        if CONFIG_KEY not in metadata:
+    source: str | os.PathLike | dict[str, Tensor] = path
+    if is_peft_checkpoint(path):
+        checkpoint = read_peft_checkpoint(path, model)
+        config, source = config or checkpoint.config, checkpoint.state
+    else:
+        metadata = read_prefix_metadata(path)
+        if config is None and CONFIG_KEY not in metadata:
             raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
-        config = PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
+        config = config or PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
     get_prefix_model(model, config)
     try:
-        load_prefix(model, path)
+        # PEFT converts what it loads to the dtype of the model.
+        load_prefix(model, source, cast=source is not path)
     except Exception:
         remove_prefix(model)
         raise
@@ -222,13 +206,3 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
             raise ValueError(
                 f"modules_to_save: expected names among {[n for n, _ in model.named_children()]}, got {name!r}"
             )
-
-
-def give_own_config(model: PreTrainedModel) -> None:
-    """Replace, in all submodules, the model's config and those inside it by one copy."""
-    copies: dict[int, object] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig) and id(value) in copies:
-                setattr(module, name, copies[id(value)])
