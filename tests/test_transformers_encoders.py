@@ -93,7 +93,7 @@ def family(name: str, peft_task: str | None = None, pad: int = 0, **settings: ob
 
 def with_head(one: Family, auto_class: type, labels: object) -> Family:
     # Smaller weights: logits of a hundred would carry rounding errors of more than 1e-5.
-    model = functools.partial(one.model, auto_class=auto_class, initializer_range=0.15)
+    model = functools.partial(one.model, auto_class=auto_class, initializer_range=0.2)
     return Family(one.name, model, one.inputs, labels)
 
 
@@ -137,7 +137,7 @@ FAMILIES = [
 OF_PEFT = [one for one in FAMILIES if one.peft_task is not None]
 OURS_ALONE = [one for one in FAMILIES if one.peft_task is None]
 # Two layers in each of two groups, which are called one, one, two, two.
-NESTED_ALBERT = albert(num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2)
+NESTED_ALBERT = albert(num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2, initializer_range=0.2)
 
 
 def of_each(families: list[Family]) -> pytest.MarkDecorator:
