@@ -31,6 +31,7 @@ from prefix_kernels.integrations.initialization import (
     initialize_from_text,
     initialize_like_keys,
 )
+from prefix_kernels.integrations.injected import injected_parameters
 from prefix_kernels.integrations.layout import PrefixLayout
 from prefix_kernels.integrations.peft_checkpoint import is_peft_checkpoint, read_peft_checkpoint
 from prefix_kernels.integrations.sites import find_sites
@@ -75,7 +76,9 @@ register()
 def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None = None) -> PreTrainedModel:
     """Prepare ``model``, in place, for training a prefix in every attention layer.
 
-    Everything but the prefix and ``config.modules_to_save`` is frozen. The prefix is ``model.prefix_encoder``, in
+    Everything but the prefix and ``config.modules_to_save`` is frozen, and what PEFT has put into the layers and trains
+    (LoRA) stays as it is. PEFT, called on a prepared model, freezes the prefix:
+    ``model.prefix_encoder.requires_grad_(True)`` lets both be trained. The prefix is ``model.prefix_encoder``, in
     float32 whatever the model's dtype; ``model.prefix_tuning_config`` is the config. With equal prefixes and
     ``position_offset="peft"`` the outputs and the prefix gradients are those of PEFT's prefix tuning. The model gets a
     copy of its own config, so that another model built from the same config object is not affected.
@@ -106,7 +109,10 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     model.prefix_tuning_config = copy.deepcopy(config)
 
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters = [parameter for parameter in injected_parameters(model) if parameter.requires_grad]
     mark_only_prefix_as_trainable(model, also_train=heads)
+    for parameter in adapters:
+        parameter.requires_grad_(True)
     if config.inference_mode:
         model.requires_grad_(False)
 
@@ -134,7 +140,8 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     delattr(model, _PREPARED)
     preparation["attachment"].remove(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(preparation["trainable"][name])
+        # Names have changed where PEFT has put adapters into layers since.
+        parameter.requires_grad_(preparation["trainable"].get(name, parameter.requires_grad))
     return model
 
 
