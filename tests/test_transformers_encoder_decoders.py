@@ -21,6 +21,8 @@ from family_checks import (
     check_bfloat16,
     check_compiled,
     check_generation,
+    check_mixed_batch,
+    check_torch_baseline,
     check_training,
     prepared,
     tables,
@@ -31,12 +33,15 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from prefix_kernels import prefix_attention
+from prefix_kernels.integrations.position_bias import StackBias
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
+    load_named_prefix,
     load_prefix_model,
     remove_prefix,
     save_prefix_model,
+    set_prefix,
 )
 
 ENCODER_LAYERS, DECODER_LAYERS = 3, 2
@@ -219,23 +224,31 @@ def test_prefixes_are_found_by_kind() -> None:
         PrefixTuningConfig(layers={"encoder": []})
 
 
+@each_family
+def test_rows_of_a_batch_see_the_prefixes_that_they_name(tmp_path: Path, family: Family) -> None:
+    check_mixed_batch(dataclasses.replace(family, settings={"position_offset": "none"}), tmp_path)
+
+
+@each_family
+def test_rows_whose_positions_begin_elsewhere_are_refused(tmp_path: Path, family: Family) -> None:
+    base = family.model()
+    for name, length in (("default", P), ("short", 2)):
+        save_prefix_model(prepared(family, base, num_virtual_tokens=length), tmp_path / f"{name}.safetensors")
+    model = load_prefix_model(copy.deepcopy(base), tmp_path / "default.safetensors")
+    load_named_prefix(model, "short", tmp_path / "short.safetensors")
+    inputs = family.inputs("none")
+    with pytest.raises(NotImplementedError, match=r"position_offset='none'"):
+        model(**inputs, prefix_names=["short", "default", None])
+
+    set_prefix(model, "short")
+    alone = load_prefix_model(copy.deepcopy(base), tmp_path / "short.safetensors")
+    torch.testing.assert_close(model(**inputs).logits, alone(**inputs).logits)
+
+
 @pytest.mark.parametrize("position_offset", ["peft", "none"])
 @pytest.mark.parametrize(("family", "padding"), FAMILIES_AND_PADDINGS)
 def test_the_torch_baseline_is_the_same_model(family: Family, padding: str, position_offset: str) -> None:
-    base = family.model()
-    ours = prepared(family, base, position_offset=position_offset)
-    baseline = prepared(family, base, position_offset=position_offset, attention="torch")
-    baseline.load_state_dict(ours.state_dict())
-    inputs = family.inputs(padding)
-    labels = family.labels(inputs)
-    logits = []
-    for model in (ours, baseline):
-        output = model(**inputs, labels=labels)
-        output.loss.backward()
-        logits.append(output.logits[inputs["decoder_attention_mask"] == 1] if padding == "right" else output.logits)
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
-    for name, parameter in trainable(ours).items():
-        torch.testing.assert_close(parameter.grad, baseline.get_parameter(name).grad, rtol=0, atol=1e-5)
+    check_torch_baseline(dataclasses.replace(family, settings={"position_offset": position_offset}), padding)
 
 
 @each_family
@@ -302,6 +315,20 @@ def test_the_position_bias_of_t5_is_one_mask_for_all_layers(
         torch.testing.assert_close(masks[0], bias)
         assert len({mask.data_ptr() for mask in masks}) == 1, "no layer has a copy of its own"
     assert [call["is_causal"] for call in calls] == [False] * ENCODER_LAYERS + [True, False] * DECODER_LAYERS
+
+
+def test_another_bias_or_another_padding_gives_another_mask() -> None:
+    stack_bias = StackBias(torch.randn(1, 2, 3, 4))
+    biases = [torch.randn(1, 2, 3, 3) for _ in range(2)]
+    paddings = [torch.tensor([[True, True, last]]) for last in (True, False)]
+    for bias in biases:
+        for padding in paddings:
+            visible = padding[:, None, None]
+            for columns, has_prefix in ((7, True), (3, False)):
+                mask = stack_bias.mask(bias, padding, visible, 3, has_prefix)
+                assert mask.shape == (1, 2, 3, columns)
+                torch.testing.assert_close(mask[..., -3:], bias.masked_fill(~visible, -torch.inf))
+                assert stack_bias.mask(bias, padding, visible, 3, has_prefix) is mask
 
 
 @pytest.mark.parametrize("family", [BART, MBART, WHISPER], ids=lambda family: family.name)

@@ -24,7 +24,7 @@ class StackBias:
 
     Attributes:
         prefix: what the columns of the prefix get, ``[1, Hq, Sq, P]``; None is zero.
-        masks: what :meth:`mask` made, by whether it has columns for the prefix, with what it was made from.
+        masks: what :meth:`mask` made, by whether it has columns for the prefix, after what it was made from.
     """
 
     prefix: Tensor | None = None
@@ -43,10 +43,11 @@ class StackBias:
             k_len: ``Sk``.
             has_prefix: whether this layer does.
         """
-        known = self.masks.get(has_prefix)
+        wide = has_prefix and self.prefix is not None
+        known = self.masks.get(wide)
         if known is None or known[0] is not bias or known[1] is not attention_mask:
-            known = (bias, attention_mask, biased_mask(bias, visible, k_len, self.prefix if has_prefix else None))
-            self.masks[has_prefix] = known
+            known = (bias, attention_mask, biased_mask(bias, visible, k_len, self.prefix if wide else None))
+            self.masks[wide] = known
         return known[2]
 
 
