@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from transformers.masking_utils import (
 )
 
 from prefix_kernels.integrations.attention import prefix_attention, prefix_mask
+from prefix_kernels.integrations.transformers import load_named_prefix, load_prefix_model, save_prefix_model
 
 LENGTH, WINDOW = 9, 4
 PAD, FIRST_TOKEN, VOCABULARY = 0, 3, 99
@@ -214,20 +217,57 @@ def test_generated_tokens_are_those_of_peft_where_the_prefix_slides(family: Fami
     assert torch.equal(ours.generate(**settings), expected)
 
 
+def in_pieces(model: PreTrainedModel, input_ids: Tensor, pieces: list[int], static: bool, **more: object) -> Tensor:
+    """The logits of a prompt that is fed to a cache piece by piece."""
+    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    outputs = [model(piece, past_key_values=cache, **more).logits for piece in input_ids.split(pieces, dim=1)]
+    return torch.cat(outputs, dim=1)
+
+
+# Shorter and longer than the window, before and after the cache has begun to drop keys.
+PIECES = ([2, 1, 3, 1, 7], [6, 8], [1, 4, 9])
+caches = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+
+
 @windows
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@caches
 @of_each(SLIDING)
 def test_a_prompt_fed_in_pieces_gives_the_same_logits(
     family: Family, static: bool, window_includes_prefix: bool
 ) -> None:
-    """Pieces shorter and longer than the window, before and after the cache has begun to drop keys."""
-    model = prepared(family, family.model(), window_includes_prefix=window_includes_prefix)
     input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (2, 14))
-    whole = model(input_ids, use_cache=False).logits
-    for pieces in ([2, 1, 3, 1, 7], [6, 8], [1, 4, 9]):
-        cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
-        outputs = [model(piece, past_key_values=cache).logits for piece in input_ids.split(pieces, dim=1)]
-        torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-5)
+    base = family.model()
+    for attention in ("prefix_kernels", "torch") if family.name == "mistral" else ("prefix_kernels",):
+        model = prepared(family, base, window_includes_prefix=window_includes_prefix, attention=attention)
+        whole = model(input_ids, use_cache=False).logits
+        for pieces in PIECES:
+            logits = in_pieces(model, input_ids, pieces, static)
+            torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+
+
+@windows
+@caches
+@pytest.mark.parametrize("attention", ["prefix_kernels", "torch"])
+def test_in_a_mixed_batch_the_prefix_of_each_row_slides_by_its_own_length(
+    attention: str, static: bool, window_includes_prefix: bool, tmp_path: Path
+) -> None:
+    family = named("mistral")
+    base = family.model()
+    settings = {"window_includes_prefix": window_includes_prefix, "attention": attention}
+    alone = {length: prepared(family, base, num_virtual_tokens=length, **settings) for length in (1, 2, P)}
+    for length, model in alone.items():
+        save_prefix_model(model, tmp_path / f"{length}.safetensors")
+    mixed = load_prefix_model(copy.deepcopy(base), tmp_path / f"{P}.safetensors")
+    for length in (1, 2):
+        load_named_prefix(mixed, str(length), tmp_path / f"{length}.safetensors")
+
+    input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (4, 14))
+    names = ["2", "default", None, "1"]
+    models = [alone[2], alone[P], base, alone[1]]
+    expected = torch.cat([model(row[None]).logits for model, row in zip(models, input_ids, strict=True)])
+    for pieces in ([14], *PIECES):
+        logits = in_pieces(mixed, input_ids, pieces, static, prefix_names=names)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 @windows
@@ -252,6 +292,17 @@ def test_no_mask_of_size_sq_times_sk_is_built(
         assert mask is None or mask.shape[1:3] == (1, 1)
         assert queries == LENGTH or queries == 1
     assert (WINDOW - 1, 0) in [window for queries, _, window in seen if queries == LENGTH]
+
+
+def test_layers_without_a_prefix_take_any_mask_where_the_prefix_slides() -> None:
+    """Of layers that slide and layers that do not, only the latter have one."""
+    family = named("qwen2")
+    model = prepared(family, family.model(), window_includes_prefix=True, layers=[1])
+    input_ids = batch("none")["input_ids"]
+    rows, columns = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+    causal, window = columns <= rows, (columns <= rows) & (columns > rows - WINDOW)
+    masks = {"full_attention": causal[None, None], "sliding_attention": window[None, None]}
+    torch.testing.assert_close(model(input_ids, attention_mask=masks).logits, model(input_ids).logits)
 
 
 @of_each([named("mistral"), named("gemma3_text")])
