@@ -139,6 +139,21 @@ def test_prefix_in_another_dtype(layout, prefix_dtype):
     check_emulated(backward_call(dtype=torch.bfloat16, prefix_dtype=prefix_dtype, layout=layout, q_len=35))
 
 
+@pytest.mark.parametrize("prefix_dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_long_prefix_in_another_dtype_in_every_head_dim(head_dim, prefix_dtype):
+    shape = dict(head_dim=head_dim, q_heads=2, kv_heads=1, q_len=35, k_len=20, prefix_len=150)
+    check_emulated(backward_call(**shape, prefix_dtype=prefix_dtype))
+
+
+def test_rows_that_the_least_float_masks_have_finite_gradients():
+    """Rows of padding, as model libraries write their masks: nothing arrives there, and nothing goes on."""
+    mask = torch.where(torch.arange(Q_LEN)[:, None] < 20, torch.finfo(torch.float32).min, 0.0)
+    call = backward_call(attn_mask=mask.expand(Q_LEN, PREFIX + K_LEN), with_dlse=False)
+    call.dout[:, :, :20] = 0
+    check_emulated(call)
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive", "for each head"])
 @pytest.mark.parametrize("shown", [[(0, 200), (0, 3)], [(150, 170), (17, 160)], [(0, 0), (199, 200)]], ids=str)
 def test_padding_on_either_side(shown, kind):
@@ -225,8 +240,9 @@ def test_no_races_or_stray_accesses(option, seed, many_multiprocessors):
     check(backward_call(**OPTIONS[option]), function=partial(emulated_prefix_attention, mode="check", seed=seed))
 
 
+@pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "poisoned"])
 @pytest.mark.parametrize("head_dim", [32, 128, 192, 256])
-def test_no_races_or_stray_accesses_in_every_head_dim(head_dim, layout):
-    call = backward_call(head_dim=head_dim, q_heads=2, q_len=17, k_len=70, layout=layout)
+def test_no_races_or_stray_accesses_in_every_head_dim(head_dim, layout, prefix_dtype):
+    call = backward_call(head_dim=head_dim, q_heads=2, q_len=17, k_len=70, layout=layout, prefix_dtype=prefix_dtype)
     check(call, function=partial(emulated_prefix_attention, mode="check", seed=3))

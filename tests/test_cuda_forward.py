@@ -4,6 +4,7 @@ few queries and many."""
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from emulated import emulated_prefix_attention, load
@@ -169,7 +170,51 @@ def test_every_head_dim_and_layout(head_dim, dtype, layout):
 @pytest.mark.parametrize("prefix_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_prefix_of_another_dtype_is_converted_on_load(prefix_dtype, dtype, q_len):
     check_forward(q_len=q_len, prefix_len=40, dtype=dtype, prefix_dtype=prefix_dtype)
+    check_forward(q_len=q_len, prefix_len=200, dtype=dtype, prefix_dtype=prefix_dtype, head_dim=24)
     check_forward(q_len=q_len, prefix_len=40, dtype=dtype, prefix_dtype=prefix_dtype, head_dim=20)
+
+
+@pytest.mark.parametrize("q_len", [70, DECODE])
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 192, 256])
+def test_a_long_prefix_of_another_dtype_in_every_head_dim(head_dim, q_len):
+    check_forward(q_len=q_len, prefix_len=150, prefix_dtype=torch.float32, head_dim=head_dim, k_len=30)
+    check_forward(q_len=q_len, prefix_len=150, prefix_dtype=torch.float64, head_dim=head_dim, k_len=30)
+
+
+def strided_wide(tensor, *strides):
+    """The same values, this many elements apart, in memory that is only taken where they stand."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=False))
+    backing = torch.from_numpy(np.zeros(last + tensor.shape[-1], dtype=np.float16))
+    return backing.as_strided(tensor.shape, (*strides, 1)).copy_(tensor)
+
+
+@pytest.mark.parametrize("q_len", [40, DECODE])
+@pytest.mark.parametrize(
+    "strides", [(2**31 + 8, 0, 64), (0, 2**31 + 8, 64), (0, 0, 2**26)], ids=["batch", "head", "row"]
+)
+def test_offsets_beyond_32_bits(strides, q_len):
+    shape = [2 if stride > 2**30 else 1 for stride in strides[:2]]
+    call = make_call(shape[0], shape[1], q_len=q_len, k_len=40, head_dim=64, dtype=torch.float16, layout="contiguous")
+    for name in ("query", "key", "value"):
+        call.inputs[name] = strided_wide(call.inputs[name], *strides)
+    check(call, function=emulated_prefix_attention)
+
+
+@pytest.mark.parametrize(
+    "name, lengths",
+    [
+        ("query", {"query": 2**31, "key": 3}),
+        ("key", {"query": 3, "key": 2**31 + 5}),
+        ("prefix_key", {"query": 3, "key": 3, "prefix": 2**31 + 5}),
+    ],
+)
+def test_lengths_beyond_32_bits_are_refused(name, lengths):
+    def zeros(length):
+        return torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(1, 1, length, 8)
+
+    prefixes = [zeros(lengths["prefix"])] * 2 if "prefix" in lengths else []
+    with pytest.raises(ValueError, match=f"^{name}: expected at most 1073741824 .* got 2147483"):
+        emulated_prefix_attention(zeros(lengths["query"]), zeros(lengths["key"]), zeros(lengths["key"]), *prefixes)
 
 
 @pytest.mark.usefixtures("multiprocessors")
@@ -310,6 +355,8 @@ CHECKED = {
     "packed heads": dict(q_len=9, q_heads=6, kv_heads=2, k_len=40, window_size=(7, 3)),
     "mask and dropout": dict(q_len=33, attn_mask=some(33, 33), dropout_p=0.3, dropout_seed=SEED),
     "unaligned": dict(q_len=33, layout="poisoned"),
+    "prefix in float32": dict(q_len=40, prefix_len=150, prefix_dtype=torch.float32, is_causal=True),
+    "prefix in float64": dict(q_len=40, prefix_len=150, prefix_dtype=torch.float64, head_dim=96),
     "head dim 128": dict(q_len=70, head_dim=128, is_causal=True),
     "head dim 256": dict(q_len=33, head_dim=250),
     "bank": dict(
@@ -326,6 +373,7 @@ CHECKED = {
     ),
     "decode, no keys at all": dict(q_len=1, k_len=0, prefix_len=None),
     "decode, head dim 256": dict(q_len=2, k_len=90, head_dim=256, attn_mask=some(90)),
+    "decode, prefix in float32": dict(q_len=2, k_len=20, prefix_len=150, prefix_dtype=torch.float32),
     "decode, unaligned": dict(q_len=2, k_len=90, layout="poisoned", prefix_dtype=torch.float32),
 }
 

@@ -4,6 +4,7 @@
 #include "check_range.h"
 #include "device.h"
 #include "dispatch.h"
+#include "limits.h"
 
 namespace prefix_kernels::cuda {
 namespace {
@@ -57,6 +58,7 @@ void may_read_inputs(const AttentionArguments& args, const Device& device) {
 std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
   validate_forward(args);
   AttentionParams p = make_params(args, args.key->size(2));
+  check_limits(p);
   Device device(args.query);
   const std::tuple<at::Tensor, at::Tensor> results = empty_results(args.query, p);
   if (p.batch == 0 || p.q_len == 0) return results;
@@ -75,6 +77,7 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   validate_backward(args, dout, dlse, out, lse, key_len);
   BackwardParams b;
   b.forward = make_params(args, key_len);
+  check_limits(b.forward);
   Device device(args.query);
   const ArrivingGradients arriving(dout, dlse, out, lse, b);
   const std::vector<at::Tensor> gradients = empty_gradients(args, needs, b);

@@ -145,14 +145,20 @@ class TileLoader {
         whole_prefix_(whole_prefix),
         kv_head_(kv_head),
         row_(thread / kLanes),
-        lane_(thread % kLanes),
-        sequence_row_(HeadRows(sequence, batch, kv_head, whole_sequence).row(row_)) {}
+        lane_(thread % kLanes) {}
 
   // Copies the visited cells [first, first + kCells), as many as there are.
   template <int kCells>
   __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first) const {
-    if (first >= cells.prefix_cells && whole_sequence_) {
-      load_sequence<kCells>(tile, p, cells.sequence_begin + (first - cells.prefix_cells) * kCell);
+    const bool in_sequence = first >= cells.prefix_cells;
+    const bool in_prefix = cells.prefixes.slots == 1 && first + kCells <= cells.prefix_cells;
+    if (in_sequence ? whole_sequence_ : in_prefix && whole_prefix_) {
+      const HeadRows segment(in_sequence ? sequence_ : prefix_, in_sequence ? cells.batch : cells.prefixes.only_prefix,
+                             kv_head_, true);
+      const int column = in_sequence ? cells.sequence_begin + (first - cells.prefix_cells) * kCell
+                                     : (cells.prefix_begin + first) * kCell;
+      load_run<kCells>(tile, segment, column, in_sequence ? static_cast<int>(p.k_len) : cells.prefixes.only_length,
+                       static_cast<int>(p.head_dim));
       return;
     }
 #pragma unroll 1
@@ -173,13 +179,20 @@ class TileLoader {
   }
 
  private:
-  // The tile lies in the sequence: its rows follow one another. Rows that do not exist are zero up to the tile's end.
+  // The tile lies in one segment of `length` rows: its rows follow one another. Those that do not exist are zero up to
+  // the tile's end.
   template <int kCells>
-  __device__ __forceinline__ void load_sequence(T* tile, const AttentionParams& p, int first_column) const {
-    const int64_t row_bytes = sequence_.row_stride * static_cast<int64_t>(sizeof(T));
-    const char* row = sequence_row_ + first_column * row_bytes;
+  __device__ __forceinline__ void load_run(T* tile, const HeadRows& segment, int first_column, int length,
+                                           int head_dim) const {
+    if (!goes_async<T>(segment.dtype, true)) {
+      convert_rows<T, kHeadDim, kCells * kCell, kThreads>(tile, segment, first_column, length, row_ * kLanes + lane_,
+                                                          head_dim);
+      return;
+    }
+    const int64_t row_bytes = segment.row_stride * static_cast<int64_t>(sizeof(T));
+    const char* row = segment.data + (first_column + row_) * row_bytes;
     T* const first = settled(tile + SharedTile<kHeadDim>::offset(row_, lane_));
-    const int head_dim = static_cast<int>(p.head_dim), rows = static_cast<int>(p.k_len) - first_column - row_;
+    const int rows = length - first_column - row_;
 #pragma unroll
     for (int i = 0; i < kCells * kCell; i += kRowsPerPass) {
       copy_chunks<T, kHeadDim>(first + i * kHeadDim, row, kDTypeOf<T>, true, lane_, head_dim, i < rows);
@@ -194,7 +207,6 @@ class TileLoader {
   int kv_head_;
   int row_;
   int lane_;
-  const char* sequence_row_;  // this thread's row of the sequence's first rows
 };
 
 }  // namespace prefix_kernels::cuda

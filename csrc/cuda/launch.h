@@ -13,6 +13,15 @@
 
 namespace prefix_kernels::cuda {
 
+// A grid of blocks in a row.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  if (blocks > kMost)
+    throw std::runtime_error("prefix_kernels: expected at most " + std::to_string(kMost) + " blocks of a kernel, got " +
+                             std::to_string(blocks) + "; split the batch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 #if defined(__CUDACC__)
 
 inline void check_cuda(cudaError_t status, const char* what) {

@@ -62,8 +62,7 @@ void find_padding(AttentionParams& p, const Context& context) {
   params.mask = p.mask;
   params.shown = static_cast<ShownColumns*>(context.allocate(static_cast<size_t>(rows) * sizeof(ShownColumns)));
   params.k_len = static_cast<int>(p.k_len);
-  launch(find_padding_kernel, dim3(static_cast<unsigned>(rows)), dim3(kThreads), 2 * kWarps * sizeof(int),
-         context.stream, params);
+  launch(find_padding_kernel, grid_of(rows), dim3(kThreads), 2 * kWarps * sizeof(int), context.stream, params);
   p.mask.shown = params.shown;
 }
 

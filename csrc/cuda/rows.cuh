@@ -1,11 +1,12 @@
 // Rows of global memory into a shared tile, whatever their dtype and alignment, and finished rows back.
 //
-// Rows of the tile's own type whose chunks are all aligned to 16 bytes go by cp.async. All others take the narrow path:
-// they are loaded element by element, converted and stored. Chunks beyond the head dim, and rows that do not exist, are
-// zero.
+// A chunk is the 8 elements that a thread writes into the tile at once. Rows whose chunks all begin at multiples of 16
+// bytes are read 16 bytes at a time: those of the tile's own type by cp.async, others by loads, to be converted and
+// stored (conversion.cuh). What is not aligned so is loaded element by element. Chunks beyond the head dim, and rows
+// that do not exist, are zero.
 #pragma once
 
-#include "../attention_params.h"
+#include "conversion.cuh"
 #include "shared_tile.cuh"
 
 namespace prefix_kernels::cuda {
@@ -14,31 +15,11 @@ namespace prefix_kernels::cuda {
 template <int kHeadDim>
 inline constexpr int kLanesPerRow = kHeadDim % 64 == 0 ? 8 : 4;
 
-template <typename T>
-inline constexpr DType kDTypeOf = std::is_same_v<T, half> ? DType::kFloat16 : DType::kBFloat16;
-
-// Whether an operand's rows may be copied 16 bytes at a time.
-template <typename T>
-__host__ __device__ inline bool has_whole_chunks(const Operand& x, int64_t head_dim) {
-  const int64_t any = x.batch_stride | x.head_stride | x.row_stride | head_dim;
-  return x.dtype == kDTypeOf<T> && any % kChunk == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-}
-
-__device__ __forceinline__ int dtype_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-__device__ __forceinline__ float load_element(const char* data, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return to_float(*reinterpret_cast<const double*>(data));
-    case DType::kFloat32:
-      return *reinterpret_cast<const float*>(data);
-    case DType::kBFloat16:
-      return to_float(*reinterpret_cast<const bfloat16*>(data));
-    default:
-      return to_float(*reinterpret_cast<const half*>(data));
-  }
+// Whether an operand's rows may be read 16 bytes at a time.
+inline bool has_whole_chunks(const Operand& x, int64_t head_dim) {
+  const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
+  return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 // One head of an operand.
@@ -57,20 +38,10 @@ struct HeadRows {
   __device__ __forceinline__ const char* row(int64_t i) const { return data + i * row_stride * dtype_bytes(dtype); }
 };
 
-// The narrow path for one chunk.
+// Whether rows go into a tile of T by cp.async.
 template <typename T>
-__device__ __forceinline__ void convert_chunk(T* shared, const char* row, DType dtype, int column, int head_dim,
-                                              bool valid) {
-  const int bytes = dtype_bytes(dtype);
-  uint32_t words[kChunk / 2];
-#pragma unroll
-  for (int w = 0; w < kChunk / 2; ++w) {
-    const int at = column + 2 * w;
-    const float low = valid && at < head_dim ? load_element(row + at * bytes, dtype) : 0.0f;
-    const float high = valid && at + 1 < head_dim ? load_element(row + (at + 1) * bytes, dtype) : 0.0f;
-    words[w] = pack2<T>(low, high);
-  }
-  *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+__device__ __forceinline__ bool goes_async(DType dtype, bool whole_chunks) {
+  return whole_chunks && dtype == kDTypeOf<T>;
 }
 
 // Copies one row; every one of the kLanesPerRow<kHeadDim> threads that share it calls this with its number, and with
@@ -82,18 +53,57 @@ __device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dty
   using Tile = SharedTile<kHeadDim>;
   constexpr int kLanes = kLanesPerRow<kHeadDim>;
   static_assert(kLanes % Tile::kPermuted == 0, "chunks that are kLanes apart are so in the tile");
-  if (whole_chunks) {
+  if (goes_async<T>(dtype, whole_chunks)) {
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
       ptx::cp_async_16(first + chunk * kChunk, row + (lane_of_row + chunk) * 16,
                        valid && (lane_of_row + chunk) * kChunk < head_dim);
     }
+  } else if (whole_chunks) {
+    with_source<T>(dtype, [&](auto source) {
+      constexpr DType kSource = decltype(source)::value;
+#pragma unroll 1
+      for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
+        const int column = (lane_of_row + chunk) * kChunk;
+        *reinterpret_cast<uint4*>(first + chunk * kChunk) =
+            converted_chunk<T, kSource>(row + column * dtype_bytes(kSource), valid && column < head_dim);
+      }
+    });
   } else {
 #pragma unroll 1
     for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
-      convert_chunk(first + chunk * kChunk, row, dtype, (lane_of_row + chunk) * kChunk, head_dim, valid);
+      gather_chunk(first + chunk * kChunk, row, dtype, (lane_of_row + chunk) * kChunk, head_dim, valid);
     }
   }
+}
+
+// Rows [first, first + kRows) of another dtype whose chunks are whole, those below `count`, to the rows of a tile: the
+// work of kThreads threads.
+template <typename T, int kHeadDim, int kRows, int kThreads>
+__device__ __forceinline__ void convert_rows(T* tile, const HeadRows& rows, int first, int count, int thread,
+                                             int head_dim) {
+  using Tile = SharedTile<kHeadDim>;
+  constexpr int kLanes = kLanesPerRow<kHeadDim>, kPassRows = kThreads / kLanes, kOfLane = Tile::kChunks / kLanes;
+  static_assert(kRows % kPassRows == 0);
+  constexpr int kOfThread = kRows / kPassRows * kOfLane;
+  with_source<T>(rows.dtype, [&](auto source) {
+    constexpr DType kSource = decltype(source)::value;
+    // Chunks that a thread has under way: more would take registers that the kernels need for their sums.
+    constexpr int kAtOnce = kSource == DType::kFloat64 || kOfThread % 2 != 0 ? 1 : 2;
+#pragma unroll 1
+    for (int begin = 0; begin < kOfThread; begin += kAtOnce) {
+      const auto row = [&](int i) { return thread / kLanes + (begin + i) / kOfLane * kPassRows; };
+      const auto chunk = [&](int i) { return thread % kLanes + (begin + i) % kOfLane * kLanes; };
+      uint4 chunks[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        chunks[i] = converted_chunk<T, kSource>(rows.row(first + row(i)) + chunk(i) * kChunk * dtype_bytes(kSource),
+                                                first + row(i) < count && chunk(i) * kChunk < head_dim);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) *reinterpret_cast<uint4*>(tile + Tile::offset(row(i), chunk(i))) = chunks[i];
+    }
+  });
 }
 
 template <typename T, int kHeadDim>

@@ -5,11 +5,11 @@
 // its pair among 4 where they are odd multiples of 64.
 #pragma once
 
+#include "conversion.cuh"
 #include "ptx.cuh"
 
 namespace prefix_kernels::cuda {
 
-inline constexpr int kChunk = 8;  // elements in 16 bytes
 inline constexpr int kCell = 16;  // rows and columns of a tensor core operand; the columns of a cell of kv_tiles.cuh
 
 template <int kHeadDim>

@@ -238,9 +238,23 @@ MEMORY = [
     _forward(
         "16-byte copies of rows that are not aligned",
         "rows.cuh",
-        "any % kChunk == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0",
-        "any != -1",
+        "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
+        "return strides != -1 ||",
         "forward of odd rows",
+    ),
+    _forward(
+        "16-byte loads of float32 rows that are aligned to 4 bytes",
+        "rows.cuh",
+        "strides % (16 / dtype_bytes(x.dtype)) == 0",
+        "strides % (4 / dtype_bytes(x.dtype)) == 0",
+        "forward of an odd float32 prefix",
+    ),
+    _forward(
+        "rows beyond the last of a prefix that is converted",
+        "rows.cuh",
+        "first + row(i) < count &&",
+        "first + row(i) < count + kRows &&",
+        "forward of a float32 prefix",
     ),
     _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
     _decode(
@@ -271,6 +285,33 @@ ARITHMETIC = [
     ),
     _forward(
         "halves of two operands swapped", "shared_tile.cuh", "b_left[2] = {b[0], b[1]}", "b_left[2] = {b[0], b[2]}"
+    ),
+    _forward(
+        "the second chunk under way stored over the first",
+        "rows.cuh",
+        "Tile::offset(row(i), chunk(i))) = chunks[i]",
+        "Tile::offset(row(0), chunk(i))) = chunks[i]",
+        "forward of a float32 prefix",
+    ),
+    _backward(
+        "halves of a converted chunk swapped",
+        "conversion.cuh",
+        "pack2<T>(a.z, a.w), pack2<T>(b.x, b.y)",
+        "pack2<T>(b.x, b.y), pack2<T>(a.z, a.w)",
+        "backward of a float32 prefix",
+    ),
+    _decode(
+        "a prefix's rows converted from the first of its part on",
+        "source, first_column(i), part_end, lane",
+        "source, part_begin, part_end, lane",
+        "decode of a float32 prefix",
+    ),
+    _backward(
+        "the least float times log2(e)",
+        "sm80/backward_scores.cuh",
+        "exponent = (score - queries.reference[q]) * kLog2E;",
+        "exponent = score * kLog2E - queries.reference[q] * kLog2E;",
+        "backward of the least float",
     ),
     _forward("an accumulator that starts as it is", FORWARD_KERNEL, "  set_all(out, 0.0f);\n", ""),
     _backward("an accumulator that starts as it is", ROWS, "  clear(dquery);\n", ""),

@@ -17,6 +17,10 @@ CROSSING = {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 70, "k_len": 150, 
 PADDING = {"batch": 2, "q_heads": 2, "kv_heads": 1, "k_len": 150, "prefix_len": 20}
 
 
+# Several tiles of rows, and the last of them not full.
+FLOAT32_PREFIX = {"k_len": 20, "prefix_len": 150, "prefix_dtype": torch.float32}
+
+
 def _shown() -> torch.Tensor:
     """The mask of PADDING."""
     shown = torch.zeros(2, 1, 1, 170, dtype=torch.bool)
@@ -27,6 +31,14 @@ def _shown() -> torch.Tensor:
 def _half(needs: tuple[str, ...] = (), **options: object) -> tuple[Call, tuple[str, ...]]:
     options = {"head_dim": 64, "dtype": torch.float16, "layout": "aligned", **options}
     return make_call(**options), needs
+
+
+def _least_float() -> tuple[Call, tuple[str, ...]]:
+    """Rows of padding, to whose results no gradient arrives."""
+    mask = torch.where(torch.arange(20)[:, None] < 5, torch.finfo(torch.float32).min, 0.0).expand(20, 170)
+    call, needs = _half(ALL, **PADDING, q_len=20, attn_mask=mask, with_dlse=False)
+    call.dout[:, :, :5] = 0
+    return call, needs
 
 
 PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
@@ -45,6 +57,10 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "forward of two prefixes": lambda: _half(
         q_len=20, prefix_len=35, num_prefixes=2, prefix_ids=torch.tensor([[1, 0], [0, -1]])
     ),
+    "forward of a float32 prefix": lambda: _half(**FLOAT32_PREFIX, q_len=20),
+    "forward of an odd float32 prefix": lambda: _half(**FLOAT32_PREFIX | {"layout": "poisoned"}, q_len=20),
+    "decode of a float32 prefix": lambda: _half(**FLOAT32_PREFIX, q_len=2),
+    "backward of a float32 prefix": lambda: _half(ALL, **FLOAT32_PREFIX, q_len=20),
     "forward of padding": lambda: _half(**PADDING, q_len=70, attn_mask=_shown()),
     "decode of padding": lambda: _half(**PADDING, q_len=2, attn_mask=_shown()),
     "decode": lambda: _half(
@@ -67,6 +83,7 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         dropout_seed=torch.tensor([5]),
         softcap=4.0,
     ),
+    "backward of the least float": _least_float,
     "backward of padding": lambda: _half(ALL, **PADDING, q_len=70, attn_mask=_shown()),
     "backward of many rows to one prefix": lambda: _half(
         ("prefix_key", "prefix_value"), batch=5, q_heads=2, kv_heads=1, q_len=70, k_len=20, prefix_len=20

@@ -50,7 +50,6 @@ class Backward {
            p_.prefix_len <= ColumnsTraits<T, kHeadDim, true, true, false, true>::kBlockN;
   }
 
-  static dim3 grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   void launch_delta() {
@@ -64,8 +63,8 @@ class Backward {
     params.q_heads = p_.q_heads;
     params.q_len = p_.q_len;
     params.head_dim = static_cast<int>(p_.head_dim);
-    params.whole_chunks = has_whole_chunks<T>(p_.out, p_.head_dim) && has_whole_chunks<T>(b_.dout, p_.head_dim);
-    launch(row_delta<T, kHeadDim>, grid(ceil_div(params.rows, kDeltaRows<kHeadDim>)), dim3(kDeltaThreads), 0,
+    params.whole_chunks = has_whole_chunks(p_.out, p_.head_dim) && has_whole_chunks(b_.dout, p_.head_dim);
+    launch(row_delta<T, kHeadDim>, grid_of(ceil_div(params.rows, kDeltaRows<kHeadDim>)), dim3(kDeltaThreads), 0,
            context_.stream, params);
   }
 
@@ -127,7 +126,7 @@ class Backward {
     params.b = b_;
     params.delta = delta_;
     params.scalars = ScoreScalars::of(p_);
-    params.whole = WholeChunks::of<T>(b_);
+    params.whole = WholeChunks::of(b_);
     for (int i = 0; i < kNumGradients; ++i) params.whole_pairs[i] = has_whole_pairs(b_.gradients[i], p_.head_dim);
     params.prefix_tiles = static_cast<int>(ceil_div(p_.prefix_len, Traits::kBlockN));
     params.splits = static_cast<int>(splits_);
@@ -136,7 +135,7 @@ class Backward {
     params.partial_dvalue = partial_dvalue_;
     params.sequence_tiles = static_cast<int>(ceil_div(p_.k_len, Traits::kBlockN));
     const int64_t sequence_blocks = of_sequences ? p_.batch * p_.kv_heads * params.sequence_tiles : 0;
-    launch(backward_columns<Traits>, grid(params.prefix_blocks + sequence_blocks), dim3(kBackwardThreads),
+    launch(backward_columns<Traits>, grid_of(params.prefix_blocks + sequence_blocks), dim3(kBackwardThreads),
            ColumnsShared<Traits>::kBytes, context_.stream, params);
   }
 
@@ -150,7 +149,7 @@ class Backward {
     params.prefix_len = static_cast<int>(p_.prefix_len);
     params.head_dim = static_cast<int>(p_.head_dim);
     params.whole_pairs = has_whole_pairs(params.gradient, p_.head_dim);
-    launch(reduce_partial<kHeadDim>, grid(ceil_div(params.pairs, kReduceThreads)), dim3(kReduceThreads), 0,
+    launch(reduce_partial<kHeadDim>, grid_of(ceil_div(params.pairs, kReduceThreads)), dim3(kReduceThreads), 0,
            context_.stream, params);
   }
 
@@ -164,10 +163,10 @@ class Backward {
     params.b = b_;
     params.delta = delta_;
     params.scalars = ScoreScalars::of(p_);
-    params.whole = WholeChunks::of<T>(b_);
+    params.whole = WholeChunks::of(b_);
     params.whole_pairs = has_whole_pairs(b_.gradients[kDQuery], p_.head_dim);
     params.query_tiles = static_cast<int>(ceil_div(p_.q_len, Shared::Tile::kBlockM));
-    launch(backward_rows<T, kHeadDim, kGeneral>, grid(p_.batch * p_.q_heads * params.query_tiles),
+    launch(backward_rows<T, kHeadDim, kGeneral>, grid_of(p_.batch * p_.q_heads * params.query_tiles),
            dim3(kBackwardThreads), Shared::kBytes, context_.stream, params);
   }
 

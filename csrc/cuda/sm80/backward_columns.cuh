@@ -207,9 +207,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   Tiles first_tiles;
   first_tiles.begin(p, owner);
   if (!first_tiles.done()) {
-    const WarpLayout warps = layout();
-    const int warp_row = warps.resident * Traits::kWarpN;  // among the block's columns
-    const int warp_column = owner.first + warp_row;
+    const int warp_row = layout().resident * Traits::kWarpN;  // among the block's columns
     // The block's keys and values, by way of the stages.
     Resident<T, kHeadDim, kTiles, Traits::kKeyInRegisters> key;
     Resident<T, kHeadDim, kTiles, Traits::kValueInRegisters> value;
@@ -217,8 +215,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
       const HeadRows source(x, owner.index, owner.kv_head, whole);
 #pragma unroll
       for (int part = 0; part < kBlockN / kBlockM; ++part) {
-        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(shared.columns(stage, part), source,
-                                                          owner.first + part * kBlockM, owner.length, head_dim);
+        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, false>(shared.columns(stage, part), source,
+                                                                 owner.first + part * kBlockM, owner.length, head_dim);
       }
     };
     copy_columns(owner.is_prefix ? p.prefix_key : p.key, owner.is_prefix ? params.whole.prefix_key : params.whole.key,
@@ -242,12 +240,12 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     // Starts copying what `tiles` visits. What fetch loads by itself is stored by describe, when it has arrived.
     const auto fetch = [&](const Tiles& tiles, int stage) {
       const int first = tiles.first_query(), b = tiles.batch, h = tiles.head();
-      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
           shared.tile(stage, 0), HeadRows(p.query, b, h, params.whole.query), first, q_len, head_dim);
-      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+      copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
           shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.whole.dout), first, q_len, head_dim);
       if constexpr (Traits::kFusesDelta) {
-        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads>(
+        copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
             shared.tile(stage, 2), HeadRows(p.out, b, h, params.whole.out), first, q_len, head_dim);
       }
       ptx::cp_async_commit();
@@ -267,7 +265,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
       if (thread < kBlockM) {
         const int i = first + thread;
         const bool exists = i < q_len;
-        info.reference[thread] = exists ? softmax_reference(lse) : kInfinity;
+        info.reference[thread] = exists ? softmax_reference<kGeneral>(lse) : kInfinity;
         info.delta[thread] = exists ? delta : 0.0f;
         // Rows beyond the last query are skipped in blocks of 16; in a block with queries they go on like those, so
         // that its first and last row tell what the block sees.
@@ -303,6 +301,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
 
     const auto work = [&](int stage) {
       const typename Shared::Info& info = shared.info(stage);
+      // Read anew for every stage: the sums leave no registers to keep it in.
+      const WarpLayout warps = layout();
+      const int warp_column = owner.first + warps.resident * Traits::kWarpN;
 #pragma unroll 1
       for (int block = warps.part; block < kBlockM / kCell; block += warps.parts) {
         const int row = block * kCell;

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
       const bool exists = thread < owner.queries;
       const int64_t row = (owner.batch * p.q_heads + owner.head) * p.q_len + owner.first + thread;
       const QueryView view(p, cells.prefixes, owner.first + thread + row_query_offset(p, owner.batch));
-      info.reference[thread] = exists ? softmax_reference(static_cast<const float*>(p.lse)[row]) : kInfinity;
+      info.reference[thread] = exists ? softmax_reference<kGeneral>(static_cast<const float*>(p.lse)[row]) : kInfinity;
       info.delta[thread] = exists ? params.delta[row] : 0.0f;
       info.begin[thread] = view.sequence.begin;
       info.end[thread] = view.sequence.end;
@@ -150,10 +150,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
     Resident<T, kHeadDim, kTiles, Tile::kDOutInRegisters> dout;
 #pragma unroll
     for (int part = 0; part < kBlockM / kBlockN; ++part) {
-      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads>(shared.rows(0, part),
-                                                        HeadRows(p.query, owner.batch, owner.head, params.whole.query),
-                                                        owner.first + part * kBlockN, q_len, head_dim);
-      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads>(
+      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads, true>(
+          shared.rows(0, part), HeadRows(p.query, owner.batch, owner.head, params.whole.query),
+          owner.first + part * kBlockN, q_len, head_dim);
+      copy_rows<T, kHeadDim, kBlockN, kBackwardThreads, true>(
           shared.rows(1, part), HeadRows(params.b.dout, owner.batch, owner.head, params.whole.dout),
           owner.first + part * kBlockN, q_len, head_dim);
     }

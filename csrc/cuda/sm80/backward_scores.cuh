@@ -15,8 +15,12 @@ namespace prefix_kernels::cuda::sm80 {
 
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// The base-2 lse by which p = exp2(s - lse). A query that sees no key has p = 0.
-__device__ __forceinline__ float softmax_reference(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
+// The lse by which p = exp(s - lse), to base 2 where no mask is added: with the least float as a mask, s and lse are so
+// low that their difference is finite and their multiples are not. A query that sees no key has p = 0.
+template <bool kGeneral>
+__device__ __forceinline__ float softmax_reference(float lse) {
+  return lse == -kInfinity ? kInfinity : kGeneral ? lse : lse * kLog2E;
+}
 
 // What a lane knows of the queries that it holds: two where they are resident, four where they are streamed.
 template <bool kKeysResident>
@@ -57,7 +61,7 @@ struct ScoreScalars {
   float scale;
   float scale_log2;      // scale log2(e)
   float scale_over_cap;  // scale / softcap
-  float cap_log2;        // softcap log2(e); 0: off
+  float softcap;         // 0: off
   float rescale;         // of what dropout keeps
   uint32_t threshold;
 
@@ -67,7 +71,7 @@ struct ScoreScalars {
     s.scale = static_cast<float>(p.scale);
     s.scale_log2 = static_cast<float>(p.scale * kExactLog2E);
     s.scale_over_cap = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
-    s.cap_log2 = static_cast<float>(p.softcap * kExactLog2E);
+    s.softcap = static_cast<float>(p.softcap);
     s.rescale = static_cast<float>(dropout_rescale(p.dropout_threshold));
     s.threshold = p.dropout_threshold;
     return s;
@@ -145,7 +149,7 @@ __device__ __forceinline__ void finish_cell(float (&s)[2][4], float (&dp)[2][4],
                                             const LaneQueries<kKeysResident>& queries, const ScoreCell& cell,
                                             const ScoreScalars& scalars, const MaskOperand& mask, uint32_t hidden) {
   const bool has_dropout = kGeneral && scalars.threshold > 0;
-  const bool has_softcap = kGeneral && scalars.cap_log2 > 0;
+  const bool has_softcap = kGeneral && scalars.softcap > 0;
   const bool has_mask = kGeneral && cell.mask != nullptr;
   const uint32_t keep = has_dropout ? kept<kKeysResident>(cell, scalars) : ~0u;
 #pragma unroll
@@ -155,17 +159,23 @@ __device__ __forceinline__ void finish_cell(float (&s)[2][4], float (&dp)[2][4],
     const int q = kKeysResident ? u : v;
     float slope = 1.0f;
     float exponent;
-    if (has_softcap) {
-      const float t = tanh_by_exp2(s[n][e] * scalars.scale_over_cap);
-      slope = 1.0f - t * t;
-      exponent = t * scalars.cap_log2 - queries.reference[q];
+    if constexpr (kGeneral) {
+      float score;
+      if (has_softcap) {
+        const float t = tanh_by_exp2(s[n][e] * scalars.scale_over_cap);
+        slope = 1.0f - t * t;
+        score = t * scalars.softcap;
+      } else {
+        score = s[n][e] * scalars.scale;
+      }
+      if (has_mask) {
+        const int query = kKeysResident ? streamed_row(u) : resident_row(v);
+        const int key = kKeysResident ? resident_row(v) : streamed_row(u);
+        if ((hidden >> i & 1) == 0 && query < cell.queries) score += mask_bias(mask, cell, query, key);
+      }
+      exponent = (score - queries.reference[q]) * kLog2E;
     } else {
       exponent = s[n][e] * scalars.scale_log2 - queries.reference[q];
-    }
-    if (has_mask) {
-      const int query = kKeysResident ? streamed_row(u) : resident_row(v);
-      const int key = kKeysResident ? resident_row(v) : streamed_row(u);
-      if ((hidden >> i & 1) == 0 && query < cell.queries) exponent += mask_bias(mask, cell, query, key) * kLog2E;
     }
     const float p = ptx::exp2_approx(exponent);
     const bool is_kept = !has_dropout || (keep >> i & 1) != 0;

@@ -89,6 +89,13 @@ struct DecodeTraits {
 __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entry, int per_block, int lane,
                                               int* entries) {
   const int slots = static_cast<int>(p.prefix_slots), count = static_cast<int>(p.batch) * slots;
+  if (p.prefix_ids == nullptr) {
+    // All name the same prefix, or each another.
+    const int bunch = p.num_prefixes == 1 ? per_block : 1;
+    const int found = entry % bunch == 0 ? min(bunch, count - entry) : 0;
+    if (entries != nullptr && lane < found) entries[lane] = entry + lane;
+    return found;
+  }
   const int64_t prefix = prefix_of_row(p, entry / slots, entry % slots);
   if (prefix < 0) return 0;
   const auto naming = [&](int first) {
@@ -209,19 +216,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const auto first_column = [&](int i) { return part_begin + (warp + i * kWarps) * kCell; };
   const auto load = [&](int i) {
     if (first_column(i) < part_end) {
-      const HeadRows keys = is_prefix ? HeadRows(p.prefix_key, owner, kv_head, params.whole_prefix_key)
-                                      : HeadRows(p.key, owner, kv_head, params.whole_key);
-      const HeadRows values = is_prefix ? HeadRows(p.prefix_value, owner, kv_head, params.whole_prefix_value)
-                                        : HeadRows(p.value, owner, kv_head, params.whole_value);
+      const auto copy_cell = [&](T* cell, const Operand& x, bool whole_chunks) {
+        const HeadRows source(x, owner, kv_head, whole_chunks);
+        if (whole_chunks && !goes_async<T>(source.dtype, true)) {
+          convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first_column(i), part_end, lane, head_dim);
+          return;
+        }
 #pragma unroll 1
-      for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
-        const bool valid = first_column(i) + row < part_end;
-        const int column = first_column(i) + (valid ? row : 0);
-        copy_row<T, kHeadDim>(stage(i), row, keys.row(column), keys.dtype, keys.whole_chunks, lane % kLanes, head_dim,
-                              valid);
-        copy_row<T, kHeadDim>(stage(i) + kValues, row, values.row(column), values.dtype, values.whole_chunks,
-                              lane % kLanes, head_dim, valid);
-      }
+        for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
+          const bool valid = first_column(i) + row < part_end;
+          copy_row<T, kHeadDim>(cell, row, source.row(first_column(i) + (valid ? row : 0)), source.dtype, whole_chunks,
+                                lane % kLanes, head_dim, valid);
+        }
+      };
+      copy_cell(stage(i), is_prefix ? p.prefix_key : p.key, is_prefix ? params.whole_prefix_key : params.whole_key);
+      copy_cell(stage(i) + kValues, is_prefix ? p.prefix_value : p.value,
+                is_prefix ? params.whole_prefix_value : params.whole_value);
     }
     ptx::cp_async_commit();
   };
@@ -382,11 +392,11 @@ void decode(const AttentionParams& p, const Context& context) {
   params.scale = static_cast<float>(p.scale);
   params.softcap = static_cast<float>(p.softcap);
   params.dropout_rescale = static_cast<float>(dropout_rescale(p.dropout_threshold));
-  params.whole_query = has_whole_chunks<T>(p.query, p.head_dim);
-  params.whole_key = has_whole_chunks<T>(p.key, p.head_dim);
-  params.whole_value = has_whole_chunks<T>(p.value, p.head_dim);
-  params.whole_prefix_key = has_whole_chunks<T>(p.prefix_key, p.head_dim);
-  params.whole_prefix_value = has_whole_chunks<T>(p.prefix_value, p.head_dim);
+  params.whole_query = has_whole_chunks(p.query, p.head_dim);
+  params.whole_key = has_whole_chunks(p.key, p.head_dim);
+  params.whole_value = has_whole_chunks(p.value, p.head_dim);
+  params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
+  params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
 
   // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
@@ -409,11 +419,10 @@ void decode(const AttentionParams& p, const Context& context) {
   params.partial_share =
       static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
   const int64_t blocks = params.prefix_blocks + p.batch * p.kv_heads * params.sequence_parts;
-  launch(decode_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
-         context.stream, params);
+  launch(decode_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
   constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
-  launch(merge_kernel<Traits>, dim3(static_cast<unsigned>((rows + kMergeRows - 1) / kMergeRows)), dim3(kMergeThreads),
-         0, context.stream, params);
+  launch(merge_kernel<Traits>, grid_of((rows + kMergeRows - 1) / kMergeRows), dim3(kMergeThreads), 0, context.stream,
+         params);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

@@ -412,8 +412,7 @@ void launch_rows(ForwardParams& params, const Context& context) {
   params.shared_mask =
       p.mask.data != nullptr && p.mask.row_stride == 0 && (params.pack == 1 || p.mask.head_stride == 0);
   const int64_t blocks = params.row_tiles * (p.q_heads / params.pack) * p.batch;
-  launch(forward_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
-         context.stream, params);
+  launch(forward_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
 }
 
 template <typename T, int kHeadDim, bool kGeneral>
@@ -439,12 +438,12 @@ void forward(const AttentionParams& p, const Context& context) {
   params.scale = static_cast<float>(p.scale);
   params.scale_log2 = static_cast<float>(p.scale) * kLog2E;
   params.softcap = static_cast<float>(p.softcap);
-  params.whole_query = has_whole_chunks<T>(p.query, p.head_dim);
-  params.whole_key = has_whole_chunks<T>(p.key, p.head_dim);
-  params.whole_value = has_whole_chunks<T>(p.value, p.head_dim);
-  params.whole_prefix_key = has_whole_chunks<T>(p.prefix_key, p.head_dim);
-  params.whole_prefix_value = has_whole_chunks<T>(p.prefix_value, p.head_dim);
-  params.whole_out = has_whole_chunks<T>(p.out, p.head_dim);
+  params.whole_query = has_whole_chunks(p.query, p.head_dim);
+  params.whole_key = has_whole_chunks(p.key, p.head_dim);
+  params.whole_value = has_whole_chunks(p.value, p.head_dim);
+  params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
+  params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
+  params.whole_out = has_whole_chunks(p.out, p.head_dim);
 
   const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
   if (general) {

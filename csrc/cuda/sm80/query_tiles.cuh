@@ -34,7 +34,6 @@ struct QueryTiles {
   int pair, head_in_group, tile;
   int tile_begin, tile_end;        // those tiles of the pair's row that see the block's columns
   int prefix_start, prefix_total;  // columns before the slot's, and all, among the row's prefixes
-  Span shown;                      // columns of the segment that the row's padding leaves
   int batch;
   int segment;  // of Philox: 0 the sequence, 1 + m the prefix in slot m
 
@@ -73,10 +72,15 @@ struct QueryTiles {
     } else if (kGeneral) {
       seen.begin = max(0, static_cast<int>(visible_prefix_begin(p, position, prefix_total)) - prefix_start);
     }
-    return kGeneral ? seen.within(shown) : seen;
+    return kGeneral ? seen.within(shown(p)) : seen;
   }
 
  private:
+  // The columns of the segment that the row's padding leaves.
+  __device__ __forceinline__ Span shown(const AttentionParams& p) const {
+    return owner.is_prefix ? shown_prefix(p, batch, segment - 1) : shown_sequence(p, batch);
+  }
+
   // Moves on to the first visit from here that sees a column.
   __device__ __forceinline__ void settle(const AttentionParams& p) {
     while (visit < end) {
@@ -104,8 +108,7 @@ struct QueryTiles {
     prefix_start = prefix_total = 0;
     Span columns{owner.first, min(owner.first + kBlockN, owner.length)};
     if (kGeneral) {
-      shown = owner.is_prefix ? shown_prefix(p, batch, segment - 1) : shown_sequence(p, batch);
-      columns = columns.within(shown);
+      columns = columns.within(shown(p));
     }
     const int last = columns.end - 1;
     KeyRange queries{0, p.q_len};
