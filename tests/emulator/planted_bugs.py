@@ -245,16 +245,17 @@ MEMORY = [
     _forward(
         "16-byte loads of float32 rows that are aligned to 4 bytes",
         "rows.cuh",
-        "strides % (16 / dtype_bytes(x.dtype)) == 0",
-        "strides % (4 / dtype_bytes(x.dtype)) == 0",
+        "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
+        "return x.dtype == DType::kFloat32 ||",
         "forward of an odd float32 prefix",
     ),
-    _forward(
-        "rows beyond the last of a prefix that is converted",
+    Mutation(
+        "decode: rows beyond the last of a prefix that is converted",
         "rows.cuh",
         "first + row(i) < count &&",
         "first + row(i) < count + kRows &&",
-        "forward of a float32 prefix",
+        DECODE,
+        ("decode of a float32 prefix",),
     ),
     _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
     _decode(
@@ -293,12 +294,14 @@ ARITHMETIC = [
         "Tile::offset(row(0), chunk(i))) = chunks[i]",
         "forward of a float32 prefix",
     ),
-    _backward(
+    # Both files hold the function that becomes wrong, and the linker takes one of the two.
+    Mutation(
         "halves of a converted chunk swapped",
         "conversion.cuh",
         "pack2<T>(a.z, a.w), pack2<T>(b.x, b.y)",
         "pack2<T>(b.x, b.y), pack2<T>(a.z, a.w)",
-        "backward of a float32 prefix",
+        FORWARD + BACKWARD,
+        ("forward of a float32 prefix", "backward of a float32 prefix"),
     ),
     _decode(
         "a prefix's rows converted from the first of its part on",
