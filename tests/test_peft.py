@@ -15,10 +15,19 @@ import peft
 import pytest
 import torch
 import transformers
+from family_checks import Family
 from peft.tuners.cartridge.utils import compose_cartridge_adapters
 from test_transformers import LABELS, ONE_OF_EACH, P, Sentences, batch, prepared, tiny_model, without_dropout
+from test_transformers_decoders import FAMILIES as DECODERS
+from test_transformers_encoder_decoders import BART, FLAN_T5, MBART, T5, TALKATIVE, tiny_bart
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForTokenClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from prefix_kernels.functional import prefix_attention
 from prefix_kernels.integrations.peft import accelerate, restore
@@ -46,8 +55,23 @@ def language_model(family: str, kind: str = "prefix", **settings: object) -> pef
     return peft.get_peft_model(base, config_of(kind, "CAUSAL_LM")).eval()
 
 
+# Whatever PEFT runs, by its task.
+FAMILIES = [*DECODERS, T5, FLAN_T5, BART, MBART]
+
+
+def of_family(families: list[Family]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.name)
+
+
+def peft_of_family(family: Family, base: PreTrainedModel) -> peft.PeftModel:
+    """PEFT's model, in eval mode."""
+    config = config_of("prefix", family.peft_task, **family.peft_settings)
+    return peft.get_peft_model(copy.deepcopy(base), config).eval()
+
+
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    atol = 1e-5 * max(1.0, expected.detach().abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -57,9 +81,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def assert_same_outputs(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Tensor]) -> None:
     """Equal logits, losses and gradients of everything that is trained."""
     our_output, their_output = ours(**inputs), theirs(**inputs)
+    padding = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     for name in ("loss", "logits", "start_logits", "end_logits", "last_hidden_state"):
         if name in their_output:
-            assert_close(our_output[name], their_output[name])
+            ragged = padding is not None and their_output[name].shape[:2] == padding.shape
+            valid = padding.bool() if ragged else ...
+            assert_close(our_output[name][valid], their_output[name][valid])
     for output in (our_output, their_output):
         (output.loss if "loss" in output else output[0].tanh().sum()).backward()
     expected = gradients(theirs)
@@ -78,13 +105,12 @@ def test_logits_and_gradients_are_those_of_peft(family: str, kind: str, padding:
     assert_same_outputs(ours, theirs, batch(family, padding) | {"labels": LABELS})
 
 
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_language_model_has_the_loss_and_gradients_of_peft(family: str, padding: str) -> None:
-    theirs = language_model(family)
-    inputs = batch(family, padding)
-    labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(3, 7)) == 0, -100)
-    assert_same_outputs(accelerate(copy.deepcopy(theirs)), theirs, inputs | {"labels": labels})
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@of_family(FAMILIES)
+def test_every_family_gives_the_logits_and_gradients_of_peft(family: Family, padding: str) -> None:
+    theirs = peft_of_family(family, family.model())
+    inputs = family.inputs(padding)
+    assert_same_outputs(accelerate(copy.deepcopy(theirs)), theirs, inputs | {"labels": family.labels(inputs)})
 
 
 TASKS = {
@@ -148,6 +174,18 @@ def test_generated_tokens_are_those_of_peft(family: str, kind: str, beams: int) 
     assert len(expected[:, 7:].unique()) > 3, "a model that repeats one token would hide mistakes"
     assert torch.equal(ours.generate(**settings), expected)
     assert torch.equal(ours.generate(**settings, cache_implementation="static", disable_compile=True), expected)
+
+
+@of_family(FAMILIES)
+def test_every_family_generates_the_tokens_of_peft(family: Family) -> None:
+    theirs = peft_of_family(family, family.model(**TALKATIVE.get(family.name, {})))
+    ours = accelerate(copy.deepcopy(theirs))
+    inputs = {name: tensor for name, tensor in family.inputs("left").items() if "decoder" not in name}
+    for beams in (1, 3):
+        settings = inputs | {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+        expected = theirs.generate(**settings)
+        assert len(expected.unique()) > 2, "a model that repeats one token would hide mistakes"
+        assert torch.equal(ours.generate(**settings), expected)
 
 
 def test_the_prefix_never_enters_the_cache() -> None:
@@ -467,12 +505,14 @@ def test_a_replaced_attention_implementation_cannot_silently_drop_the_prefix() -
         model(**batch("bert"))
 
 
-def test_adapter_names_are_refused() -> None:
+def test_names_for_each_row_are_refused() -> None:
     model = accelerate(language_model("llama"))
     inputs = batch("llama")
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"adapter_names: expected None, got \['default'\]"):
             call(**inputs, adapter_names=["default"])
+        with pytest.raises(ValueError, match=r"prefix_names: expected None, got \['default'\]"):
+            call(**inputs, prefix_names=["default"])
 
 
 def changed(model: peft.PeftModel, **settings: object) -> peft.PeftModel:
@@ -537,6 +577,18 @@ def deberta() -> peft.PeftModel:
             "expected a model with a task_type, got one without; PEFT runs it without its prefix",
         ),
         (of_another_class, TypeError, "expected one of PeftModelForSequenceClassification, .*got Mine"),
+        (
+            lambda: peft.get_peft_model(
+                tiny_bart("bart", transformers.AutoModelForSequenceClassification), config_of("prefix")
+            ),
+            ValueError,
+            "expected num_transformer_submodules=2, .*like BartForSequenceClassification, got 1",
+        ),
+        (
+            lambda: peft.get_peft_model(tiny_bart(encoder_layers=1), config_of("prefix", "SEQ_2_SEQ_LM")),
+            ValueError,
+            "num_layers: expected at most 1, the layers of PEFT's prefix, got 2",
+        ),
         (deberta, ValueError, r"DebertaV2ForSequenceClassification .*does not go through.*AttentionInterface"),
         (sharing_its_base, ValueError, "LlamaForCausalLM below the PEFT model has a prefix already"),
         (

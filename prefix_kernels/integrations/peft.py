@@ -58,11 +58,16 @@ from prefix_kernels.integrations.hooks import StackHook
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.peft_layout import pairs_of_layers
+from prefix_kernels.integrations.selection import PREFIX_NAMES
 from prefix_kernels.integrations.sites import DECODER, find_sites
 
 __all__ = ["accelerate", "restore"]
 
 _ADAPTERS = "_prefix_kernels_adapters"
+_ONE_ADAPTER = (
+    "PEFT's prefix tuning has one active adapter for all rows of a batch (load_prefix_model reads its checkpoints into "
+    "a model whose rows may differ)"
+)
 
 register()
 
@@ -221,10 +226,7 @@ class _Adapters:
         return 0 if peft_model is None else peft_model.active_peft_config.num_virtual_tokens
 
     def select(self, names: object) -> None:
-        raise ValueError(
-            f"prefix_names: expected None, got {names!r}; an accelerated PEFT model has one active adapter for all "
-            "rows of a batch (load_prefix_model reads PEFT's checkpoints into a model whose rows may differ)"
-        )
+        raise ValueError(f"{PREFIX_NAMES}: expected None, got {names!r}; {_ONE_ADAPTER}")
 
     def pairs(self) -> dict[int, PrefixPair]:
         """The prefix ``[Hkv, P, D]`` of every attention, by site, evaluated for one row. Empty if none runs."""
@@ -294,11 +296,9 @@ class _Accelerated:
             self._adapters_disabled = before
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names: expected None, got {kwargs['adapter_names']}; PEFT's prefix tuning has one active "
-                "adapter for all rows of a batch"
-            )
+        for name in ("adapter_names", PREFIX_NAMES):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected None, got {kwargs[name]}; {_ONE_ADAPTER}")
         before, _running.model = _running.model, self
         try:
             return function(*args, **kwargs)

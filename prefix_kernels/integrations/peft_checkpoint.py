@@ -188,7 +188,8 @@ def save_peft_checkpoint(
         settings["num_frozen_tokens"] = num_frozen_tokens
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path / WEIGHTS_FILE)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
