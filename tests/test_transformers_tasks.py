@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from test_transformers import batch, prepared, tiny_model
@@ -432,26 +433,49 @@ def test_names_that_do_not_fit_are_refused(
         generator.model(**batch("llama"), prefix_names=names)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"layers": [0]}, "expected a prefix at the same attentions as the model's first"),
-        ({"window_includes_prefix": True}, "expected window_includes_prefix=False as in the model"),
-    ],
-)
-def test_a_task_that_cannot_be_mixed_is_refused_and_leaves_no_trace(
-    generator: Tasks, settings: dict[str, object], message: str
-) -> None:
+def test_a_task_that_does_not_fit_is_refused_and_leaves_no_trace(generator: Tasks) -> None:
     model, inputs = generator.model, batch("llama")
     before = model(**inputs).logits
-    save_prefix_model(prepared(generator.base, **settings), generator.path("bad"))
-    with pytest.raises(ValueError, match=message):
+    save_prefix_model(prepared(generator.base, layers=[0]), generator.path("bad"))
+    with pytest.raises(ValueError, match="bad: expected a prefix at the same attentions as the model's first"):
         load_named_prefix(model, "bad", generator.path("bad"))
     with pytest.raises(ValueError, match=r"prefix_encoder.table: expected shape \[3, 4, 2, 8\], got \[2, 4, 2, 8\]"):
         load_named_prefix(model, "bad", generator.path("short"), config=PrefixTuningConfig(num_virtual_tokens=3))
     with pytest.raises(ValueError, match=r"name: expected a string other than \[.*\], got 'short'"):
         load_named_prefix(model, "short", generator.path("short"))
     assert prefix_names(model) == list(TASKS) and torch.equal(model(**inputs).logits, before)
+
+
+def test_tasks_for_which_a_window_slides_otherwise_are_refused(tmp_path: Path) -> None:
+    base = tiny_model("mistral", AutoModelForCausalLM, num_key_value_heads=2, sliding_window=4)
+    save_prefix_model(prepared(base, window_includes_prefix=True), tmp_path / "task")
+    with pytest.raises(ValueError, match="other: expected window_includes_prefix=False as in the model"):
+        load_named_prefix(prepared(base), "other", tmp_path / "task")
+
+
+@pytest.mark.parametrize("window_includes_prefix", [False, True])
+def test_rows_of_a_model_with_sliding_windows_are_mixed(window_includes_prefix: bool, tmp_path: Path) -> None:
+    base = tiny_model("mistral", AutoModelForCausalLM, num_key_value_heads=2, sliding_window=4)
+    tasks = Tasks(tmp_path, base, window_includes_prefix=window_includes_prefix)
+    inputs = batch("mistral")
+    logits = tasks.model(**inputs, prefix_names=NAMES).logits
+    torch.testing.assert_close(logits, row_by_row(tasks, NAMES, inputs), rtol=1e-5, atol=1e-5)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    tokens = tasks.model.generate(**inputs, **settings, prefix_names=NAMES)
+    for i, name in enumerate(NAMES):
+        expected = tasks.of(name).generate(**row(inputs, i), **settings)
+        assert torch.equal(tokens[i : i + 1, : expected.shape[1]], expected), name
+
+
+def test_an_adapter_of_peft_is_one_of_the_tasks(generator: Tasks, tmp_path: Path) -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(copy.deepcopy(generator.base), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    load_named_prefix(generator.model, "theirs", tmp_path / "adapter")
+    inputs = batch("llama", "left")
+    logits = generator.model(**inputs, prefix_names=["short", "theirs", None]).logits[1:2]
+    valid = inputs["attention_mask"][1:2].bool()
+    torch.testing.assert_close(logits[valid], theirs(**row(inputs, 1)).logits[valid], rtol=1e-5, atol=1e-5)
 
 
 def test_a_task_whose_positions_the_model_cannot_move_is_refused(generator: Tasks) -> None:

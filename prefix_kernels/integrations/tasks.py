@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from prefix_kernels.checkpoint import load_prefix as _load_prefix
-from prefix_kernels.checkpoint import marked_heads, read_prefix_metadata
+from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
+from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.recording import find_recording
 from prefix_kernels.integrations.selection import (
@@ -38,6 +37,7 @@ from prefix_kernels.integrations.selection import (
     stack_prefixes,
 )
 from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.stored import read_stored_task
 
 FIRST_NAME = "default"
 _TASKS = "_prefix_tasks"
@@ -51,7 +51,7 @@ def load_named_prefix(
     config: PrefixTuningConfig | None = None,
     is_trainable: bool = False,
 ) -> None:
-    """Load a further task, stored by ``save_prefix_model``, beside those that ``model`` has.
+    """Load a further task, stored by ``save_prefix_model`` or by PEFT, beside those that ``model`` has.
 
     The prefix that ``model`` was prepared with is called "default". Which one is active does not change. The length of
     the new prefix may differ from those of the others, and its ``position_offset`` may be ``"none"`` where theirs is
@@ -60,7 +60,7 @@ def load_named_prefix(
     Args:
         model: a model prepared by ``get_prefix_model`` or ``load_prefix_model``.
         name: what :func:`set_prefix` and ``prefix_names=`` call it.
-        path: the stored file.
+        path: the stored file, or the folder of a PEFT adapter; see ``load_prefix_model``.
         config: default: the stored one.
         is_trainable: let gradients reach its prefix and heads. An inactive task is not among ``model.parameters()``;
             :func:`get_named_prefix` gives its encoder.
@@ -72,16 +72,12 @@ def load_named_prefix(
     tasks = tasks_of(model)
     if not isinstance(name, str) or name in tasks.names:
         raise ValueError(f"name: expected a string other than {tasks.names}, got {name!r}")
-    if config is None:
-        metadata = read_prefix_metadata(path)
-        if CONFIG_KEY not in metadata:
-            raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
-        config = PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
-    tasks.add(name, config)
+    task = read_stored_task(path, model, config)
+    tasks.add(name, task.config)
     active = tasks.active
     try:
         tasks.activate(name)
-        _load_prefix(model, path)
+        task.load_into(model)
         for module in (model.prefix_encoder, *marked_heads(model).values()):
             module.requires_grad_(is_trainable)
     except Exception:
@@ -260,7 +256,7 @@ class PrefixTasks:
                 f"got one at {len(layout.sites)} others where it has {len(ours)}"
             )
         windows = self.model.prefix_tuning_config.window_includes_prefix
-        if config.window_includes_prefix != windows:
+        if config.window_includes_prefix != windows and _has_windows(self.model):
             raise ValueError(f"{name}: expected window_includes_prefix={windows} as in the model, got the opposite")
         if config.position_offset == "peft" and not self._shifts_positions:
             raise ValueError(
@@ -420,6 +416,12 @@ class GenerateWithPrefixes:
             return generate(self.model, *args, **kwargs)
         with torch.no_grad(), use_prefixes(self.model, prefix_names):
             return generate(self.model, *args, **kwargs)
+
+
+def _has_windows(model: PreTrainedModel) -> bool:
+    """Whether a layer may attend within a sliding window."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
 
 def _version(parameter: Tensor) -> int:

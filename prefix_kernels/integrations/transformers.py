@@ -18,10 +18,10 @@ from __future__ import annotations
 import copy
 import os
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.checkpoint import load_prefix, mark_only_prefix_as_trainable, read_prefix_metadata, save_prefix
+from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
 from prefix_kernels.integrations.attachment import attach
 from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
@@ -33,8 +33,8 @@ from prefix_kernels.integrations.initialization import (
 )
 from prefix_kernels.integrations.injected import injected_parameters
 from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.peft_checkpoint import is_peft_checkpoint, read_peft_checkpoint
 from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.stored import read_stored_task
 from prefix_kernels.integrations.tasks import (
     PrefixTasks,
     active_prefix,
@@ -183,19 +183,10 @@ def load_prefix_model(
         ValueError: the file was not written by :func:`save_prefix_model`, the folder holds an adapter of another type,
             or it does not fit the model.
     """
-    source: str | os.PathLike | dict[str, Tensor] = path
-    if is_peft_checkpoint(path):
-        checkpoint = read_peft_checkpoint(path, model)
-        config, source = config or checkpoint.config, checkpoint.state
-    else:
-        metadata = read_prefix_metadata(path)
-        if config is None and CONFIG_KEY not in metadata:
-            raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config; give config=")
-        config = config or PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
-    get_prefix_model(model, config)
+    task = read_stored_task(path, model, config)
+    get_prefix_model(model, task.config)
     try:
-        # PEFT converts what it loads to the dtype of the model.
-        load_prefix(model, source, cast=source is not path)
+        task.load_into(model)
     except Exception:
         remove_prefix(model)
         raise
