@@ -282,6 +282,22 @@ def test_tiles_that_no_query_sees_are_not_visited(options, seen, q_len):
     assert torch.equal(run(call, emulated_prefix_attention, needs=()).out, expected)
 
 
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len, group", [(5, 4), (16, 2), (16, 3), (1, 17), (3, 16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"attn_mask": some(2, 1, 1, 300) < 0.9, "dropout_p": 0.2, "dropout_seed": SEED},
+        {"num_prefixes": 3, "prefix_ids": torch.tensor([[2, 0], [-1, 2]]), "prefix_lens": torch.tensor([40, 0, 33])},
+    ],
+    ids=["causal", "mask and dropout", "bank"],
+)
+def test_few_queries_of_many_heads_take_several_blocks(options, q_len, group, dtype):
+    check_forward(dtype=dtype, q_len=q_len, q_heads=2 * group, kv_heads=2, k_len=300, prefix_len=40, **options)
+
+
 def as_mask(shown, kind):
     """A padding mask from the columns that it shows."""
     return shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -math.inf)
@@ -371,6 +387,7 @@ CHECKED = {
     "decode, long prefix": dict(
         batch=9, q_len=3, k_len=10, prefix_len=600, num_prefixes=2, prefix_ids=torch.arange(9) % 3 - 1
     ),
+    "decode, many heads": dict(q_len=11, q_heads=6, kv_heads=2, k_len=300, prefix_len=150, is_causal=True),
     "decode, no keys at all": dict(q_len=1, k_len=0, prefix_len=None),
     "decode, head dim 256": dict(q_len=2, k_len=90, head_dim=256, attn_mask=some(90)),
     "decode, prefix in float32": dict(q_len=2, k_len=20, prefix_len=150, prefix_dtype=torch.float32),

@@ -21,10 +21,19 @@ void with_head_dim(int64_t head_dim, Call call) {
   call(std::integral_constant<int, 256>());
 }
 
+// Whether keys are split over blocks: where the rows of a key head are few, or their tiles too few to go round.
+bool decodes(const AttentionParams& p, const Context& context) {
+  if (p.q_len > sm80::kMaxDecodeQueries) return false;
+  constexpr int64_t kTileRows = 64;  // of the forward kernels, at least
+  const int64_t rows = p.q_len * (p.q_heads / p.kv_heads);
+  const int64_t tiles = p.batch * p.kv_heads * ((rows + kTileRows - 1) / kTileRows);
+  return rows <= sm80::kMaxDecodeRows || tiles < context.sm_count;
+}
+
 template <DType kDType>
 void forward_sm80(AttentionParams p, const Context& context) {
   find_padding(p, context);
-  const bool few_queries = p.q_len * (p.q_heads / p.kv_heads) <= sm80::kMaxDecodeRows;
+  const bool few_queries = decodes(p, context);
   with_head_dim(p.head_dim, [&](auto head_dim) {
     if (few_queries)
       sm80::decode<kDType, head_dim>(p, context);

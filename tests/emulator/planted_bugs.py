@@ -257,6 +257,12 @@ MEMORY = [
         DECODE,
         ("decode of a float32 prefix",),
     ),
+    _decode(
+        "every block of an entry takes its first rows",
+        "block % params.blocks_per_entry * kCell",
+        "block % params.blocks_per_entry * 0",
+        "decode of many heads",
+    ),
     _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
     _decode(
         "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"

@@ -1,7 +1,8 @@
 // Few queries against many keys: decoding.
 //
 // Reading keys and values is all the work, so every block reads its own part of them, once, for all queries that want
-// it. A block has up to 16 rows, (entry, query, head of the group), that share a key head. Its entries are
+// it. A block has up to 16 rows, (entry, query, head of the group), that share a key head; where an entry has more rows
+// than that, several blocks read the same part. A block's entries are
 //
 //   of a part of a sequence: that batch row alone;
 //   of a part of a prefix: up to 16 / (queries * group) of the (batch row, slot) pairs that name it. Of all that do, in
@@ -37,6 +38,7 @@ struct DecodeParams {
   float softcap;
   float dropout_rescale;
   int rows_per_entry;    // queries * heads of a group
+  int blocks_per_entry;  // of 16 rows each
   int prefix_parts;      // parts of each prefix
   int sequence_parts;    // parts of each sequence
   int parts;             // of a row: prefix_slots * prefix_parts + sequence_parts
@@ -66,7 +68,7 @@ struct DecodeTraits {
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  static constexpr int kBlocksPerSM = 3;  // as many as the host code plans for
+  static constexpr int kBlocksPerSM = kHeadDim <= 64 ? 3 : 2;  // as many as the host code plans for
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
@@ -152,16 +154,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 
   // Which part of which columns this is, and who wants it.
   const bool is_prefix = static_cast<int>(blockIdx.x) < params.prefix_blocks;
-  const int number = is_prefix ? blockIdx.x : blockIdx.x - params.prefix_blocks;
+  const int block = is_prefix ? blockIdx.x : blockIdx.x - params.prefix_blocks;
+  const int first_row = block % params.blocks_per_entry * kCell, number = block / params.blocks_per_entry;
   const int parts = is_prefix ? params.prefix_parts : params.sequence_parts;
   const int part = number % parts, kv_head = number / parts % kv_heads, entry = number / parts / kv_heads;
   const int slots = static_cast<int>(p.prefix_slots);
-  const int entries_here =
-      is_prefix ? gather_entries(p, entry, kCell / params.rows_per_entry, lane, warp == 0 ? entries : nullptr) : 1;
+  const int per_block = max(1, kCell / params.rows_per_entry);
+  const int entries_here = is_prefix ? gather_entries(p, entry, per_block, lane, warp == 0 ? entries : nullptr) : 1;
   if (entries_here == 0) return;
   if (!is_prefix && thread == 0) entries[0] = entry;
   __syncthreads();
-  const int row_count = entries_here * params.rows_per_entry;
+  const int row_count = min(kCell, entries_here * params.rows_per_entry - first_row);
 
   const int batch = is_prefix ? entry / slots : entry;
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
@@ -180,8 +183,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const int part_begin = columns.begin + part * cells_per_part * kCell;
   const int part_end = min(columns.end, part_begin + cells_per_part * kCell);
 
-  if (thread < row_count) {
-    const int of_entry = thread % params.rows_per_entry, taken = entries[thread / params.rows_per_entry];
+  if (thread < kCell) {
+    const int number_of_row = first_row + min(thread, row_count - 1);  // what is left over repeats the last row
+    const int of_entry = number_of_row % params.rows_per_entry, taken = entries[number_of_row / params.rows_per_entry];
     DecodeRow row;
     row.batch = is_prefix ? taken / slots : taken;
     row.query = of_entry / group;
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 #pragma unroll 1
   for (int row = thread / kLanes; row < kCell; row += Traits::kThreads / kLanes) {
     const bool valid = row < row_count;
-    const DecodeRow& source = rows[valid ? row : 0];
+    const DecodeRow& source = rows[row];
     const HeadRows head(p.query, source.batch, source.head, params.whole_query);
     copy_row<T, kHeadDim>(query_tile, row, head.row(source.query), head.dtype, head.whole_chunks, thread % kLanes,
                           head_dim, valid);
@@ -273,8 +277,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     const int first = first_column(i), count = min(kCell, part_end - first);
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
-      const int number_of_row = half_row * 8 + lane / 4;
-      const DecodeRow& row = rows[min(number_of_row, row_count - 1)];
+      const DecodeRow& row = rows[half_row * 8 + lane / 4];
       float bias[kColumnsPerThread];
       CellMask(p, {row.segment, first, count, 0}).load(bias, row.batch, row.head, row.query, count, lane);
       const Span seen{row.seen.begin - first, min(count, row.seen.end - first)};
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     if (p.dropout_threshold > 0) {
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const DecodeRow& row = rows[min(half_row * 8 + lane / 4, row_count - 1)];
+        const DecodeRow& row = rows[half_row * 8 + lane / 4];
         drop_out_row(scores[0][0], scores[0][1], 2 * half_row, seed, p.dropout_threshold, row.query,
                      row.batch * p.q_heads + row.head, {row.segment, first, count, 0}, lane);
       }
@@ -398,6 +401,7 @@ void decode(const AttentionParams& p, const Context& context) {
   params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
   params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
+  params.blocks_per_entry = (params.rows_per_entry + kCell - 1) / kCell;
 
   // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
   constexpr int64_t kLeastColumns = Traits::kWarps * 4 * kCell;
@@ -406,19 +410,20 @@ void decode(const AttentionParams& p, const Context& context) {
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
   };
   const int64_t entries = p.prefix_len > 0 && p.num_prefixes > 0 ? p.batch * p.prefix_slots : 0;
-  const int64_t per_block = kCell / params.rows_per_entry;
+  const int64_t per_block = std::max(1, kCell / params.rows_per_entry);
   const int64_t bunches = p.num_prefixes == 1 ? (entries + per_block - 1) / per_block : entries;
-  params.prefix_parts = entries > 0 ? parts(p.prefix_len, bunches * p.kv_heads) : 0;
-  params.sequence_parts = parts(p.k_len, p.batch * p.kv_heads);
+  const int64_t blocks_per_part = p.kv_heads * params.blocks_per_entry;
+  params.prefix_parts = entries > 0 ? parts(p.prefix_len, bunches * blocks_per_part) : 0;
+  params.sequence_parts = parts(p.k_len, p.batch * blocks_per_part);
   params.parts = static_cast<int>(p.prefix_slots) * params.prefix_parts + params.sequence_parts;
-  params.prefix_blocks = static_cast<int>(entries * p.kv_heads * params.prefix_parts);
+  params.prefix_blocks = static_cast<int>(entries * blocks_per_part * params.prefix_parts);
 
   const int64_t rows = p.batch * p.q_heads * p.q_len;
   params.partial_out =
       static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * kHeadDim * sizeof(float)));
   params.partial_share =
       static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
-  const int64_t blocks = params.prefix_blocks + p.batch * p.kv_heads * params.sequence_parts;
+  const int64_t blocks = params.prefix_blocks + p.batch * blocks_per_part * params.sequence_parts;
   launch(decode_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
   constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
   launch(merge_kernel<Traits>, grid_of((rows + kMergeRows - 1) / kMergeRows), dim3(kMergeThreads), 0, context.stream,

@@ -10,10 +10,12 @@ namespace prefix_kernels::cuda::sm80 {
 template <DType kDType, int kHeadDim>
 void forward(const AttentionParams& p, const Context& context);
 
-// The same for few queries against many keys: for q_len * (q_heads / kv_heads) up to kMaxDecodeRows.
+// The same for few queries against many keys, which are split over blocks of kMaxDecodeRows rows each: (query, head of
+// the group) pairs.
 template <DType kDType, int kHeadDim>
 void decode(const AttentionParams& p, const Context& context);
 
 inline constexpr int64_t kMaxDecodeRows = 16;
+inline constexpr int64_t kMaxDecodeQueries = 16;
 
 }  // namespace prefix_kernels::cuda::sm80
