@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from prefix_kernels.checkpoint import read_prefix_metadata
-from prefix_kernels.integrations.attention import (
-    LayerPrefixes,
-    prefix_attention,
-    prefix_attention_forward,
-    torch_attention_forward,
-)
+from prefix_kernels.integrations.attention import prefix_attention, prefix_attention_forward
+from prefix_kernels.integrations.layer_prefixes import LayerPrefixes
+from prefix_kernels.integrations.torch_attention import torch_attention_forward
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,

@@ -32,7 +32,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from prefix_kernels.integrations.attention import prefix_attention, prefix_mask
+from prefix_kernels.integrations.attention import prefix_attention
+from prefix_kernels.integrations.masks import prefix_mask
 from prefix_kernels.integrations.transformers import load_named_prefix, load_prefix_model, save_prefix_model
 
 LENGTH, WINDOW = 9, 4

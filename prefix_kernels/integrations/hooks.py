@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes, implementation_name
+from prefix_kernels.integrations.attention import implementation_name
 from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.layer_prefixes import PREFIX_ARGUMENT, LayerPrefixes
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.position_bias import RelativeBias, has_relative_bias
 from prefix_kernels.integrations.recording import find_recording

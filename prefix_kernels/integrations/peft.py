@@ -51,10 +51,11 @@ except ImportError as error:
     ) from error
 
 from prefix_kernels.integrations.attachment import Attachment, attach
-from prefix_kernels.integrations.attention import PREFIX_SITE_ATTRIBUTE, register
+from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.families import refuse_unsupported
 from prefix_kernels.integrations.hooks import StackHook
+from prefix_kernels.integrations.layer_prefixes import PREFIX_SITE_ATTRIBUTE
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.peft_layout import pairs_of_layers

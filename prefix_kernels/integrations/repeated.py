@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from prefix_kernels.integrations.attention import PREFIX_ARGUMENT, LayerPrefixes
+from prefix_kernels.integrations.layer_prefixes import PREFIX_ARGUMENT, LayerPrefixes
 from prefix_kernels.integrations.layout import PrefixLayout
 
 

@@ -1,0 +1,93 @@
+"""The prefixes that travel with one call of a stack of layers, and what an attention finds in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from prefix_kernels.integrations.layout import PrefixPair
+from prefix_kernels.integrations.position_bias import StackBias
+
+PREFIX_ARGUMENT = "layer_prefixes"
+# Set on every attention module with a prefix: its index in PrefixLayout.sites.
+PREFIX_SITE_ATTRIBUTE = "prefix_site"
+
+
+@dataclass(eq=False)
+class LayerPrefixes:
+    """The prefixes of a stack of layers for one call of it.
+
+    Attributes:
+        pairs: ``(prefix_key, prefix_value)`` of each attention by its index among the sites: ``[Hkv, P, D]``, or with
+            ``ids`` a bank ``[N, Hkv, P, D]``. Empty: the call has no prefixes.
+        window_includes_prefix: of :class:`prefix_kernels.integrations.config.PrefixTuningConfig`.
+        ids: ``[B]`` or ``[B, M]``, the prefixes of the bank that each row sees; -1 is none.
+        lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
+        detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
+            :func:`prefix_kernels.integrations.hooks.first_layer_hook`); otherwise None.
+        bias: the stack's position bias, where it has one.
+        sites: in a layer that is called more than once, the sites of its attentions in this call by those of their
+            first calls; an attention that is missing has no prefix in this call. None elsewhere.
+        inputs: what such layers were called with so far; see :mod:`prefix_kernels.integrations.repeated`.
+        recorded: gets the keys and values ``[B, Hkv, Sk, D]`` of the sequence, by site; None: they are not asked for.
+    """
+
+    pairs: dict[int, PrefixPair]
+    window_includes_prefix: bool = False
+    ids: Tensor | None = None
+    lens: dict[int, Tensor] | None = None
+    detached_from: dict[int, PrefixPair] | None = None
+    bias: StackBias | None = None
+    sites: dict[int, int] | None = None
+    inputs: dict[int, list[StorageWeakRef | None]] = field(default_factory=dict)
+    recorded: dict[int, PrefixPair] | None = None
+
+    def site_of(self, module: nn.Module) -> int | None:
+        """The index of the attention ``module``, in this call of it, among the sites; None: it has no prefix."""
+        return self.called_site(module) if self.pairs else None
+
+    def called_site(self, module: nn.Module) -> int | None:
+        """The same, whether or not this call has prefixes."""
+        site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+        return site if self.sites is None else self.sites.get(site)
+
+
+def prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair | tuple[None, None]:
+    site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+    if site is None:
+        return None, None
+    if prefixes is None:
+        raise RuntimeError(
+            f"{type(module).__name__} of prefix {site} was called without its prefix: call the model itself or its "
+            "backbone, not a single layer. If you did, this model does not hand keyword arguments on to its attention"
+        )
+    if prefixes.detached_from is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} of prefix {site} ran before the first layer was called: reentrant activation "
+            "checkpointing would lose the gradient of the prefix; use use_reentrant=False"
+        )
+    site = prefixes.site_of(module)
+    if site is None:
+        return None, None
+    key, value = prefixes.pairs[site]
+    if not torch.is_grad_enabled() and key.requires_grad and key.grad_fn is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} of prefix {site} runs without gradients in a forward pass that needs them: "
+            "reentrant activation checkpointing that get_prefix_model does not know of would lose the gradient of the "
+            "prefix; use use_reentrant=False, or torch's checkpoint_wrapper before get_prefix_model"
+        )
+    return key, value
+
+
+def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: LayerPrefixes | None) -> None:
+    if prefixes is not None and prefixes.recorded is not None and (site := prefixes.called_site(module)) is not None:
+        prefixes.recorded[site] = key, value
+
+
+def rows_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(prefix_ids, prefix_lens)`` of a mixed batch, or None for both."""
+    site = None if prefixes is None or prefixes.ids is None else prefixes.site_of(module)
+    return (None, None) if site is None else (prefixes.ids, prefixes.lens[site])

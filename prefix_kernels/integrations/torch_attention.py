@@ -1,0 +1,117 @@
+"""The baseline, ``attention="torch"``: the same attention by ``torch.cat`` and ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefix_kernels.integrations.layer_prefixes import LayerPrefixes, prefix_of, record, rows_of
+from prefix_kernels.integrations.visibility import refuse_attention_weights, visibility_of, with_position_bias
+
+
+def torch_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    layer_prefixes: LayerPrefixes | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The baseline: the same as :func:`prefix_attention_forward` by ``torch.cat`` and SDPA.
+
+    The prefix is converted to the query's dtype and repeated for every row of the batch, as PEFT does. The mask stays
+    ``[B, 1, 1, P + Sk]`` where attention is not causal.
+    """
+    refuse_attention_weights(module, kwargs)
+    if softcap:
+        raise ValueError(
+            'attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"'
+        )
+    record(module, key, value, layer_prefixes)
+    key, value, mask, causal, (left, right), offset = visibility_of(
+        module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes
+    )
+    q_len, k_len = query.shape[2], key.shape[2]
+    offset = k_len - q_len if offset is None else offset[:, None, None, None]
+    position = torch.arange(q_len, device=query.device)[:, None] + offset
+    if (causal and q_len > 1) or left >= 0 or right >= 0:
+        column = torch.arange(k_len, device=query.device)
+        visible = column <= position if causal else torch.ones_like(column <= position)
+        if left >= 0:
+            visible = visible & (column >= position - left)
+        if right >= 0:
+            visible = visible & (column <= position + right)
+        mask = visible if mask is None else visible & mask
+    mask = with_position_bias(module, mask, attention_mask, k_len, layer_prefixes, kwargs)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+
+    prefix_key, prefix_value = prefix_of(module, layer_prefixes)
+    if prefix_key is not None:
+        ids, lens = rows_of(module, layer_prefixes)
+        if ids is None:
+            prefix_key, prefix_value = (x.expand(query.shape[0], -1, -1, -1) for x in (prefix_key, prefix_value))
+        else:
+            mask = _mask_of_columns(mask, query, k_len)
+            mask = torch.cat([_bank_mask(ids, lens, prefix_key.shape[2], mask), mask], dim=-1)
+            prefix_key, prefix_value = _of_each_row(prefix_key, ids), _of_each_row(prefix_value, ids)
+        if mask is not None and ids is None and mask.shape[-1] == k_len:
+            seen = 1.0 if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (prefix_key.shape[2], 0), value=seen)
+        if layer_prefixes.window_includes_prefix and left >= 0:
+            mask = mask & _prefix_in_window(prefix_key.shape[2], ids, lens, position - left, k_len)
+        key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
+        value = torch.cat([prefix_value.to(value.dtype), value], dim=2)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2), None
+
+
+def _of_each_row(bank: Tensor, ids: Tensor) -> Tensor:
+    """``[B, Hkv, M * P, D]``: of the bank ``[N, Hkv, P, D]``, what each row sees one after another."""
+    slots = ids.clamp(min=0).view(ids.shape[0], -1)
+    return bank[slots].transpose(1, 2).flatten(2, 3)
+
+
+def _bank_mask(ids: Tensor, lens: Tensor, length: int, mask: Tensor) -> Tensor:
+    """Which columns of :func:`_of_each_row` are valid, to stand before ``mask``."""
+    slots = ids.view(ids.shape[0], -1)
+    valid = torch.arange(length, device=ids.device) < lens[slots.clamp(min=0)][..., None]
+    valid = valid & (slots >= 0)[..., None]
+    valid = valid.flatten(1)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+    return (
+        valid if mask.dtype == torch.bool else torch.zeros_like(valid, dtype=mask.dtype).masked_fill(~valid, -torch.inf)
+    )
+
+
+def _prefix_in_window(length: int, ids: Tensor | None, lens: Tensor | None, first: Tensor, k_len: int) -> Tensor:
+    """Which of ``length`` columns of prefixes, and the ``k_len`` after them, come no sooner than position ``first``.
+
+    The row's prefixes end where the sequence, whose columns are all taken to be visible, begins.
+    """
+    if ids is None:
+        position = torch.arange(-length, 0, device=first.device)
+    else:
+        slots = ids.view(ids.shape[0], -1)
+        valid = torch.where(slots >= 0, lens[slots.clamp(min=0)], 0)
+        begin = valid.cumsum(1) - valid - valid.sum(1, keepdim=True)
+        position = begin[..., None] + torch.arange(length // slots.shape[1], device=first.device)
+        position = position.flatten(1)[:, None, None]
+    return F.pad(position >= first, (0, k_len), value=1.0)
+
+
+def _mask_of_columns(mask: Tensor | None, query: Tensor, k_len: int) -> Tensor:
+    """``mask`` with all the rows and columns that another can be joined to."""
+    batch, _, q_len, _ = query.shape
+    if mask is None:
+        return torch.ones(batch, 1, 1, k_len, dtype=torch.bool, device=query.device)
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask.expand(batch, -1, -1, k_len)
