@@ -8,7 +8,7 @@
     save_prefix_model(model, "task.safetensors")
 
 The model stays the object it was: ``Trainer``, ``generate``, ``save_pretrained`` and activation checkpointing work as
-before. It gains a submodule ``prefix_encoder``, two hooks and an attention implementation registered through
+before. It gains a submodule ``prefix_encoder``, hooks, and an attention implementation registered through
 Transformers' ``AttentionInterface``; no code of a model is replaced. The prefix is given to each attention call and
 never enters a key/value cache.
 """
