@@ -105,6 +105,7 @@ def toolkit() -> CudaToolkit:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
 def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path):
     target = tmp_path / "kernels.o"

@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import emulated
+import pytest
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_planted_bug_is_caught() -> None:
     script = emulated.EMULATOR / "mutations.py"
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
