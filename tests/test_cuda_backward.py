@@ -180,6 +180,35 @@ def test_query_tiles_that_see_padding_alone_are_not_visited():
         assert torch.equal(got, expected[name]), name
 
 
+@pytest.mark.parametrize(
+    "options, unseen, columns",
+    [({"is_causal": True}, slice(0, 128), slice(128, 260)), ({"window_size": (3, 0)}, slice(128, 260), slice(0, 64))],
+    ids=["causal", "window"],
+)
+def test_query_tiles_that_see_none_of_the_columns_are_not_visited(options, unseen, columns):
+    call = backward_call(q_len=260, k_len=260, with_dlse=False, **options)
+    expected = run(call, emulated_prefix_attention, needs=("key", "value")).grads
+    for tensor in (call.inputs["query"], call.dout):
+        tensor[:, :, unseen] = torch.nan
+    grads = run(call, emulated_prefix_attention, needs=("key", "value")).grads
+    for name in ("key", "value"):
+        assert torch.equal(grads[name][:, :, columns], expected[name][:, :, columns]), name
+
+
+@pytest.mark.parametrize(
+    "options, unseen, rows",
+    [({"is_causal": True}, slice(128, 260), slice(0, 128)), ({"window_size": (3, 0)}, slice(0, 64), slice(128, 260))],
+    ids=["causal", "window"],
+)
+def test_columns_that_none_of_the_queries_see_are_not_visited(options, unseen, rows):
+    call = backward_call(q_len=260, k_len=260, with_dlse=False, **options)
+    expected = run(call, emulated_prefix_attention, needs=("query",)).grads["query"]
+    for name in ("key", "value"):
+        call.inputs[name][:, :, unseen] = torch.nan
+    got = run(call, emulated_prefix_attention, needs=("query",)).grads["query"]
+    assert torch.equal(got[:, :, rows], expected[:, :, rows])
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_query_tiles_of_rows_that_hide_a_prefix_are_not_visited(slots):
     shown = torch.arange(slots * 70) < torch.tensor([[slots * 70], [(slots - 1) * 70]])
