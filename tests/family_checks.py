@@ -66,6 +66,20 @@ class Family:
     trains_every_element: bool = True
 
 
+def text_batch(padding: str, pad: int = 0, end: int = 97) -> dict[str, Tensor]:
+    """Three rows of up to nine tokens below ``end``; with ``padding`` the second has six and the third three."""
+    length = 9
+    input_ids = torch.randint(3, end, (3, length))
+    if padding == "none":
+        return {"input_ids": input_ids}
+    attention_mask = torch.ones_like(input_ids)
+    for row, absent in enumerate([0, 3, 6]):
+        where = slice(length - absent, length) if padding == "right" else slice(0, absent)
+        attention_mask[row, where] = 0
+        input_ids[row, where] = pad
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -21,6 +21,7 @@ from family_checks import (
     check_training,
     prepared,
     tables,
+    text_batch,
     with_peft,
 )
 from torch import Tensor
@@ -59,17 +60,7 @@ def tiny(model_type: str, settings: dict[str, object], **more: object) -> PreTra
     return model
 
 
-def batch(padding: str) -> dict[str, Tensor]:
-    """Three rows of up to nine tokens; with ``padding`` the second has six and the third three."""
-    input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (3, LENGTH))
-    if padding == "none":
-        return {"input_ids": input_ids}
-    attention_mask = torch.ones_like(input_ids)
-    for row, absent in enumerate([0, 3, 6]):
-        where = slice(LENGTH - absent, LENGTH) if padding == "right" else slice(0, absent)
-        attention_mask[row, where] = 0
-        input_ids[row, where] = PAD
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+batch = functools.partial(text_batch, end=VOCABULARY)
 
 
 def labels(inputs: dict[str, Tensor]) -> Tensor:

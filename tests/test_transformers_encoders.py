@@ -24,6 +24,9 @@ from family_checks import (
     trainable,
     without_dropout,
 )
+from family_checks import (
+    text_batch as batch,
+)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -57,19 +60,6 @@ def tiny(
     others = {"pad_token_id": 0, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 3}
     config = AutoConfig.for_model(name, **(sizes | tokens | others | settings | more))
     return auto_class.from_config(config).eval()
-
-
-def batch(padding: str, pad: int = 0) -> dict[str, Tensor]:
-    """Three rows of up to nine tokens; with ``padding`` the second has six and the third three."""
-    input_ids = torch.randint(3, 97, (3, LENGTH))
-    if padding == "none":
-        return {"input_ids": input_ids}
-    attention_mask = torch.ones_like(input_ids)
-    for row, absent in enumerate([0, 3, 6]):
-        where = slice(LENGTH - absent, LENGTH) if padding == "right" else slice(0, absent)
-        attention_mask[row, where] = 0
-        input_ids[row, where] = pad
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def class_of_each_row(inputs: dict[str, Tensor]) -> Tensor:
