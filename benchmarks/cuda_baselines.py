@@ -13,22 +13,16 @@ from collections.abc import Callable
 
 import torch
 from baselines import SdpaKernel, causal_mask, concatenate, merged_sdpa
-from cuda_cells import CudaCell
+from cells import Cell
+from contenders import Contender
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-Contender = Callable[..., Tensor]
 
-
-def _has_diagonal(cell: CudaCell) -> bool:
-    # One query sees every key of its cache, and without a mask nothing is read for that.
-    return cell.is_causal and cell.q_len > 1
-
-
-def _mask(cell: CudaCell, device: str) -> Tensor | None:
-    return causal_mask(cell.q_len, cell.k_len, cell.prefix_len, device) if _has_diagonal(cell) else None
+def _mask(cell: Cell, device: str) -> Tensor | None:
+    return causal_mask(cell.q_len, cell.k_len, cell.prefix_len, device) if cell.has_diagonal else None
 
 
 def _cat_sdpa(backend: SDPBackend, make_mask: Callable[[], Tensor | None]) -> Contender:
@@ -42,20 +36,20 @@ def _cat_sdpa(backend: SDPBackend, make_mask: Callable[[], Tensor | None]) -> Co
     return cat_sdpa
 
 
-def _cat_flash(cell: CudaCell, device: str) -> Contender:
+def _cat_flash(cell: Cell, device: str) -> Contender:
     def bias() -> Tensor | None:
-        return causal_lower_right(cell.q_len, cell.prefix_len + cell.k_len) if _has_diagonal(cell) else None
+        return causal_lower_right(cell.q_len, cell.prefix_len + cell.k_len) if cell.has_diagonal else None
 
     return _cat_sdpa(SDPBackend.FLASH_ATTENTION, bias)
 
 
-def _cat_cudnn(cell: CudaCell, device: str) -> Contender:
+def _cat_cudnn(cell: Cell, device: str) -> Contender:
     # PyTorch's bottom-right bias becomes a mask for cuDNN too, anew in every call: here it is made once.
     mask = _mask(cell, device)
     return _cat_sdpa(SDPBackend.CUDNN_ATTENTION, lambda: mask)
 
 
-def _cat_masked(cell: CudaCell, device: str) -> Contender:
+def _cat_masked(cell: Cell, device: str) -> Contender:
     """As Transformers does it: an explicit mask, keys and values repeated for grouped heads, memory-efficient SDPA."""
     mask, group = _mask(cell, device), cell.q_heads // cell.kv_heads
 
@@ -70,13 +64,13 @@ def _cat_masked(cell: CudaCell, device: str) -> Contender:
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_flex(cell: CudaCell, device: str) -> Callable[..., Tensor]:
+def _compiled_flex(cell: Cell, device: str) -> Callable[..., Tensor]:
     """FlexAttention compiled for one shape; what was compiled for another is dropped, of which torch keeps few."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()
     block_mask = None
-    if _has_diagonal(cell):
+    if cell.has_diagonal:
         columns = cell.prefix_len + cell.k_len
         shift = columns - cell.q_len
         block_mask = create_block_mask(
@@ -86,7 +80,7 @@ def _compiled_flex(cell: CudaCell, device: str) -> Callable[..., Tensor]:
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=cell.q_heads != cell.kv_heads)
 
 
-def _cat_flex(cell: CudaCell, device: str) -> Contender:
+def _cat_flex(cell: Cell, device: str) -> Contender:
     compiled = _compiled_flex(dataclasses.replace(cell, pass_="any"), device)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
@@ -136,20 +130,20 @@ _cudnn = _CudnnKernel()
 _CUDNN = SdpaKernel(_cudnn.forward, _cudnn.backward)
 
 
-def _merged(kernel: SdpaKernel, cell: CudaCell, device: str) -> Contender:
+def _merged(kernel: SdpaKernel, cell: Cell, device: str) -> Contender:
     """The split in plain PyTorch; a prefix is repeated for the heads of its group, which is small."""
     group = cell.q_heads // cell.kv_heads
 
     def merged(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
         if group > 1:
             prefix_key, prefix_value = (each.repeat_interleave(group, 0) for each in (prefix_key, prefix_value))
-        return merged_sdpa(query, key, value, prefix_key, prefix_value, _has_diagonal(cell), kernel)
+        return merged_sdpa(query, key, value, prefix_key, prefix_value, cell.has_diagonal, kernel)
 
     return merged
 
 
 # What makes each baseline's function for a cell on a device; making or calling it may raise.
-BASELINES: dict[str, Callable[[CudaCell, str], Contender]] = {
+BASELINES: dict[str, Callable[[Cell, str], Contender]] = {
     "cat_flash": _cat_flash,
     "cat_cudnn": _cat_cudnn,
     "cat_masked": _cat_masked,

@@ -9,18 +9,18 @@ out of its row and named with the reason.
 from __future__ import annotations
 
 import argparse
-import csv
-import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from cells import Cell, select
+from contenders import Call, difference, make_dout, make_inputs, prepare
 from cuda_baselines import BASELINES
-from cuda_cells import CudaCell, plan, select
+from cuda_cells import plan
 from cuda_timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
-from torch import Tensor
+from table import Table, geometric_mean
 
 from prefix_kernels import prefix_attention
 
@@ -31,52 +31,11 @@ _TARGET_MS = 300.0
 _SAME = 0.05
 
 
-def make_inputs(cell: CudaCell, device: str) -> list[Tensor]:
-    """The operands, laid out as a model's projections leave them: ``[B, S, H, D]`` in memory."""
-    dtype = getattr(torch, cell.dtype)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    query = normal(cell.batch, cell.q_len, cell.q_heads, cell.head_dim).transpose(1, 2)
-    keys = [normal(cell.batch, cell.k_len, cell.kv_heads, cell.head_dim).transpose(1, 2) for _ in range(2)]
-    prefix = [normal(cell.kv_heads, cell.prefix_len, cell.head_dim) for _ in range(2)]
-    return [query, *keys, *prefix]
-
-
-def prepare(
-    cell: CudaCell, function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor
-) -> Callable[[], object]:
-    """What one timed call of the contender is."""
-    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, cell.needs, strict=True)]
-    asked = [leaf for leaf in leaves if leaf.requires_grad]
-    if not asked:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*leaves)
-
-        return forward
-    if cell.pass_ == "forward_backward":
-        return lambda: torch.autograd.grad(function(*leaves), asked, dout)
-    out = function(*leaves)
-    return lambda: torch.autograd.grad(out, asked, dout, retain_graph=True)
-
-
-def _difference(results: object, others: object) -> float:
-    """The largest distance of two results or sets of gradients, over the norm of the second."""
-    results, others = ([x] if isinstance(x, Tensor) else x for x in (results, others))
-    pairs = [(a.float(), b.float()) for a, b in zip(results, others, strict=True)]
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
-
-
-def prepare_all(
-    cell: CudaCell, device: str, flex: bool = False
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls of all contenders that accept the cell, warmed up, and why the others do not."""
     torch.manual_seed(0)
     inputs = make_inputs(cell, device)
-    dout = torch.randn_like(inputs[0].transpose(1, 2)).transpose(1, 2)
+    dout = make_dout(inputs[0])
     ours = prepare(cell, lambda *tensors: prefix_attention(*tensors, is_causal=cell.is_causal), inputs, dout)
     expected = ours()
     calls, refused = {"ours": ours}, {}
@@ -86,8 +45,8 @@ def prepare_all(
         try:
             call = prepare(cell, make(cell, device), inputs, dout)
             # Written so that NaN is refused.
-            if not (difference := _difference(call(), expected)) < _SAME:
-                raise ValueError(f"differs from ours by {difference:.2g} of its size")
+            if not (distance := difference(call(), expected)) < _SAME:
+                raise ValueError(f"differs from ours by {distance:.2g} of its size")
             calls[name] = call
         except Exception as error:  # each backend has errors of its own
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
@@ -99,7 +58,7 @@ def prepare_all(
 
 
 def row_of(
-    cell: CudaCell, times: dict[str, list[float]], memory: dict[str, float], ceilings: Ceilings
+    cell: Cell, times: dict[str, list[float]], memory: dict[str, float], ceilings: Ceilings
 ) -> dict[str, object]:
     """The CSV's row without what all rows share."""
     ours = median(times["ours"])
@@ -147,13 +106,13 @@ def summary(rows: Iterable[dict[str, object]]) -> list[str]:
         for name in ("best", *BASELINES):
             ratios = [float(row[f"{name}_ratio"]) for row in chosen if row[f"{name}_ratio"]]
             if ratios:
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                mean = geometric_mean(ratios)
                 lines.append(f"{pass_:17}{mean:6.2f}x {name:13} (lowest {min(ratios):.2f}x, {len(ratios)} cells)")
     return lines
 
 
 def measure(
-    cell: CudaCell, device: str, timer: Timer, rounds: int, ceilings: Ceilings, flex: bool = False
+    cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilings, flex: bool = False
 ) -> dict[str, object]:
     """One row; baselines that refuse the cell are named with their reason."""
     calls, refused = prepare_all(cell, device, flex)
@@ -172,31 +131,6 @@ def default_output(dtype: str) -> Path:
     """A file of ``results`` that is named after the GPU."""
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
     return Path(__file__).parent / "results" / f"attention_{name}_{dtype}.csv"
-
-
-class _Table:
-    """A CSV whose rows are in the file as soon as they are known; without a path, nothing."""
-
-    def __init__(self, path: Path | None) -> None:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = None if path is None else path.open("w", newline="")
-
-    def __enter__(self) -> _Table:
-        return self
-
-    def add(self, row: dict[str, object]) -> None:
-        if self._file is None:
-            return
-        writer = csv.DictWriter(self._file, fieldnames=list(row))
-        if self._file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def run(
@@ -224,7 +158,7 @@ def run(
     print(f"ceilings: {ceilings.tflops:.0f} TFLOP/s of a matrix product, {ceilings.gbps:.0f} GB/s of a copy")
     rows: list[dict[str, object]] = []
     failures = 0
-    with _Table(output) as table:
+    with Table(output) as table:
         for done, cell in enumerate(cells):
             if arguments.time_limit and time.monotonic() - begin > arguments.time_limit:
                 print(f"stopped by --time-limit after {done} of {len(cells)} cells")

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from contenders import Call
 from torch import Tensor
 
-Call = Callable[[], object]
 Timer = Callable[[dict[str, Call], int], dict[str, list[float]]]
 
 

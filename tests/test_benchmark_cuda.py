@@ -12,13 +12,14 @@ import cuda_baselines
 import cuda_bench
 import pytest
 import torch
+from cells import Cell, select
 from cuda_baselines import BASELINES
-from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, CudaCell, plan, select
+from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
 from cuda_timing import Ceilings
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
-SMALL = [CudaCell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
-SMALL.append(CudaCell(2, 4, 2, 16, 1, 40, 5, True, "decode", "float32"))
+SMALL = [Cell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
+SMALL.append(Cell(2, 4, 2, 16, 1, 40, 5, True, "decode", "float32"))
 
 
 def ticks(calls, rounds):
@@ -101,7 +102,7 @@ def merged_here(monkeypatch):
 
 @pytest.mark.parametrize("pass_", [*PASSES, "decode"])
 def test_a_baseline_is_compared_before_it_is_timed(merged_here, monkeypatch, pass_):
-    cell = CudaCell(2, 4, 4, 16, 24, 24, 5, False, pass_, "float32")
+    cell = Cell(2, 4, 4, 16, 24, 24, 5, False, pass_, "float32")
     assert "merged_flash" in cuda_bench.prepare_all(cell, "cpu")[0]
     right = BASELINES["merged_flash"]
     monkeypatch.setitem(BASELINES, "merged_flash", lambda *cell: lambda *inputs: right(*cell)(*inputs) * 1.2)
