@@ -26,6 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prefix_kernels import fsdp
+
 FORMAT_VERSION = 1
 _HEAD_MARK = "trained_with_prefix"
 # Wrappers that put their own name into the names of what they wrap.
@@ -221,8 +223,10 @@ def _laid_out_like(target: Tensor, stored: Tensor) -> Tensor:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, its parameters as they are kept from one step to the next."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
+    fsdp.reshard(model)
     return model
 
 

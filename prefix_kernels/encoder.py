@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefix_kernels import fsdp
+
 
 class PrefixEncoder(nn.Module):
     """The key and value prefixes of every layer of a model, as strided views of one table.
@@ -137,12 +139,16 @@ class PrefixEncoder(nn.Module):
         """The prefixes of this step.
 
         Returns:
-            ``(prefix_key, prefix_value)`` of each layer: ``[H, P, D]`` with ``stride(-1) == 1``, views of one tensor.
+            ``(prefix_key, prefix_value)`` of each layer: ``[H, P, D]`` with ``stride(-1) == 1``, views of one tensor
+            (copies where this module is a unit of FSDP2).
         """
         table = self._generate() if self.projection else self.table
         table = F.dropout(table, self.dropout, self.training)
         # unbind, not 2 L slices: its backward writes the table's gradient once.
         prefixes = table.permute(1, 2, 0, 3).unbind(0)
+        if fsdp.is_unit(self):
+            # The table's memory is given back as soon as this returns.
+            prefixes = [prefix.clone() for prefix in prefixes]
         return list(zip(prefixes[0::2], prefixes[1::2], strict=True))
 
     def fold(self) -> PrefixEncoder:

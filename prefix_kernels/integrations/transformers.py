@@ -21,6 +21,7 @@ import os
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
 from prefix_kernels.integrations.attachment import attach
 from prefix_kernels.integrations.attention import register
@@ -92,12 +93,14 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
 
     Raises:
         TypeError: ``model`` is not a Transformers model.
-        ValueError: the model is not supported (the message says why), has a prefix already, or lacks a module named in
-            ``config.modules_to_save``.
+        ValueError: the model is not supported (the message says why), has a prefix already, is sharded by FSDP2
+            already, or lacks a module named in ``config.modules_to_save``.
     """
     config = PrefixTuningConfig() if config is None else config
     if hasattr(model, _PREPARED):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
+    if fsdp.units_of(model):
+        raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call it after this")
     refuse_unsupported(model)
     layout = PrefixLayout(find_sites(model), config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save

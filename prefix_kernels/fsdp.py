@@ -1,0 +1,27 @@
+"""What FSDP2, ``torch.distributed.fsdp.fully_shard``, has made of a module, without importing it where nobody did."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on ``module`` itself: its parameters are there only while it runs."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """The modules in ``model``, itself among them, on which ``fully_shard`` was called."""
+    return [module for module in model.modules() if is_unit(module)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the sharded parameters of ``model`` back where a forward pass has left gathered copies of them.
+
+    What is written to such a copy is lost with it.
+    """
+    for unit in units_of(model):
+        unit.reshard()
