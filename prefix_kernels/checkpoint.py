@@ -5,7 +5,8 @@ The protocol
 A module *holds a prefix* when it has the two members of :class:`HoldsPrefix`: ``num_prefix_tokens`` and
 ``prefix_parameter_names()``. Every function here finds such modules by walking ``model.named_modules()``, so a wrapper
 around a :class:`~prefix_kernels.PrefixEncoder` needs nothing of its own: holding the encoder as a submodule is enough.
-A holder whose parameters generate its prefix also has the two members of :class:`FoldsPrefix`.
+A holder whose parameters generate its prefix also has the two members of :class:`FoldsPrefix`, and one that keeps a
+part of its prefix from being trained those of :class:`FreezesPrefix`.
 
 A *head* is any other module that is trained and stored with the prefix, such as a classifier. It is named once, in
 ``mark_only_prefix_as_trainable(model, also_train=("classifier",))``, which notes it on the module itself (attribute
@@ -51,6 +52,20 @@ class FoldsPrefix(HoldsPrefix, Protocol):
 
     def fold(self) -> object:
         """Replace, in place, what generates the prefix by the prefix itself."""
+
+
+class FreezesPrefix(HoldsPrefix, Protocol):
+    """A holder a part of whose prefix is stored with the rest and never trained."""
+
+    def frozen_prefix_names(self) -> Sequence[str]:
+        """Names, relative to the module, of the buffers that make up that part (none: an empty sequence)."""
+
+    def arranged_prefix_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``state``, by names relative to the module, divided into what is frozen and what is trained as it is here.
+
+        What is frozen belongs to training, not to the stored prefix: the file may come from a holder that froze more
+        or less.
+        """
 
 
 def mark_only_prefix_as_trainable(model: nn.Module, also_train: Iterable[str] = ()) -> list[str]:
@@ -201,6 +216,7 @@ def load_prefix(
         with safe_open(source, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
+    state = _arranged(model, state)
     targets, to_fold = _load_targets(model, heads, state)
     _check_fit(origin, targets, state, cast)
     for name, holder in to_fold.items():
@@ -258,7 +274,21 @@ def _holders(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _owned(name: str, holder: nn.Module) -> dict[str, Tensor]:
-    return {_join(name, _canonical(own)): holder.get_parameter(own) for own in holder.prefix_parameter_names()}
+    owned = {own: holder.get_parameter(own) for own in holder.prefix_parameter_names()}
+    if _offers(holder, "frozen_prefix_names"):
+        owned |= {own: holder.get_buffer(own) for own in holder.frozen_prefix_names()}
+    return {_join(name, _canonical(own)): tensor for own, tensor in owned.items()}
+
+
+def _arranged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state``, what belongs to each holder arranged as the holder wants it."""
+    arranged = dict(state)
+    for name, holder in _holders(model).items():
+        if _offers(holder, "arranged_prefix_state"):
+            begin = f"{name}." if name else ""
+            own = {key.removeprefix(begin): arranged.pop(key) for key in state if key.startswith(begin)}
+            arranged |= {_join(name, key): tensor for key, tensor in holder.arranged_prefix_state(own).items()}
+    return arranged
 
 
 def _find_heads(model: nn.Module, argument: str, names: Iterable[str]) -> dict[str, nn.Module]:

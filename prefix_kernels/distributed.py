@@ -150,7 +150,7 @@ class PrefixParallel(ParallelStyle):
     """Tensor parallelism of a :class:`~prefix_kernels.PrefixEncoder`: each process holds the prefixes of its heads.
 
     For ``parallelize_module`` of ``torch.distributed.tensor.parallel``, beside ``ColwiseParallel`` for the query, key
-    and value projections of the model and ``RowwiseParallel`` for the output. The trained table is split over heads; a
+    and value projections of the model and ``RowwiseParallel`` for the output. The table is split over heads; a
     generating MLP is kept whole, and every process takes its heads of what it generates.
 
     Args:
@@ -182,6 +182,8 @@ class PrefixParallel(ParallelStyle):
             owner.register_parameter(
                 name.rpartition(".")[2], nn.Parameter(sharded, requires_grad=parameter.requires_grad)
             )
+        if module.frozen_table is not None:
+            module.frozen_table = distribute_tensor(module.frozen_table, device_mesh, [Shard(heads_of_table)])
         module.register_forward_hook(self._own_heads)
         return module
 

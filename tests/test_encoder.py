@@ -118,6 +118,33 @@ def test_a_folded_encoder_is_trained_copied_and_loaded_like_a_direct_one():
     assert folded.table.grad.sum() == P * H * D
 
 
+@pytest.mark.parametrize("frozen", [1, P])
+def test_frozen_tokens_are_seen_and_out_of_reach_of_gradients_and_optimizers(frozen):
+    encoder = make_encoder(num_frozen_tokens=frozen)
+    before = flat(copy.deepcopy(encoder))
+    assert [name for name, _ in encoder.named_parameters()] == ["table"]
+    for prefix, expected in zip(flat(encoder), encoder.full_table().permute(1, 2, 0, 3), strict=True):
+        assert prefix.shape == (H, P, D)
+        assert torch.equal(prefix, expected)
+    # Whatever is said to be trainable.
+    encoder.requires_grad_(True)
+    sum(prefix.square().sum() for prefix in flat(encoder)).backward()
+    torch.optim.AdamW(encoder.parameters(), lr=0.1, weight_decay=0.1).step()
+    for prefix, old in zip(flat(encoder), before, strict=True):
+        assert torch.equal(prefix[:, :frozen], old[:, :frozen])
+        assert prefix[:, frozen:].ne(old[:, frozen:]).all()
+
+
+def test_frozen_tokens_begin_like_the_others_and_stay_frozen_when_folded():
+    encoder = PrefixEncoder(100, L, 4, 8, num_frozen_tokens=50, init_std=[0.01, 0.1, 1.0, 3.0])
+    for layer, std in enumerate([0.01, 0.1, 1.0, 3.0]):
+        for table in (encoder.table, encoder.frozen_table):
+            assert table[:, 2 * layer : 2 * layer + 2].std().item() == pytest.approx(std, rel=0.1)
+    table = encoder.table
+    assert encoder.fold().table is table
+    assert encoder.num_frozen_tokens == len(encoder.frozen_table) == 50
+
+
 @PROJECTIONS
 def test_dropout_zeroes_entries_in_training_alone(projection):
     encoder = PrefixEncoder(50, L, H, D, projection=projection, dropout=0.25)
@@ -150,9 +177,9 @@ def test_parameters_can_be_drawn_anew():
         assert not torch.equal(flat(encoder)[0], before)
 
 
-@PROJECTIONS
-def test_it_compiles_without_graph_breaks_to_the_same_prefixes(projection):
-    encoder = make_encoder(projection)
+@pytest.mark.parametrize("options", [{}, {"projection": True}, {"num_frozen_tokens": 1}], ids=str)
+def test_it_compiles_without_graph_breaks_to_the_same_prefixes(options):
+    encoder = make_encoder(**options)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     for pair, expected in zip(compiled(), encoder(), strict=True):
         torch.testing.assert_close(pair, expected)
@@ -168,6 +195,13 @@ def test_it_compiles_without_graph_breaks_to_the_same_prefixes(projection):
         ((P, L, H, D), {"hidden_size": 4}, "hidden_size: expected None without projection=True, got 4"),
         ((P, L, H, D), {"embedding_dim": 4}, "embedding_dim: expected None without projection=True, got 4"),
         ((P, L, H, D), {"hidden_size": 0, "projection": True}, "hidden_size: expected at least 1, got 0"),
+        ((P, L, H, D), {"num_frozen_tokens": P + 1}, "num_frozen_tokens: expected 0 to 3, got 4"),
+        ((P, L, H, D), {"num_frozen_tokens": -1}, "num_frozen_tokens: expected 0 to 3, got -1"),
+        (
+            (P, L, H, D),
+            {"num_frozen_tokens": 1, "projection": True},
+            r"num_frozen_tokens: expected 0 with projection=True \(every row moves .*\), got 1",
+        ),
         ((P, L, H, D), {"dropout": -0.1}, r"dropout: expected a probability in \[0, 1\], got -0.1"),
         ((P, L, H, D), {"init_std": [0.1, 0.2]}, r"init_std: expected one number or one per layer \(4\), got 2"),
     ],

@@ -14,7 +14,7 @@ import transformers
 from family_checks import Family
 from peft.tuners.cartridge.utils import compose_cartridge_adapters
 from safetensors.torch import load_file, save_file
-from test_peft import FAMILIES, KINDS, TASKS, assert_close, config_of, of_family, peft_of_family
+from test_peft import FAMILIES, FROZEN, KINDS, TASKS, assert_close, config_of, of_family, peft_of_family
 from test_transformers import ONE_OF_EACH, P, batch, prepared, tiny_model, trainable
 from test_transformers_decoders import FAMILIES as DECODERS
 from test_transformers_encoder_decoders import tiny_bart, tiny_t5
@@ -46,7 +46,6 @@ def stored(base: PreTrainedModel, folder: Path, kind: str = "prefix", task_type:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ONE_OF_EACH)
-@pytest.mark.filterwarnings("ignore:.*the first 2 tokens of this cartridge")
 def test_a_stored_adapter_gives_the_logits_of_peft(family: str, kind: str, tmp_path: Path) -> None:
     base = tiny_model(family)
     theirs = stored(base, tmp_path, kind)
@@ -115,11 +114,54 @@ def test_cartridges_of_both_are_composed(tmp_path: Path) -> None:
     compose_cartridge_adapters([tmp_path / "ours", tmp_path / "theirs"], output_path=tmp_path / "both")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "both")
     assert theirs.peft_config["default"].num_frozen_tokens == 1
-    with pytest.warns(UserWarning, match="the first 1 tokens of this cartridge, which PEFT keeps frozen"):
-        ours = load_prefix_model(base, tmp_path / "both")
-    assert ours.prefix_tuning_config.num_virtual_tokens == 2 * P
+    ours = load_prefix_model(base, tmp_path / "both")
+    config = ours.prefix_tuning_config
+    assert (config.num_virtual_tokens, config.num_frozen_tokens) == (2 * P, 1)
     settings = batch("llama", "left") | {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
+
+
+def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    model(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+
+
+def test_a_cartridge_is_trained_as_peft_trains_it_and_goes_back(tmp_path: Path) -> None:
+    """Its first tokens stay; the rest, and the file in the end, are those of PEFT."""
+    base = tiny_model("llama")
+    theirs = stored(base, tmp_path / "begun", "cartridge")
+    ours = load_prefix_model(copy.deepcopy(base), tmp_path / "begun")
+    frozen = ours.prefix_encoder.frozen_table.clone()
+    assert frozen.shape[0] == ours.prefix_tuning_config.num_frozen_tokens == FROZEN
+    inputs = batch("llama", "left")
+    for model in (ours, theirs):
+        step(model, inputs)
+    assert torch.equal(ours.prefix_encoder.frozen_table, frozen)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    save_peft_checkpoint(ours, tmp_path / "ours")
+    expected, tensors = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert_close(tensor, expected[name])
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
+    assert loaded.peft_config["default"].num_frozen_tokens == FROZEN
+    assert_close(loaded(**inputs).logits, ours(**inputs).logits)
+
+
+@pytest.mark.parametrize("num_frozen_tokens", [0, 1, P])
+def test_a_given_config_chooses_how_much_of_a_cartridge_is_frozen(num_frozen_tokens: int, tmp_path: Path) -> None:
+    base = tiny_model("bert")
+    theirs = stored(base, tmp_path / "theirs", "cartridge")
+    config = PrefixTuningConfig(P, num_frozen_tokens=num_frozen_tokens)
+    ours = load_prefix_model(base, tmp_path / "theirs", config=config)
+    assert ours.prefix_encoder.table.shape[0] == P - num_frozen_tokens
+    inputs = batch("bert", "left")
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    save_peft_checkpoint(ours, tmp_path / "ours")
+    kinds = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert kinds["peft_type"] == ("CARTRIDGE" if num_frozen_tokens else "PREFIX_TUNING")
 
 
 def test_the_older_file_of_weights_is_read(tmp_path: Path) -> None:

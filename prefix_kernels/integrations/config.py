@@ -22,6 +22,8 @@ class PrefixTuningConfig:
     Args:
         num_virtual_tokens: ``P``, the prefix length, at least 1: one for all layers, one per prepared layer, or either
             of these for each kind of attention by name.
+        num_frozen_tokens: the first tokens of each prefix that are not trained, from 0 to the shortest length; as in
+            PEFT's type CARTRIDGE. They can begin as those of a text: ``initialize_from_text``.
         prefix_projection: generate the prefix by an MLP while training (see :class:`prefix_kernels.PrefixEncoder`).
         encoder_hidden_size: hidden size of that MLP. Default: the width of the model's keys, ``Hkv * D``.
         prefix_dropout: probability with which prefix entries are zeroed while training.
@@ -50,6 +52,7 @@ class PrefixTuningConfig:
     """
 
     num_virtual_tokens: PrefixLengths | Mapping[str, PrefixLengths] = 20
+    num_frozen_tokens: int = 0
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     prefix_dropout: float = 0.0
@@ -66,6 +69,16 @@ class PrefixTuningConfig:
         for length in self.prefix_lengths():
             if length < 1:
                 raise ValueError(f"num_virtual_tokens: expected at least 1, got {length}")
+        if not 0 <= self.num_frozen_tokens <= min(self.prefix_lengths()):
+            raise ValueError(
+                f"num_frozen_tokens: expected 0 to {min(self.prefix_lengths())}, the length of the shortest prefix, got "
+                f"{self.num_frozen_tokens}"
+            )
+        if self.num_frozen_tokens and self.prefix_projection:
+            raise ValueError(
+                "num_frozen_tokens: expected 0 with prefix_projection=True (every token moves with the MLP that "
+                f"generates it), got {self.num_frozen_tokens}"
+            )
         if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
             raise ValueError(f"encoder_hidden_size: expected at least 1, got {self.encoder_hidden_size}")
         if self.encoder_hidden_size is not None and not self.prefix_projection:

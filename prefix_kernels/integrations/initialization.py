@@ -3,7 +3,7 @@
     model = get_prefix_model(base, PrefixTuningConfig(num_virtual_tokens=20))
     initialize_from_text(model, "Classify the sentiment of this review: ", tokenizer)
 
-Each writes the prefix of the active task in place, without gradients; parameters stay the same objects.
+Each writes the prefix of the active task in place, its frozen tokens too; parameters stay the same objects.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _fitted(rows: Tensor, length: int) -> Tensor:
 def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair]) -> None:
     """Set the prefix of each attention to ``pair_of(site, length)``, ``[Hkv, length, D]``; all of it or nothing."""
     encoder = model.prefix_encoder
-    tables: dict[PrefixEncoder, Tensor] = {}
+    states: dict[PrefixEncoder, dict[str, Tensor]] = {}
     for group in tasks_of(model).layout.groups:
         one = encoder if isinstance(encoder, PrefixEncoder) else encoder[group.name]
         if one.projection:
@@ -166,12 +166,12 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair]) ->
                 "model: expected a prefix that is a table, got one that a projection generates (prefix_projection=True)"
             )
         columns = [x.transpose(0, 1) for site in group.sites for x in pair_of(site, group.num_virtual_tokens)]
-        table = torch.stack(columns, dim=1)
-        if table.shape != one.table.shape:
-            raise ValueError(f"source: expected a prefix {list(one.table.shape)}, got {list(table.shape)}")
-        tables[one] = table
-    for one, table in tables.items():
-        one.table.copy_(table)
+        table, expected = torch.stack(columns, dim=1), one.full_table().shape
+        if table.shape != expected:
+            raise ValueError(f"source: expected a prefix {list(expected)}, got {list(table.shape)}")
+        states[one] = one.arranged_prefix_state({"table": table})
+    for one, state in states.items():
+        one.load_state_dict(state)
 
 
 def _pairs_in_model(model: PreTrainedModel) -> dict[tuple[str, int], PrefixPair]:

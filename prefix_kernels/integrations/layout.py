@@ -119,6 +119,7 @@ def _make_encoder(group: PrefixGroup, config: PrefixTuningConfig, device: torch.
         projection=projection,
         embedding_dim=width if projection else None,
         hidden_size=(config.encoder_hidden_size or width) if projection else None,
+        num_frozen_tokens=config.num_frozen_tokens,
         dropout=config.prefix_dropout,
         init_std=config.init_std,
         device=device,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ class PeftCheckpoint:
 
     Attributes:
         config: the settings with which the model gives PEFT's outputs.
-        state: the prefix ``[P, 2 L, Hkv, D]`` and the heads, by their names in the model.
+        state: the prefix ``[P, 2 L, Hkv, D]``, frozen tokens and all, and the heads, by their names in the model.
     """
 
     config: PrefixTuningConfig
@@ -112,14 +111,9 @@ def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> Pef
     table = table_from_peft(prompt, heads, head_dim, len(sites), is_encoder_decoder=is_encoder_decoder)
 
     state, modules_to_save = _read_heads(path, tensors, model, settings.get("modules_to_save") or ())
-    if settings.get("num_frozen_tokens"):
-        warnings.warn(
-            f"{path}: the first {settings['num_frozen_tokens']} tokens of this cartridge, which PEFT keeps frozen, are "
-            "trained here with the others if training goes on",
-            stacklevel=3,
-        )
     config = PrefixTuningConfig(
         num_virtual_tokens=prompt.shape[0],
+        num_frozen_tokens=settings.get("num_frozen_tokens") or 0,
         modules_to_save=modules_to_save,
         target_attentions=(DECODER,) if is_encoder_decoder else None,
         position_offset="peft",
@@ -144,7 +138,7 @@ def save_peft_checkpoint(
         path: the folder to write, made if there is none.
         task_type: PEFT's name of the task. Default: that of the model's class.
         num_frozen_tokens: store the type CARTRIDGE, of which PEFT keeps so many first tokens frozen. Default: the
-            type PREFIX_TUNING.
+            number in the model's config, or the type PREFIX_TUNING where that is 0.
 
     Raises:
         ValueError: ``model`` has no prefix, PEFT has no task for it or cannot run a prefix on it, or it has settings
@@ -158,12 +152,14 @@ def save_peft_checkpoint(
         raise ValueError(f"task_type: expected one of {', '.join(_HEADS_OF_TASK)}, got {task_type!r}")
     sites = _refuse_what_peft_lacks(model, config)
     length = config.prefix_lengths()[0]
+    if num_frozen_tokens is None and config.num_frozen_tokens:
+        num_frozen_tokens = config.num_frozen_tokens
     if num_frozen_tokens is not None and not 0 <= num_frozen_tokens <= length:
         raise ValueError(f"num_frozen_tokens: expected 0 to {length}, got {num_frozen_tokens}")
 
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     num_pairs = model.config.num_hidden_layers if is_encoder_decoder else len(sites)
-    table = model.prefix_encoder.folded_prefix_state()["table"]
+    table = model.prefix_encoder.full_table().detach()
     tensors = {_TABLE: table_to_peft(table, num_pairs, is_encoder_decoder=is_encoder_decoder)}
     trained = [name for name, module in model.named_modules() if getattr(module, "trained_with_prefix", False)]
     modules_to_save = list(dict.fromkeys([*trained, *_HEADS_OF_TASK[task_type]]))

@@ -38,6 +38,7 @@ from prefix_kernels.integrations.selection import (
 )
 from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.stored import read_stored_task
+from prefix_kernels.integrations.tensor_parallel import split_over_heads
 
 FIRST_NAME = "default"
 _TASKS = "_prefix_tasks"
@@ -246,8 +247,6 @@ class PrefixTasks:
 
     def add(self, name: str, config: PrefixTuningConfig) -> None:
         """A task with a new prefix and copies of the active task's heads."""
-        if (getattr(self.model, "_tp_size", None) or 1) > 1:
-            raise ValueError(f"{name}: tasks by name are not supported in a tensor-parallel model")
         layout = PrefixLayout(find_sites(self.model), config)
         ours = [(site.module, site.depth) for site in self.layout.sites]
         if [(site.module, site.depth) for site in layout.sites] != ours:
@@ -264,7 +263,9 @@ class PrefixTasks:
                 "with a task of position_offset='peft', beside which those of 'none' keep their positions"
             )
         device = next(self.model.prefix_encoder.parameters()).device
-        encoder = layout.make_encoder(config, device).train(self.model.training)
+        encoder = layout.make_encoder(config, device)
+        split_over_heads(self.model, encoder, layout)
+        encoder.train(self.model.training)
         self._tasks[name] = _Task(config, layout, encoder, copy.deepcopy(marked_heads(self.model)))
 
     def remove(self, name: str) -> None:
@@ -277,12 +278,10 @@ class PrefixTasks:
             return
         leaving, entering = self._tasks[self.active], self._tasks[name]
         leaving.encoder, leaving.heads = self.model.prefix_encoder, marked_heads(self.model)
-        device = next(leaving.encoder.parameters()).device
-        self.model.prefix_encoder = entering.encoder.to(device).train(self.model.training)
+        self.model.prefix_encoder = _moved_to(leaving.encoder, entering.encoder).train(self.model.training)
         for head_name, head in entering.heads.items():
             parent, _, own_name = head_name.rpartition(".")
-            like = next(leaving.heads[head_name].parameters())
-            head.to(like.device, like.dtype).train(self.model.training)
+            head = _moved_to(leaving.heads[head_name], head, cast=True).train(self.model.training)
             setattr(self.model.get_submodule(parent), own_name, head)
         entering.encoder, entering.heads = None, None
         self.model.prefix_tuning_config = entering.config
@@ -376,7 +375,8 @@ class PrefixTasks:
 
     def _kept_banks(self, names: tuple[str, ...]) -> dict[int, PrefixBank]:
         """The banks of frozen tasks, made again only if one of the prefixes was written to or moved."""
-        state = [(p.detach(), _version(p)) for name in names for p in self.encoder(name).parameters()]
+        tensors = [x for name in names for x in (*self.encoder(name).parameters(), *self.encoder(name).buffers())]
+        state = [(x.detach(), _version(x)) for x in tensors]
         if self._kept is None or self._kept[0] != names or not _same_state(self._kept[1], state):
             with torch.no_grad():
                 self._kept = names, state, self._make_banks(names)
@@ -418,14 +418,22 @@ class GenerateWithPrefixes:
             return generate(self.model, *args, **kwargs)
 
 
+def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.Module:
+    """``module`` on the device of ``place``, with ``cast`` also in its dtype."""
+    there, here = next(place.parameters()), next(module.parameters())
+    dtype = there.dtype if cast else here.dtype
+    # Not where there is nothing to do: DTensor parameters that autograd knows cannot be exchanged.
+    return module if (here.device, here.dtype) == (there.device, dtype) else module.to(there.device, dtype)
+
+
 def _has_windows(model: PreTrainedModel) -> bool:
     """Whether a layer may attend within a sliding window."""
     config = model.config.get_text_config()
     return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same_state(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
