@@ -131,15 +131,7 @@ _CUDNN = SdpaKernel(_cudnn.forward, _cudnn.backward)
 
 
 def _merged(kernel: SdpaKernel, cell: Cell, device: str) -> Contender:
-    """The split in plain PyTorch; a prefix is repeated for the heads of its group, which is small."""
-    group = cell.q_heads // cell.kv_heads
-
-    def merged(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
-        if group > 1:
-            prefix_key, prefix_value = (each.repeat_interleave(group, 0) for each in (prefix_key, prefix_value))
-        return merged_sdpa(query, key, value, prefix_key, prefix_value, cell.has_diagonal, kernel)
-
-    return merged
+    return functools.partial(merged_sdpa, is_causal=cell.has_diagonal, kernel=kernel)
 
 
 # What makes each baseline's function for a cell on a device; making or calling it may raise.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from contenders import Call, difference, make_dout, make_inputs, prepare
 from cuda_baselines import BASELINES
 from cuda_cells import plan
 from cuda_timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
-from table import Table, geometric_mean
+from table import Row, Table, ratios_to_ours, summary
 
 from prefix_kernels import prefix_attention
 
@@ -57,19 +56,13 @@ def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, 
     return calls, refused
 
 
-def row_of(
-    cell: Cell, times: dict[str, list[float]], memory: dict[str, float], ceilings: Ceilings
-) -> dict[str, object]:
+def row_of(cell: Cell, times: dict[str, list[float]], memory: dict[str, float], ceilings: Ceilings) -> Row:
     """The CSV's row without what all rows share."""
     ours = median(times["ours"])
     tflops, gbps = cell.flops() / ours / 1e9, cell.bytes() / ours / 1e6
-    ratios = {
-        name: median([theirs / own for theirs, own in zip(times[name], times["ours"], strict=True)])
-        for name in times
-        if name != "ours"
-    }
+    ratios = ratios_to_ours(times)
     best = min(ratios, key=ratios.__getitem__, default="")
-    row: dict[str, object] = {
+    row: Row = {
         **cell.columns(),
         "ours_ms": f"{ours:.4f}",
         "ours_tflops": f"{tflops:.1f}",
@@ -87,7 +80,7 @@ def row_of(
     return row
 
 
-def line_of(row: dict[str, object]) -> str:
+def line_of(row: Row) -> str:
     """The row as one line of text."""
     shape = ",".join(str(row[name]) for name in ("batch", "q_heads", "kv_heads", "head_dim", "q_len", "k_len"))
     kind = "causal" if row["causal"] else "full"
@@ -97,23 +90,7 @@ def line_of(row: dict[str, object]) -> str:
     return f"{shape:28} P={row['prefix_len']:<5}{kind:7}{row['pass']:17}{speed}  {fractions}  {best}"
 
 
-def summary(rows: Iterable[dict[str, object]]) -> list[str]:
-    """Per pass: geometric mean and lowest of the ratios to every baseline and to the best one."""
-    rows = list(rows)
-    lines = []
-    for pass_ in dict.fromkeys(str(row["pass"]) for row in rows):
-        chosen = [row for row in rows if row["pass"] == pass_]
-        for name in ("best", *BASELINES):
-            ratios = [float(row[f"{name}_ratio"]) for row in chosen if row[f"{name}_ratio"]]
-            if ratios:
-                mean = geometric_mean(ratios)
-                lines.append(f"{pass_:17}{mean:6.2f}x {name:13} (lowest {min(ratios):.2f}x, {len(ratios)} cells)")
-    return lines
-
-
-def measure(
-    cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilings, flex: bool = False
-) -> dict[str, object]:
+def measure(cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilings, flex: bool = False) -> Row:
     """One row; baselines that refuse the cell are named with their reason."""
     calls, refused = prepare_all(cell, device, flex)
     for name, reason in refused.items():
@@ -135,12 +112,12 @@ def default_output(dtype: str) -> Path:
 
 def run(
     arguments: argparse.Namespace,
-    shared: dict[str, object],
+    shared: Row,
     output: Path | None,
     timer: Timer | None = None,
     ceilings: Ceilings | None = None,
     device: str = "cuda",
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
 
     Raises:
@@ -156,7 +133,7 @@ def run(
     ceilings = measure_ceilings(timer, getattr(torch, arguments.dtype)) if ceilings is None else ceilings
     shared = {**shared, "matmul_tflops": f"{ceilings.tflops:.1f}", "copy_gbps": f"{ceilings.gbps:.0f}"}
     print(f"ceilings: {ceilings.tflops:.0f} TFLOP/s of a matrix product, {ceilings.gbps:.0f} GB/s of a copy")
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     failures = 0
     with Table(output) as table:
         for done, cell in enumerate(cells):
@@ -178,7 +155,7 @@ def run(
             table.add(row)
             print(line_of(row), flush=True)
     print("\nBaselines' times over ours, geometric means:")
-    print("\n".join(summary(rows)))
+    print("\n".join(summary(rows, ("best", *BASELINES), ("pass",))))
     if failures:
         raise SystemExit(f"{failures} cells failed")
     return rows

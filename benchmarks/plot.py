@@ -1,4 +1,4 @@
-"""The picture of a CSV of ``bench_attention.py``: how many times faster than each baseline, cell by cell.
+"""The pictures of a CSV of ``bench_attention.py``: how many times faster than each baseline, cell by cell.
 
 python benchmarks/plot.py benchmarks/results/attention_cpu_float32.csv [picture.png]
 """
@@ -13,60 +13,96 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from table import Row
 
-PASSES = {"forward": "forward", "backward": "whole backward", "prefix_backward": "prefix-only backward"}
+TITLES = {
+    "forward": "forward",
+    "backward": "whole backward",
+    "prefix_backward": "prefix-only backward",
+    "decode": "decode",
+    "forward_backward": "forward and backward, dropout and padding",
+}
 BASELINES = {
     "cat_sdpa": ("torch.cat + SDPA", "#4c72b0"),
     "cat_sdpa_causal_bias": ("torch.cat + SDPA, causal bias", "#55a868"),
     "merged_sdpa": ("SDPA on the sequence, merged by lse", "#dd8452"),
+    "merged_kernels": ("SDPA on sequence and prefix, merged by lse", "#c44e52"),
+    "merged_float32": ("merged by lse, in float32", "#937860"),
+    "merged_decode": ("merged by lse, heads of a group as rows", "#8172b2"),
+    "matmul_decode": ("matrix products", "#8c8c8c"),
 }
 
 
-def label(row: dict[str, str]) -> str:
-    shape = ",".join(row[name] for name in ("batch", "heads", "length", "prefix_len", "head_dim"))
-    return f"{shape}\n{'causal' if row['causal'] == '1' else 'full'}"
+def read_table(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def draw_pass(axes: plt.Axes, rows: list[dict[str, str]], title: str) -> None:
+def cell_label(row: Row) -> str:
+    heads = row["q_heads"] if row["q_heads"] == row["kv_heads"] else f"{row['q_heads']}/{row['kv_heads']}"
+    shape = f"{row['batch']},{heads},{row['k_len']},{row['prefix_len']},{row['head_dim']}"
+    return f"{shape} causal" if row["causal"] == "1" and row["q_len"] != "1" else shape
+
+
+def conditions(row: Row) -> str:
+    """Under which the table was measured."""
+    return (
+        f"{row['dtype']}, {row['threads']} threads, {row['cpu']}, {row['isa']}, torch {row['torch']}, "
+        f"commit {row['commit']}, {row['date']}"
+    )
+
+
+def by_pass(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each pass that there is, causal last."""
+    groups = {pass_: [row for row in rows if row["pass"] == pass_] for pass_ in TITLES}
+    return {pass_: sorted(group, key=lambda row: row["causal"]) for pass_, group in groups.items() if group}
+
+
+def draw_pass(axes: plt.Axes, rows: list[Row], title: str) -> None:
     """A group of bars for every cell, one for every baseline that it has."""
-    rows = sorted(rows, key=lambda row: row["causal"])
     for position, row in enumerate(rows):
         present = [name for name in BASELINES if row[f"{name}_ratio"]]
-        width = 0.8 / len(present)
+        height = 0.8 / len(present)
         for i, name in enumerate(present):
             ratio, (_, colour) = float(row[f"{name}_ratio"]), BASELINES[name]
-            x = position - 0.4 + (i + 0.5) * width
-            axes.bar(x, ratio - 1, width, bottom=1, color=colour)
-            axes.text(
-                x, ratio, f"{ratio:.2g}" if ratio < 9.95 else f"{ratio:.0f}", ha="center", va="bottom", fontsize=7
-            )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
-    axes.set_ylim(bottom=min(0.5, *axes.get_ylim()), top=axes.get_ylim()[1] * 1.3)
-    axes.set_xticks(range(len(rows)), [label(row) for row in rows], fontsize=7)
+            y = position - 0.4 + (i + 0.5) * height
+            axes.barh(y, ratio - 1, height, left=1, color=colour)
+            text = f" {ratio:.2g}" if ratio < 9.95 else f" {ratio:.0f}"
+            axes.text(max(ratio, 1), y, text, ha="left", va="center", fontsize=5)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]), right=axes.get_xlim()[1] * 1.3)
+    axes.set_yticks(range(len(rows)), [cell_label(row) for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot(source: Path, picture: Path) -> None:
-    """Write ``picture`` from the CSV ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, panels = plt.subplots(len(PASSES), 1, figsize=(11, 9), layout="constrained")
-    for axes, (pass_, title) in zip(panels, PASSES.items(), strict=True):
-        draw_pass(axes, [row for row in rows if row["pass"] == pass_], title)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in BASELINES.values()]
-    names = [name for name, _ in BASELINES.values()]
-    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
-    first = rows[0]
-    conditions = (
-        f"Times faster than each baseline (log scale); cells are B,H,S,P,D. {first['dtype']}, "
-        f"{first['threads']} threads, {first['cpu']}, {first['isa']}, torch {first['torch']}, "
-        f"commit {first['commit']}, {first['date']}."
+    """Write ``picture`` from the CSV ``source``: a panel for each pass."""
+    rows = read_table(source)
+    groups = by_pass(rows)
+    heights = [1 + len(group) for group in groups.values()]
+    size = (11, 1.2 + 0.3 * sum(heights))
+    figure, panels = plt.subplots(
+        len(groups), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
-    figure.supxlabel(conditions, fontsize=8)
+    for axes, (pass_, group) in zip(panels[:, 0], groups.items(), strict=True):
+        draw_pass(axes, group, TITLES[pass_])
+    there = [
+        (label, colour) for name, (label, colour) in BASELINES.items() if any(row[f"{name}_ratio"] for row in rows)
+    ]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in there]
+    figure.legend(
+        handles, [label for label, _ in there], loc="outside upper center", ncols=3, frameon=False, fontsize=8
+    )
+    note = (
+        f"Times faster than each baseline (log scale); cells are B,H,S,P,D or B,Hq/Hkv,S,P,D.\n{conditions(rows[0])}."
+    )
+    figure.supxlabel(note, fontsize=8)
     figure.savefig(picture, dpi=130)
+    plt.close(figure)
     print(picture)
 
 

@@ -1,10 +1,15 @@
-"""The table of a benchmark: its CSV, and the means over its rows."""
+"""The table of a benchmark: medians and ratios of a row, the CSV, the means over rows."""
 
 from __future__ import annotations
 
 import csv
 import math
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
 
 
 class Table:
@@ -18,7 +23,7 @@ class Table:
     def __enter__(self) -> Table:
         return self
 
-    def add(self, row: dict[str, object]) -> None:
+    def add(self, row: Row) -> None:
         if self._file is None:
             return
         writer = csv.DictWriter(self._file, fieldnames=list(row))
@@ -34,3 +39,26 @@ class Table:
 
 def geometric_mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def ratios_to_ours(times: dict[str, list[float]]) -> dict[str, float]:
+    """Of every other contender: the median over the rounds of its time over ours."""
+    return {
+        name: statistics.median(theirs / own for theirs, own in zip(times[name], times["ours"], strict=True))
+        for name in times
+        if name != "ours"
+    }
+
+
+def summary(rows: Iterable[Row], names: Iterable[str], by: tuple[str, ...]) -> list[str]:
+    """Geometric mean and lowest of the ratios to every baseline, of the rows that are alike in the columns ``by``."""
+    rows, lines = list(rows), []
+    for group in dict.fromkeys(tuple(row[column] for column in by) for row in rows):
+        chosen = [row for row in rows if tuple(row[column] for column in by) == group]
+        title = " ".join(f"{column}={value}" for column, value in zip(by, group, strict=True))
+        for name in names:
+            ratios = [float(row[f"{name}_ratio"]) for row in chosen if row[f"{name}_ratio"]]
+            if ratios:
+                mean = f"{geometric_mean(ratios):6.2f}x {name:20}"
+                lines.append(f"{title:30}{mean} (lowest {min(ratios):.2f}x, {len(ratios)} cells)")
+    return lines

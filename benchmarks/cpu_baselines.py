@@ -1,0 +1,65 @@
+"""What ``prefix_attention`` is compared with in each cell of the CPU's grid."""
+
+from __future__ import annotations
+
+import functools
+
+from baselines import (
+    cat_sdpa,
+    cat_sdpa_causal_bias,
+    causal_mask,
+    matmul_decode,
+    merged_decode,
+    merged_float32,
+    merged_kernels,
+    merged_sdpa,
+    padding_mask,
+)
+from cells import Cell
+from contenders import Contender
+
+from prefix_kernels import prefix_attention
+
+# What people write today.
+CAT = ("cat_sdpa", "cat_sdpa_causal_bias")
+# What they could write in plain PyTorch.
+ALTERNATIVES = ("merged_sdpa", "merged_kernels", "merged_float32", "merged_decode", "matmul_decode")
+BASELINES = CAT + ALTERNATIVES
+# From so many prefix tokens on SDPA's kernel is worth calling for them.
+_LONG_PREFIX = 512
+
+
+def ours(cell: Cell) -> Contender:
+    mask = padding_mask(cell.key_lengths(), cell.k_len, 0) if cell.is_padded else None
+    return functools.partial(prefix_attention, attn_mask=mask, dropout_p=cell.dropout_p, is_causal=cell.is_causal)
+
+
+def _cat(cell: Cell) -> dict[str, Contender]:
+    """Grouped heads go by ``enable_gqa``, which is as fast as repeating keys and values, or faster."""
+    if cell.is_padded:
+        mask = padding_mask(cell.key_lengths(), cell.k_len, cell.prefix_len)
+        return {"cat_sdpa": functools.partial(cat_sdpa, mask=mask, dropout_p=cell.dropout_p)}
+    if not cell.has_diagonal:
+        return {"cat_sdpa": cat_sdpa}
+    mask = causal_mask(cell.q_len, cell.k_len, cell.prefix_len)
+    return {"cat_sdpa": functools.partial(cat_sdpa, mask=mask), "cat_sdpa_causal_bias": cat_sdpa_causal_bias}
+
+
+def _alternatives(cell: Cell) -> dict[str, Contender]:
+    if cell.is_padded:  # SDPA's kernel has no dropout, and merging needs it
+        return {}
+    if cell.pass_ == "decode":
+        # Products of float16 matrices are 20 times slower here than the others.
+        matmul = {} if cell.dtype == "float16" else {"matmul_decode": matmul_decode}
+        return {"merged_decode": merged_decode, **matmul}
+    functions = {"merged_sdpa": merged_sdpa}
+    if cell.prefix_len >= _LONG_PREFIX:
+        functions["merged_kernels"] = merged_kernels
+    if cell.dtype in ("bfloat16", "float16"):
+        functions["merged_float32"] = merged_float32
+    return {name: functools.partial(function, is_causal=cell.is_causal) for name, function in functions.items()}
+
+
+def baselines_of(cell: Cell) -> dict[str, Contender]:
+    """Name and function of every baseline that computes the cell, in the order of ``BASELINES``."""
+    return {**_cat(cell), **_alternatives(cell)}

@@ -1,0 +1,165 @@
+"""``bench_attention.py`` on a CPU: our kernels and every baseline over the cells of ``cpu_cells.py``.
+
+A row of the CSV is written as soon as its cell is measured. It names the work that the cell is at least, FLOPs of the
+visible pairs and bytes, the floor of its time on this machine (``roofline.py`` says how) and the fraction of it that we
+reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``, ``alternative`` the fastest of the other ways in
+plain PyTorch. A decode pass begins with empty caches: what it reads comes from DRAM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cells import Cell, select
+from contenders import Call, difference, make_dout, make_inputs, prepare
+from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
+from cpu_cells import one_of_each, plan
+from goals import judge
+from roofline import CacheFlush, Ceilings, measure_ceilings
+from table import Row, Table, ratios_to_ours, summary
+
+LEAST_ROUNDS = 3
+# Results of 16-bit types that differ by more, in the Euclidean norm, are not those of the same attention.
+_SAME = 0.05
+
+
+def is_cold(cell: Cell) -> bool:
+    """Whether the caches are flushed before every call."""
+    return cell.pass_ == "decode"
+
+
+@dataclass
+class WallTimer:
+    """Milliseconds of calls, interleaved: every round takes each call once, beginning with another one."""
+
+    before: Callable[[], None] | None = None  # called ahead of every call, in time that is not measured
+
+    def __call__(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+        names = list(calls)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                if self.before is not None:
+                    self.before()
+                begin_ns = time.perf_counter_ns()
+                calls[name]()
+                times[name].append((time.perf_counter_ns() - begin_ns) / 1e6)
+        return times
+
+
+def prepare_all(cell: Cell) -> dict[str, Call]:
+    """The calls of all contenders, each made once.
+
+    Raises:
+        ValueError: a baseline computes something else than ours.
+    """
+    torch.manual_seed(0)
+    inputs = make_inputs(cell, "cpu")
+    dout = make_dout(inputs[0])
+    calls = {"ours": prepare(cell, ours(cell), inputs, dout)}
+    expected = calls["ours"]()
+    for name, function in baselines_of(cell).items():
+        calls[name] = prepare(cell, function, inputs, dout)
+        result = calls[name]()
+        # Every contender drops elements of its own. Written so that NaN is refused.
+        if not cell.dropout_p and not (distance := difference(result, expected)) < _SAME:
+            raise ValueError(f"{name} differs from ours by {distance:.2g} of its size in {cell}")
+    if cell.dropout_p:
+        without = dataclasses.replace(cell, dropout_p=0.0)
+        calls["ours_without_dropout"] = prepare(without, ours(without), inputs, dout)
+        calls["ours_without_dropout"]()
+    return calls
+
+
+def row_of(cell: Cell, times: dict[str, list[float]], ceilings: Ceilings) -> Row:
+    """The CSV's row without what all rows share."""
+    milliseconds, ratios = statistics.median(times["ours"]), ratios_to_ours(times)
+    floor = ceilings.floor_ms(cell.flops(), cell.bytes(), cell.dtype, is_cold(cell))
+    row: Row = {
+        **cell.columns(),
+        "flops": cell.flops(),
+        "bytes": cell.bytes(),
+        "cold": int(is_cold(cell)),
+        "floor_ms": f"{floor:.4f}",
+        "ours_ms": f"{milliseconds:.4f}",
+        "ours_gflops": f"{cell.flops() / milliseconds / 1e6:.1f}",
+        "ours_gbps": f"{cell.bytes() / milliseconds / 1e6:.1f}",
+        "of_floor": f"{floor / milliseconds:.3f}",
+    }
+    for title, names in (("cat", CAT), ("alternative", ALTERNATIVES)):
+        best = min((name for name in names if name in times), key=ratios.__getitem__, default="")
+        row[title] = best
+        row[f"{title}_ratio"] = f"{ratios[best]:.3f}" if best else ""
+    for name in BASELINES:
+        row[f"{name}_ms"] = f"{statistics.median(times[name]):.4f}" if name in times else ""
+        row[f"{name}_ratio"] = f"{ratios[name]:.3f}" if name in times else ""
+    without = ratios.get("ours_without_dropout")
+    row["dropout_cost"] = f"{1 / without:.3f}" if without else ""
+    return row
+
+
+def line_of(row: Row) -> str:
+    """The row as one line of text."""
+    heads = f"{row['q_heads']}/{row['kv_heads']}"
+    shape = f"{row['batch']},{heads},{row['q_len']},{row['k_len']},{row['prefix_len']},{row['head_dim']}"
+    kind = "causal" if row["causal"] else "full"
+    work = f"{float(row['flops']) / 1e9:8.3f} GFLOP {float(row['bytes']) / 1e6:7.2f} MB  floor {row['floor_ms']:>9} ms"
+    speed = f"ours {row['ours_ms']:>9} ms = {float(row['of_floor']):4.0%} of it, {row['ours_gflops']:>6} GFLOP/s"
+    others = "  ".join(
+        f"{name} {row[f'{name}_ms']} ms {row[f'{name}_ratio']}x" for name in BASELINES if row[f"{name}_ms"]
+    )
+    dropout = f"  dropout costs {row['dropout_cost']}x" if row["dropout_cost"] else ""
+    return f"{shape:26}{kind:7}{row['pass']:17}{work}  {speed}  {others}{dropout}"
+
+
+def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, ceilings: Ceilings) -> Row:
+    """One row, of as many rounds as fit into ``seconds``, at least three."""
+    calls = prepare_all(cell)
+    begin = time.perf_counter()
+    timer(calls, 1)  # warm up
+    rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / (time.perf_counter() - begin))))
+    return row_of(cell, timer(calls, rounds), ceilings)
+
+
+def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceilings: Ceilings | None = None) -> list[Row]:
+    """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
+
+    Raises:
+        SystemExit: ``arguments.where`` asks for what is not there.
+    """
+    begin = time.monotonic()
+    try:
+        cells = select(plan(arguments.dtype), arguments.where)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if arguments.quick:
+        cells = one_of_each(cells)
+    if ceilings is None:
+        ceilings = measure_ceilings(torch.get_num_threads(), 4 if arguments.quick else 40)
+    print(f"ceilings: {ceilings}", flush=True)
+    rows: list[Row] = []
+    warm, cold = WallTimer(), WallTimer(CacheFlush())
+    with Table(output) as table:
+        for done, cell in enumerate(cells):
+            if arguments.time_limit and time.monotonic() - begin > arguments.time_limit:
+                print(f"stopped by --time-limit after {done} of {len(cells)} cells")
+                break
+            timer = cold if is_cold(cell) else warm
+            row = measure(cell, timer, arguments.rounds, 0.0 if arguments.quick else arguments.cell_seconds, ceilings)
+            rows.append({**row, **ceilings.columns(), **shared})
+            table.add(rows[-1])
+            print(line_of(row), flush=True)
+    print("\nBaselines' times over ours, geometric means:")
+    print("\n".join(summary(rows, ("cat", "alternative", *BASELINES), ("pass", "causal"))))
+    print("\nGoals:")
+    print("\n".join(judge(rows)))
+    print(f"\n{len(rows)} cells in {time.monotonic() - begin:.0f} s")
+    return rows

@@ -1,0 +1,138 @@
+"""What the CPU kernels are meant to reach, and which cells of a table do not.
+
+python benchmarks/goals.py benchmarks/results/attention_cpu_float32.csv [another.csv ...]
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from table import Row, geometric_mean
+
+# A sequence is long, and a prefix is, from here on.
+_LONG = 512
+_HALF = ("bfloat16", "float16")
+_ALL = ("float32", *_HALF)
+
+_MEANING = {
+    "cat_ratio": "times faster than torch.cat + SDPA",
+    "alternative_ratio": "times faster than the alternative in plain PyTorch",
+    "of_floor": "of the floor of its time",
+    "dropout_cost": "times the time without dropout",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """That the ``how`` (mean, lowest or highest) of a column is at least ``target``, at most for the highest."""
+
+    pass_: str
+    dtypes: tuple[str, ...]
+    column: str
+    how: str
+    target: float
+    is_causal: bool | None = None  # None: both
+    is_long: bool | None = None  # the sequence; None: both
+    is_prefix_long: bool | None = None
+
+    def concerns(self, row: Row) -> bool:
+        return (
+            row["pass"] == self.pass_
+            and row["dtype"] in self.dtypes
+            and row[self.column] != ""
+            and self.is_causal in (None, bool(int(row["causal"])))
+            and self.is_long in (None, int(row["q_len"]) >= _LONG)
+            and self.is_prefix_long in (None, int(row["prefix_len"]) >= _LONG)
+        )
+
+    def holds(self, value: float) -> bool:
+        return value <= self.target if self.how == "highest" else value >= self.target
+
+    def __str__(self) -> str:
+        kind = {None: "", True: " causal", False: " full"}[self.is_causal]
+        length = {None: "", True: f" S>={_LONG}", False: f" S<{_LONG}"}[self.is_long]
+        prefix = {None: "", True: f" P>={_LONG}", False: f" P<{_LONG}"}[self.is_prefix_long]
+        return f"{self.pass_}{kind}{length}{prefix}, {self.how} {_MEANING[self.column]}"
+
+
+def _ratios(
+    pass_: str, dtypes: tuple[str, ...], full: float | None, causal: float | None, alternative: float
+) -> Iterator[Goal]:
+    if full is not None:
+        yield Goal(pass_, dtypes, "cat_ratio", "mean", full, is_causal=False)
+    if causal is not None:
+        yield Goal(pass_, dtypes, "cat_ratio", "mean", causal, is_causal=True)
+    yield Goal(pass_, dtypes, "alternative_ratio", "lowest", alternative)
+
+
+def _of_floor(
+    pass_: str, dtypes: tuple[str, ...], long: float, short: float, is_causal: bool | None = None
+) -> Iterator[Goal]:
+    for is_long, target in ((True, long), (False, short)):
+        yield Goal(pass_, dtypes, "of_floor", "lowest", target, is_causal, is_long)
+
+
+GOALS = (
+    *_ratios("forward", ("float32",), 2.0, 3.7, 1.2),
+    Goal("forward", ("float32",), "cat_ratio", "lowest", 1.2),
+    *_of_floor("forward", ("float32",), 0.82, 0.68, is_causal=False),
+    *_of_floor("forward", ("float32",), 0.75, 0.60, is_causal=True),
+    *_ratios("forward", ("bfloat16",), 3.2, 5.0, 2.0),
+    *_ratios("forward", ("float16",), 2.0, 3.5, 2.0),
+    *_of_floor("forward", _HALF, 0.75, 0.55),
+    *_ratios("backward", ("float32",), 1.9, 3.2, 1.3),
+    *_ratios("backward", ("bfloat16",), 3.0, 4.5, 1.3),
+    *_of_floor("backward", ("float32",), 0.85, 0.70),
+    *_of_floor("backward", ("bfloat16",), 0.60, 0.60),
+    # The FLOPs of a long prefix bound what leaving out the others can win.
+    Goal("prefix_backward", _ALL, "cat_ratio", "mean", 30.0, is_long=True, is_prefix_long=False),
+    Goal("prefix_backward", _ALL, "cat_ratio", "mean", 18.0, is_long=False, is_prefix_long=False),
+    Goal("prefix_backward", _ALL, "alternative_ratio", "lowest", 1.8),
+    Goal("prefix_backward", _ALL, "of_floor", "lowest", 0.65),
+    Goal("forward_backward", _ALL, "cat_ratio", "mean", 8.0),
+    Goal("forward_backward", _ALL, "cat_ratio", "lowest", 5.0),
+    Goal("forward_backward", _ALL, "dropout_cost", "highest", 1.12),
+    Goal("decode", _ALL, "cat_ratio", "mean", 10.0),
+    Goal("decode", _ALL, "alternative_ratio", "lowest", 3.0),
+    Goal("decode", _ALL, "of_floor", "lowest", 0.80),
+)
+
+
+def _name(row: Row) -> str:
+    heads = f"{row['q_heads']}/{row['kv_heads']}"
+    kind = "causal" if int(row["causal"]) else "full"
+    return f"({row['batch']},{heads},{row['k_len']},{row['prefix_len']},{row['head_dim']}) {kind}"
+
+
+def judge(rows: Iterable[Row]) -> Iterator[str]:
+    """A line for every goal and dtype that the rows are about, and one for every cell that keeps it from being met."""
+    rows = list(rows)
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for goal in GOALS:
+            chosen = [row for row in rows if row["dtype"] == dtype and goal.concerns(row)]
+            if not chosen:
+                continue
+            values = [float(row[goal.column]) for row in chosen]
+            value = {"mean": geometric_mean, "lowest": min, "highest": max}[goal.how](values)
+            verdict = "met" if goal.holds(value) else "MISSED"
+            yield f"{verdict:7}{dtype} {goal}: {value:.2f}, goal {goal.target:g} ({len(chosen)} cells)"
+            if not goal.holds(value):
+                below = sorted((v, _name(row)) for v, row in zip(values, chosen, strict=True) if not goal.holds(v))
+                for v, name in below:
+                    yield f"         {v:6.2f}  {name}"
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for path in sys.argv[1:]:
+        with Path(path).open(newline="") as file:
+            print("\n".join(judge(csv.DictReader(file))))
+
+
+if __name__ == "__main__":
+    main()
