@@ -35,7 +35,7 @@ class PrefixEncoder(nn.Module):
         projection: generate the table by the network above.
         embedding_dim: ``E``, with ``projection`` only. Default: ``num_heads * head_dim``.
         hidden_size: ``M``, with ``projection`` only. Default: 512.
-        num_frozen_tokens: ``F``, from 0 to ``P``: how many of the first tokens are never trained; 0 with ``projection``.
+        num_frozen_tokens: ``F``, from 0 to ``P``, the first tokens that are never trained; 0 with ``projection``.
         dropout: probability with which entries of the prefix are zeroed while training (the others are scaled up).
         init_std: standard deviation of the initial table, one number or one per layer. With ``projection`` the rows of
             ``Linear_2`` are scaled so that the generated table has it. Default: 1.0, and with ``projection`` whatever
@@ -112,9 +112,7 @@ class PrefixEncoder(nn.Module):
             )
             self.register_parameter("table", None)
         else:
-            self.table = nn.Parameter(
-                torch.empty(num_prefix_tokens - num_frozen_tokens, *self._row_shape, **factory)
-            )
+            self.table = nn.Parameter(torch.empty(num_prefix_tokens - num_frozen_tokens, *self._row_shape, **factory))
         self.reset_parameters()
 
     @property

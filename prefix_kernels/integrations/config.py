@@ -71,8 +71,8 @@ class PrefixTuningConfig:
                 raise ValueError(f"num_virtual_tokens: expected at least 1, got {length}")
         if not 0 <= self.num_frozen_tokens <= min(self.prefix_lengths()):
             raise ValueError(
-                f"num_frozen_tokens: expected 0 to {min(self.prefix_lengths())}, the length of the shortest prefix, got "
-                f"{self.num_frozen_tokens}"
+                f"num_frozen_tokens: expected 0 to {min(self.prefix_lengths())}, the length of the shortest prefix, "
+                f"got {self.num_frozen_tokens}"
             )
         if self.num_frozen_tokens and self.prefix_projection:
             raise ValueError(

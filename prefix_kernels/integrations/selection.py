@@ -51,7 +51,7 @@ def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
 
 @dataclass(eq=False)
 class PrefixSelection:
-    """The prefixes of a batch; made by :func:`prefix_kernels.integrations.tasks.select_prefixes`.
+    """The prefixes of a batch; made by :func:`prefix_kernels.integrations.named_prefixes.select_prefixes`.
 
     Attributes:
         owner: the tasks of the model it was made for.

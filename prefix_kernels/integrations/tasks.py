@@ -1,20 +1,13 @@
-"""Many tasks on one frozen model: prefixes by name, one of them active, and batches whose rows see different ones.
-
-    model = load_prefix_model(base, "sst2.safetensors")          # the first is called "default"
-    load_named_prefix(model, "qnli", "qnli.safetensors")
-    set_prefix(model, "qnli")                                    # prefix and heads
-    model.generate(**inputs, prefix_names=["qnli", ["default", "qnli"], None])
+"""The tasks of one model: which is active, the modules of the others, and what the rows of a mixed batch see.
 
 A mixed batch is one launch per attention: the prefixes are stacked to a bank ``[N, Hkv, P, D]``, and every row names
-its own by index.
+its own by index. What users call is in :mod:`prefix_kernels.integrations.named_prefixes`.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +19,7 @@ from transformers import PreTrainedModel
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.heads import Labels, fitted_heads, labels_of_size, refuse_unequal_heads
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.recording import find_recording
 from prefix_kernels.integrations.selection import (
@@ -37,126 +31,10 @@ from prefix_kernels.integrations.selection import (
     stack_prefixes,
 )
 from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.stored import read_stored_task
-from prefix_kernels.integrations.tensor_parallel import split_over_heads
+from prefix_kernels.integrations.stored import StoredTask
 
 FIRST_NAME = "default"
 _TASKS = "_prefix_tasks"
-
-
-def load_named_prefix(
-    model: PreTrainedModel,
-    name: str,
-    path: str | os.PathLike,
-    *,
-    config: PrefixTuningConfig | None = None,
-    is_trainable: bool = False,
-) -> None:
-    """Load a further task, stored by ``save_prefix_model`` or by PEFT, beside those that ``model`` has.
-
-    The prefix that ``model`` was prepared with is called "default". Which one is active does not change. The length of
-    the new prefix may differ from those of the others, and its ``position_offset`` may be ``"none"`` where theirs is
-    ``"peft"``.
-
-    Args:
-        model: a model prepared by ``get_prefix_model`` or ``load_prefix_model``.
-        name: what :func:`set_prefix` and ``prefix_names=`` call it.
-        path: the stored file, or the folder of a PEFT adapter; see ``load_prefix_model``.
-        config: default: the stored one.
-        is_trainable: let gradients reach its prefix and heads. An inactive task is not among ``model.parameters()``;
-            :func:`get_named_prefix` gives its encoder.
-
-    Raises:
-        ValueError: the name is taken; the file does not fit the model; the task has prefixes at other attentions or
-            other heads than the model's, or treats sliding windows otherwise.
-    """
-    tasks = tasks_of(model)
-    if not isinstance(name, str) or name in tasks.names:
-        raise ValueError(f"name: expected a string other than {tasks.names}, got {name!r}")
-    task = read_stored_task(path, model, config)
-    tasks.add(name, task.config)
-    active = tasks.active
-    try:
-        tasks.activate(name)
-        task.load_into(model)
-        for module in (model.prefix_encoder, *marked_heads(model).values()):
-            module.requires_grad_(is_trainable)
-    except Exception:
-        tasks.activate(active)
-        tasks.remove(name)
-        raise
-    tasks.activate(active)
-
-
-def set_prefix(model: PreTrainedModel, name: str) -> None:
-    """Make the task ``name`` the active one: ``model.prefix_encoder``, its config, and its heads.
-
-    The modules of the others are kept as they are, outside ``model.parameters()`` and its state dict; so an optimizer
-    has to be made anew. ``save_prefix_model`` stores the active task.
-
-    Raises:
-        ValueError: there is no such task.
-    """
-    tasks = tasks_of(model)
-    tasks.check(name)
-    tasks.activate(name)
-
-
-def prefix_names(model: PreTrainedModel) -> list[str]:
-    """The names of the tasks that ``model`` has, in the order in which they were loaded."""
-    return tasks_of(model).names
-
-
-def active_prefix(model: PreTrainedModel) -> str:
-    """The name of the active task."""
-    return tasks_of(model).active
-
-
-def get_named_prefix(model: PreTrainedModel, name: str) -> PrefixEncoder | nn.ModuleDict:
-    """The module that holds the prefix of a task, active or not."""
-    tasks = tasks_of(model)
-    tasks.check(name)
-    return tasks.encoder(name)
-
-
-def delete_named_prefix(model: PreTrainedModel, name: str) -> None:
-    """Forget a task.
-
-    Raises:
-        ValueError: there is no such task, or it is the active one.
-    """
-    tasks = tasks_of(model)
-    tasks.check(name)
-    if name == tasks.active:
-        raise ValueError(f"name: expected a task that is not active, got {name!r}; set_prefix to another first")
-    tasks.remove(name)
-
-
-def select_prefixes(model: PreTrainedModel, names: Sequence[RowNames]) -> PrefixSelection:
-    """What ``prefix_names=names`` means to ``model``, to be given in its place.
-
-    Good for calls that are repeated, and for compiled ones: another list of names compiles the model anew, another
-    selection does not. Made without gradients, or of frozen prefixes alone, it holds them as they are now.
-
-    Args:
-        names: for each row of the batch the name of a task, several names, seen one after another, or None.
-
-    Raises:
-        ValueError: there is no such task, or the heads of the tasks differ from those of the active one.
-    """
-    return tasks_of(model).select(names, for_heads=True)
-
-
-@contextmanager
-def use_prefixes(model: PreTrainedModel, names: Sequence[RowNames] | PrefixSelection) -> Iterator[None]:
-    """While it is open, calls of ``model`` in this thread see these prefixes as if they were given ``prefix_names=``.
-
-    For code that calls the model and cannot be given an argument. A batch may have ``n`` rows for each entry, one
-    after another, as beams are laid out.
-    """
-    selection = names if isinstance(names, PrefixSelection) else select_prefixes(model, names)
-    with selected(replace(selection, may_repeat=True)):
-        yield
 
 
 def tasks_of(model: nn.Module) -> PrefixTasks:
@@ -172,12 +50,13 @@ def tasks_of(model: nn.Module) -> PrefixTasks:
 
 @dataclass(eq=False)
 class _Task:
-    """``encoder`` and ``heads`` are those of an inactive task; the active one's are in the model."""
+    """``encoder``, ``heads`` and ``labels`` are those of an inactive task; the active one's are in the model."""
 
     config: PrefixTuningConfig
     layout: PrefixLayout
     encoder: nn.Module | None = None
     heads: dict[str, nn.Module] | None = None
+    labels: Labels | None = None
 
     @property
     def shift(self) -> int:
@@ -245,8 +124,16 @@ class PrefixTasks:
     def heads(self, name: str) -> dict[str, nn.Module]:
         return marked_heads(self.model) if name == self.active else self._tasks[name].heads
 
-    def add(self, name: str, config: PrefixTuningConfig) -> None:
-        """A task with a new prefix and copies of the active task's heads."""
+    def add(self, name: str, stored: StoredTask) -> None:
+        """A task with a new prefix, and heads of the stored sizes that are otherwise like those of the active task."""
+        if (getattr(self.model, "_tp_size", None) or 1) > 1:
+            raise ValueError(f"{name}: tasks by name are not supported in a tensor-parallel model")
+        config, heads = stored.config, marked_heads(self.model)
+        if sorted(stored.heads) != sorted(heads):
+            raise ValueError(
+                f"{name}: expected the heads {sorted(heads)}, as in the model (modules_to_save), got "
+                f"{sorted(stored.heads)}"
+            )
         layout = PrefixLayout(find_sites(self.model), config)
         ours = [(site.module, site.depth) for site in self.layout.sites]
         if [(site.module, site.depth) for site in layout.sites] != ours:
@@ -262,28 +149,33 @@ class PrefixTasks:
                 f"{name}: expected position_offset='none' in a model that was prepared with it, got 'peft'; prepare it "
                 "with a task of position_offset='peft', beside which those of 'none' keep their positions"
             )
+        fitted = fitted_heads(heads, stored.shapes())
+        labels = stored.labels or labels_of_size(heads, fitted, Labels.of(self.model))
         device = next(self.model.prefix_encoder.parameters()).device
-        encoder = layout.make_encoder(config, device)
-        split_over_heads(self.model, encoder, layout)
-        encoder.train(self.model.training)
-        self._tasks[name] = _Task(config, layout, encoder, copy.deepcopy(marked_heads(self.model)))
+        encoder = layout.make_encoder(config, device).train(self.model.training)
+        self._tasks[name] = _Task(config, layout, encoder, fitted, labels)
 
     def remove(self, name: str) -> None:
         del self._tasks[name]
         self._kept = None
 
     def activate(self, name: str) -> None:
-        """Exchange the modules of the active task for those of ``name``."""
+        """Exchange the modules and labels of the active task for those of ``name``."""
         if name == self.active:
             return
         leaving, entering = self._tasks[self.active], self._tasks[name]
         leaving.encoder, leaving.heads = self.model.prefix_encoder, marked_heads(self.model)
-        self.model.prefix_encoder = _moved_to(leaving.encoder, entering.encoder).train(self.model.training)
+        leaving.labels = Labels.of(self.model)
+        device = next(leaving.encoder.parameters()).device
+        self.model.prefix_encoder = entering.encoder.to(device).train(self.model.training)
         for head_name, head in entering.heads.items():
             parent, _, own_name = head_name.rpartition(".")
-            head = _moved_to(leaving.heads[head_name], head, cast=True).train(self.model.training)
+            like = next(leaving.heads[head_name].parameters())
+            head.to(like.device, like.dtype).train(self.model.training)
             setattr(self.model.get_submodule(parent), own_name, head)
-        entering.encoder, entering.heads = None, None
+        if entering.heads:
+            entering.labels.give_to(self.model)
+        entering.encoder, entering.heads, entering.labels = None, None, None
         self.model.prefix_tuning_config = entering.config
         self.active = name
 
@@ -333,6 +225,11 @@ class PrefixTasks:
             banks=banks,
         )
 
+    def using(self, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
+        """While it is open, calls of the model in this thread see these prefixes."""
+        selection = names if isinstance(names, PrefixSelection) else self.select(names, for_heads=True)
+        return selected(replace(selection, may_repeat=True))
+
     def _rows(self, names: Sequence[RowNames]) -> list[list[str]]:
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(
@@ -356,14 +253,7 @@ class PrefixTasks:
                 "prefix_names: compiled code cannot compare heads; expected the result of select_prefixes(model, names)"
             )
         for name in others:
-            for head_name, head in self.heads(name).items():
-                state = ours[head_name].state_dict()
-                if any(not torch.equal(state[key], tensor.to(state[key])) for key, tensor in head.state_dict().items()):
-                    raise ValueError(
-                        f"prefix_names: {name!r} has another {head_name!r} than the active task {self.active!r}, and a "
-                        f"batch passes through one: expected tasks with equal heads; set_prefix(model, {name!r}) "
-                        "switches them for a batch of its own"
-                    )
+            refuse_unequal_heads(self.active, ours, name, self.heads(name))
 
     def _is_frozen(self, name: str) -> bool:
         encoder = self.encoder(name)
@@ -414,16 +304,8 @@ class GenerateWithPrefixes:
         generate = type(self.model).generate
         if prefix_names is None:
             return generate(self.model, *args, **kwargs)
-        with torch.no_grad(), use_prefixes(self.model, prefix_names):
+        with torch.no_grad(), tasks_of(self.model).using(prefix_names):
             return generate(self.model, *args, **kwargs)
-
-
-def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.Module:
-    """``module`` on the device of ``place``, with ``cast`` also in its dtype."""
-    there, here = next(place.parameters()), next(module.parameters())
-    dtype = there.dtype if cast else here.dtype
-    # Not where there is nothing to do: DTensor parameters that autograd knows cannot be exchanged.
-    return module if (here.device, here.dtype) == (there.device, dtype) else module.to(there.device, dtype)
 
 
 def _has_windows(model: PreTrainedModel) -> bool:

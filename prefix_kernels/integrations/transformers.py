@@ -22,11 +22,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
-from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
+from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, marked_heads, save_prefix
 from prefix_kernels.integrations.attachment import attach
 from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.families import find_heads, refuse_unsupported
+from prefix_kernels.integrations.heads import LABELS_KEY, Labels
 from prefix_kernels.integrations.initialization import (
     initialize_from_prefix,
     initialize_from_text,
@@ -34,10 +35,7 @@ from prefix_kernels.integrations.initialization import (
 )
 from prefix_kernels.integrations.injected import injected_parameters
 from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.stored import read_stored_task
-from prefix_kernels.integrations.tasks import (
-    PrefixTasks,
+from prefix_kernels.integrations.named_prefixes import (
     active_prefix,
     delete_named_prefix,
     get_named_prefix,
@@ -45,9 +43,11 @@ from prefix_kernels.integrations.tasks import (
     prefix_names,
     select_prefixes,
     set_prefix,
-    tasks_of,
     use_prefixes,
 )
+from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.stored import read_stored_task
+from prefix_kernels.integrations.tasks import PrefixTasks, tasks_of
 from prefix_kernels.integrations.tensor_parallel import split_over_heads
 
 __all__ = [
@@ -149,7 +149,7 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: bool = True) -> None:
-    """Store the task that ``model`` was trained for as one safetensors file: prefix, heads and config.
+    """Store the task that ``model`` was trained for as one safetensors file: prefix, heads and their labels, config.
 
     Args:
         model: a model prepared by :func:`get_prefix_model`.
@@ -165,7 +165,10 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
         config = PrefixTuningConfig.from_dict(
             config.to_dict() | {"prefix_projection": False, "encoder_hidden_size": None}
         )
-    save_prefix(model, path, fold=fold, metadata={CONFIG_KEY: config.to_json()})
+    metadata = {CONFIG_KEY: config.to_json()}
+    if marked_heads(model):
+        metadata[LABELS_KEY] = Labels.of(model).to_json()
+    save_prefix(model, path, fold=fold, metadata=metadata)
 
 
 def load_prefix_model(
