@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # What a stored task calls its labels in the metadata of its file.
@@ -113,8 +113,8 @@ def refuse_unequal_heads(
         ValueError: the message names the head.
     """
     for head_name, head in theirs.items():
-        state = ours[head_name].state_dict()
-        for key, tensor in head.state_dict().items():
+        state = _tensors(ours[head_name])
+        for key, tensor in _tensors(head).items():
             if torch.equal(state[key], tensor.to(state[key])):
                 continue
             sizes = ""
@@ -125,6 +125,11 @@ def refuse_unequal_heads(
                 f"batch passes through one: expected tasks with equal heads; set_prefix(model, {other!r}) switches "
                 "them for a batch of its own, and the model below the head mixes all tasks"
             )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    # Not state_dict(), for which FSDP2 takes back the parameters that it has gathered for the pass under way.
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _linear_layers(heads: Mapping[str, nn.Module]) -> list[tuple[str, nn.Linear]]:

@@ -44,12 +44,13 @@ def load_named_prefix(
         name: what :func:`set_prefix` and ``prefix_names=`` call it.
         path: the stored file, or the folder of a PEFT adapter; see ``load_prefix_model``.
         config: default: the stored one.
-        is_trainable: let gradients reach its prefix and heads. An inactive task is not among ``model.parameters()``;
-            :func:`get_named_prefix` gives its encoder.
+        is_trainable: let gradients reach its prefix and heads. An inactive task is not among ``model.parameters()``,
+            so that DistributedDataParallel does not sum its gradients; :func:`get_named_prefix` gives its encoder.
 
     Raises:
         ValueError: the name is taken; the file does not fit the model; the task has prefixes or heads at other places
-            than the model's, or treats sliding windows otherwise.
+            than the model's, or treats sliding windows otherwise; the model is sharded by FSDP2 already, or tensor
+            parallelism divides one of its heads.
     """
     tasks = tasks_of(model)
     if not isinstance(name, str) or name in tasks.names:
@@ -79,7 +80,7 @@ def set_prefix(model: PreTrainedModel, name: str) -> None:
     has to be made anew. ``save_prefix_model`` stores the active task.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or the model is sharded by FSDP2.
     """
     tasks = tasks_of(model)
     tasks.check(name)

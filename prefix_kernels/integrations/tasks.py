@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.config import PrefixTuningConfig
@@ -32,6 +33,7 @@ from prefix_kernels.integrations.selection import (
 )
 from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.stored import StoredTask
+from prefix_kernels.integrations.tensor_parallel import refuse_divided, split_over_heads
 
 FIRST_NAME = "default"
 _TASKS = "_prefix_tasks"
@@ -126,8 +128,8 @@ class PrefixTasks:
 
     def add(self, name: str, stored: StoredTask) -> None:
         """A task with a new prefix, and heads of the stored sizes that are otherwise like those of the active task."""
-        if (getattr(self.model, "_tp_size", None) or 1) > 1:
-            raise ValueError(f"{name}: tasks by name are not supported in a tensor-parallel model")
+        self._refuse_fsdp()
+        refuse_divided(marked_heads(self.model))
         config, heads = stored.config, marked_heads(self.model)
         if sorted(stored.heads) != sorted(heads):
             raise ValueError(
@@ -152,7 +154,9 @@ class PrefixTasks:
         fitted = fitted_heads(heads, stored.shapes())
         labels = stored.labels or labels_of_size(heads, fitted, Labels.of(self.model))
         device = next(self.model.prefix_encoder.parameters()).device
-        encoder = layout.make_encoder(config, device).train(self.model.training)
+        encoder = layout.make_encoder(config, device)
+        split_over_heads(self.model, encoder, layout)
+        encoder.train(self.model.training)
         self._tasks[name] = _Task(config, layout, encoder, fitted, labels)
 
     def remove(self, name: str) -> None:
@@ -163,21 +167,27 @@ class PrefixTasks:
         """Exchange the modules and labels of the active task for those of ``name``."""
         if name == self.active:
             return
+        self._refuse_fsdp()
         leaving, entering = self._tasks[self.active], self._tasks[name]
         leaving.encoder, leaving.heads = self.model.prefix_encoder, marked_heads(self.model)
         leaving.labels = Labels.of(self.model)
-        device = next(leaving.encoder.parameters()).device
-        self.model.prefix_encoder = entering.encoder.to(device).train(self.model.training)
+        self.model.prefix_encoder = _moved_to(leaving.encoder, entering.encoder).train(self.model.training)
         for head_name, head in entering.heads.items():
             parent, _, own_name = head_name.rpartition(".")
-            like = next(leaving.heads[head_name].parameters())
-            head.to(like.device, like.dtype).train(self.model.training)
+            head = _moved_to(leaving.heads[head_name], head, cast=True).train(self.model.training)
             setattr(self.model.get_submodule(parent), own_name, head)
         if entering.heads:
             entering.labels.give_to(self.model)
         entering.encoder, entering.heads, entering.labels = None, None, None
         self.model.prefix_tuning_config = entering.config
         self.active = name
+
+    def _refuse_fsdp(self) -> None:
+        if fsdp.units_of(self.model):
+            raise ValueError(
+                "model: expected one that is not sharded, got one of fully_shard, which keeps the modules that it was "
+                "given; load tasks and choose the active one before"
+            )
 
     def pairs(self, stack: nn.Module) -> dict[int, PrefixPair]:
         """The active prefixes of the attentions in ``stack``, by site."""
@@ -306,6 +316,14 @@ class GenerateWithPrefixes:
             return generate(self.model, *args, **kwargs)
         with torch.no_grad(), tasks_of(self.model).using(prefix_names):
             return generate(self.model, *args, **kwargs)
+
+
+def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.Module:
+    """``module`` on the device of ``place``, with ``cast`` also in its dtype."""
+    there, here = next(place.parameters()), next(module.parameters())
+    dtype = there.dtype if cast else here.dtype
+    # Not where there is nothing to do: DTensor parameters that autograd knows cannot be exchanged.
+    return module if (here.device, here.dtype) == (there.device, dtype) else module.to(there.device, dtype)
 
 
 def _has_windows(model: PreTrainedModel) -> bool:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.layout import PrefixLayout
 
 
-def split_over_heads(model: PreTrainedModel, layout: PrefixLayout) -> None:
-    """Let each process hold the prefixes of the heads that it computes, where ``model`` is loaded with a ``tp_plan``.
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether ``model`` was loaded with a ``tp_plan``, by several processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def split_over_heads(model: PreTrainedModel, encoder: PrefixEncoder | nn.ModuleDict, layout: PrefixLayout) -> None:
+    """Let each process hold in ``encoder`` the prefixes of the heads that it computes of a tensor-parallel ``model``.
 
     Raises:
         ValueError: the heads do not divide over the processes.
     """
-    if (getattr(model, "_tp_size", None) or 1) == 1:
+    if not is_tensor_parallel(model):
         return
     from torch.distributed.tensor.parallel import parallelize_module
 
     from prefix_kernels.distributed import PrefixParallel
 
     mesh = _mesh_of(layout.sites[0].module)
-    encoder = model.prefix_encoder
     for one in encoder.values() if isinstance(encoder, nn.ModuleDict) else [encoder]:
         parallelize_module(one, mesh, PrefixParallel())
+
+
+def refuse_divided(heads: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if tensor parallelism divides one of ``heads``, which then cannot be copied for another task."""
+    for name, head in heads.items():
+        if any(hasattr(parameter, "device_mesh") for parameter in head.parameters()):
+            raise ValueError(f"{name}: expected a head that each process holds whole, got one divided among processes")
 
 
 def _mesh_of(attention: nn.Module):

@@ -107,7 +107,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     _check_names(model, heads)
 
     model.prefix_encoder = layout.make_encoder(config, model.device)
-    split_over_heads(model, layout)
+    split_over_heads(model, model.prefix_encoder, layout)
     model.prefix_encoder.train(model.training)
     model.prefix_tuning_config = copy.deepcopy(config)
 
