@@ -184,8 +184,13 @@ class PrefixEncoder(nn.Module):
 
         Returns:
             This encoder.
+
+        Raises:
+            ValueError: FSDP2 shards what generates the table (``save_prefix(model, path, fold=True)`` needs no fold).
         """
         if self.projection:
+            if any(p.is_shard() for parameter in self.parameters() for p in getattr(parameter, "placements", ())):
+                raise ValueError("fold: expected parameters that every process holds whole, got sharded ones")
             trainable = any(parameter.requires_grad for parameter in self.parameters())
             table = self.folded_prefix_state()["table"]
             del self.embedding, self.transform

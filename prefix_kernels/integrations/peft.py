@@ -50,6 +50,7 @@ except ImportError as error:
         "written without it: prefix_kernels.integrations.peft_checkpoint"
     ) from error
 
+from prefix_kernels import fsdp
 from prefix_kernels.integrations.attachment import Attachment, attach
 from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import PrefixTuningConfig
@@ -61,6 +62,7 @@ from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.peft_layout import pairs_of_layers
 from prefix_kernels.integrations.selection import PREFIX_NAMES
 from prefix_kernels.integrations.sites import DECODER, find_sites
+from prefix_kernels.integrations.tensor_parallel import is_tensor_parallel
 
 __all__ = ["accelerate", "restore"]
 
@@ -92,7 +94,8 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     Raises:
         TypeError: not a PEFT model, or one of a class of the user's own.
         ValueError: accelerated already, inside ``disable_adapter()``, an adapter of another type or one that does not
-            fit the model, or a model that is not supported; the message says which and why.
+            fit the model, a model that is not supported, sharded by FSDP2 already or tensor-parallel; the message says
+            which and why.
 
     Source:
         Li and Liang, 2021: "Prefix-Tuning: Optimizing Continuous Prompts for Generation"; Eyuboglu et al., 2025:
@@ -126,10 +129,12 @@ def restore(peft_model: PeftModel) -> PeftModel:
         ``peft_model``.
 
     Raises:
-        ValueError: ``peft_model`` is not accelerated.
+        ValueError: ``peft_model`` is not accelerated, or is sharded by FSDP2.
     """
     if not isinstance(peft_model, _Accelerated):
         raise ValueError(f"peft_model: expected a model of accelerate(), got {type(peft_model).__name__}")
+    if fsdp.is_unit(peft_model):
+        raise ValueError("peft_model: expected one that is not sharded, got one of fully_shard")
     getattr(peft_model, _ADAPTERS).attachment.remove(peft_model.base_model)
     delattr(peft_model, _ADAPTERS)
     peft_model.__class__ = type(peft_model).__bases__[-1]
@@ -141,6 +146,8 @@ def _refuse(peft_model: nn.Module) -> None:
         raise TypeError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
     if isinstance(peft_model, _Accelerated):
         raise ValueError(f"{type(peft_model).__name__} is accelerated already; restore(peft_model) undoes it")
+    if fsdp.is_unit(peft_model):
+        raise ValueError("peft_model: expected one that is not sharded yet, got one of fully_shard; call that after this")
     for name, config in peft_model.peft_config.items():
         if config.peft_type not in PREFIX_TYPES:
             raise ValueError(
@@ -167,6 +174,11 @@ def _refuse(peft_model: nn.Module) -> None:
             f"{type(peft_model.base_model).__name__}"
         )
     refuse_unsupported(peft_model.base_model)
+    if is_tensor_parallel(peft_model.base_model):
+        raise ValueError(
+            "peft_model: expected a model whose heads are not divided among processes (tp_plan), got one whose are, "
+            "for which PEFT's tables are too wide; load_prefix_model reads its checkpoints into such a model"
+        )
     if any(hasattr(module, PREFIX_SITE_ATTRIBUTE) for module in peft_model.base_model.modules()):
         raise ValueError(
             f"{type(peft_model.base_model).__name__} below the PEFT model has a prefix already, of get_prefix_model or "
