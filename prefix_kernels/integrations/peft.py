@@ -147,7 +147,7 @@ def _refuse(peft_model: nn.Module) -> None:
     if isinstance(peft_model, _Accelerated):
         raise ValueError(f"{type(peft_model).__name__} is accelerated already; restore(peft_model) undoes it")
     if fsdp.is_unit(peft_model):
-        raise ValueError("peft_model: expected one that is not sharded yet, got one of fully_shard; call that after this")
+        raise ValueError("peft_model: expected one that is not sharded yet, got one of fully_shard; call that later")
     for name, config in peft_model.peft_config.items():
         if config.peft_type not in PREFIX_TYPES:
             raise ValueError(

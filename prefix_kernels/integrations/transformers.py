@@ -100,7 +100,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     if hasattr(model, _PREPARED):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
     if fsdp.units_of(model):
-        raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call that after this")
+        raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call that later")
     refuse_unsupported(model)
     layout = PrefixLayout(find_sites(model), config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
