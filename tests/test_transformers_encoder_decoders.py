@@ -21,7 +21,6 @@ from family_checks import (
     check_bfloat16,
     check_compiled,
     check_generation,
-    check_mixed_batch,
     check_torch_baseline,
     check_training,
     prepared,
@@ -37,11 +36,9 @@ from prefix_kernels.integrations.position_bias import StackBias
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
-    load_named_prefix,
     load_prefix_model,
     remove_prefix,
     save_prefix_model,
-    set_prefix,
 )
 
 ENCODER_LAYERS, DECODER_LAYERS = 3, 2
@@ -224,27 +221,6 @@ def test_prefixes_are_found_by_kind() -> None:
         PrefixTuningConfig(layers={"encoder": []})
 
 
-@each_family
-def test_rows_of_a_batch_see_the_prefixes_that_they_name(tmp_path: Path, family: Family) -> None:
-    check_mixed_batch(dataclasses.replace(family, settings={"position_offset": "none"}), tmp_path)
-
-
-@each_family
-def test_rows_whose_positions_begin_elsewhere_are_refused(tmp_path: Path, family: Family) -> None:
-    base = family.model()
-    for name, length in (("default", P), ("short", 2)):
-        save_prefix_model(prepared(family, base, num_virtual_tokens=length), tmp_path / f"{name}.safetensors")
-    model = load_prefix_model(copy.deepcopy(base), tmp_path / "default.safetensors")
-    load_named_prefix(model, "short", tmp_path / "short.safetensors")
-    inputs = family.inputs("none")
-    with pytest.raises(NotImplementedError, match=r"position_offset='none'"):
-        model(**inputs, prefix_names=["short", "default", None])
-
-    set_prefix(model, "short")
-    alone = load_prefix_model(copy.deepcopy(base), tmp_path / "short.safetensors")
-    torch.testing.assert_close(model(**inputs).logits, alone(**inputs).logits)
-
-
 @pytest.mark.parametrize("position_offset", ["peft", "none"])
 @pytest.mark.parametrize(("family", "padding"), FAMILIES_AND_PADDINGS)
 def test_the_torch_baseline_is_the_same_model(family: Family, padding: str, position_offset: str) -> None:
@@ -324,11 +300,11 @@ def test_another_bias_or_another_padding_gives_another_mask() -> None:
     for bias in biases:
         for padding in paddings:
             visible = padding[:, None, None]
-            for columns, has_prefix in ((7, True), (3, False)):
-                mask = stack_bias.mask(bias, padding, visible, 3, has_prefix)
-                assert mask.shape == (1, 2, 3, columns)
+            for prefix_len in (4, 0):
+                mask = stack_bias.mask(bias, padding, visible, 3, prefix_len)
+                assert mask.shape == (1, 2, 3, prefix_len + 3)
                 torch.testing.assert_close(mask[..., -3:], bias.masked_fill(~visible, -torch.inf))
-                assert stack_bias.mask(bias, padding, visible, 3, has_prefix) is mask
+                assert stack_bias.mask(bias, padding, visible, 3, prefix_len) is mask
 
 
 @pytest.mark.parametrize("family", [BART, MBART, WHISPER], ids=lambda family: family.name)

@@ -1,64 +1,103 @@
 """Where the positions of an encoder-decoder model begin when it has a prefix.
 
 PEFT's prefix lies in the cache of the decoder's self-attention and so moves the positions of the decoder, not those of
-the encoder. Decoders look them up where no caller can move them, so the hooks are at their tables.
+the encoder. Decoders look them up where no caller can move them, so the hooks are at their tables; what each row sees
+is known to the decoder alone, whose hook leaves it to them.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.selection import find_selection
+from prefix_kernels.integrations.selection import PREFIX_NAMES, batch_size, find_selection
 from prefix_kernels.integrations.sites import DECODER
 
 if TYPE_CHECKING:
     from prefix_kernels.integrations.tasks import PrefixTasks
 
 
-class DecoderPositionShift:
-    """Forward pre-hook of a decoder's table of positions: lets them begin behind the prefix of the active task.
+class _Calling(threading.local):
+    """The call of a decoder that this thread has begun last, and that asks its table next.
+
+    Attributes:
+        shift: by how much its positions begin later, one for all rows or int64 ``[B, 1]``.
+        largest: the largest of them.
+    """
+
+    shift: int | Tensor = 0
+    largest: int = 0
+
+
+_calling = _Calling()
+
+
+class DecoderShift:
+    """Forward pre-hook of a decoder: finds out by how much the positions of this call begin later.
 
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, table: nn.Embedding, tasks: PrefixTasks) -> None:
+    def __init__(self, tasks: PrefixTasks) -> None:
         self.tasks = tasks
+
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        selection = find_selection(kwargs, self.tasks)
+        if selection is None:
+            _calling.shift = _calling.largest = self.tasks.shift
+            return None
+        if selection.moves:
+            _calling.shift = selection.shifts_of(batch_size(args, kwargs))
+            # Code compiled for one largest shift would be compiled again for another; there, the table itself refuses.
+            _calling.largest = 0 if torch.compiler.is_compiling() else selection.largest_shift
+        else:
+            _calling.shift = _calling.largest = 0
+        return args, kwargs | {PREFIX_NAMES: selection}
+
+
+class PositionTableShift:
+    """Forward pre-hook of a decoder's table of positions: lets them begin behind the prefixes of the rows.
+
+    An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
+    """
+
+    def __init__(self, table: nn.Embedding) -> None:
         self.num_positions = table.num_embeddings - getattr(table, "offset", 0)
 
     def __call__(self, table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        shift, positions = self.tasks.shift, kwargs.get("position_ids")
+        positions = kwargs.get("position_ids")
         if positions is None:
             raise RuntimeError(
                 f"{type(table).__name__}: expected position_ids as a keyword argument, got none: this version of "
                 "Transformers gives position_offset='peft' no way to move positions; use position_offset='none'"
             )
-        past = args[1] if len(args) > 1 else kwargs.get("past_key_values_length", 0)
-        usable = self.num_positions - shift
+        names = ("cache_length", "past_key_values_length")  # newer and older versions
+        past = args[1] if len(args) > 1 else next((kwargs[name] for name in names if name in kwargs), 0)
+        usable = self.num_positions - _calling.largest
         if isinstance(past, int) and past + positions.shape[-1] > usable:
             raise ValueError(
                 f"decoder_input_ids: {past + positions.shape[-1]} tokens do not fit: position_offset='peft' moves "
-                f"positions by {shift}, which leaves {usable} of the decoder's positions; position_offset='none' keeps "
-                "all"
+                f"positions by {_calling.largest}, which leaves {usable} of the decoder's positions; "
+                "position_offset='none' keeps all"
             )
-        return args, kwargs | {"position_ids": positions + shift}
+        return args, kwargs | {"position_ids": positions + _calling.shift}
 
 
-class OneShiftForAllRows:
-    """Forward pre-hook of a decoder: refuses a batch whose rows may need different positions."""
+def without_row_dimension(
+    table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor | None:
+    """Forward hook of a decoder's table of positions: ``[1, B, S, D]`` to ``[B, S, D]``.
 
-    def __init__(self, tasks: PrefixTasks) -> None:
-        self.tasks = tasks
-
-    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if find_selection(kwargs, self.tasks) is not None:
-            raise NotImplementedError(
-                f"prefix_names: the positions of {type(decoder).__name__} cannot begin elsewhere in each row, which "
-                "position_offset='peft' asks for; expected tasks with position_offset='none', or set_prefix"
-            )
+    BART's table takes the positions ``[S]`` of one row for all, and puts a dimension of rows before whatever it gets.
+    """
+    return output.squeeze(0) if output.dim() == 4 else None
 
 
 def register_decoder_shift(layout: PrefixLayout, tasks: PrefixTasks) -> list[RemovableHandle]:
@@ -70,8 +109,9 @@ def register_decoder_shift(layout: PrefixLayout, tasks: PrefixTasks) -> list[Rem
     for decoder in {id(site.stack): site.stack for site in layout.sites if site.role == DECODER}.values():
         table = getattr(decoder, "embed_positions", None)
         if table is not None:
-            shift, refusal = DecoderPositionShift(table, tasks), OneShiftForAllRows(tasks)
-            handles.append(table.register_forward_pre_hook(shift, with_kwargs=True))
             # Before the decoder's own hook, which takes the names away.
-            handles.append(decoder.register_forward_pre_hook(refusal, with_kwargs=True, prepend=True))
+            shift = DecoderShift(tasks)
+            handles.append(decoder.register_forward_pre_hook(shift, with_kwargs=True, prepend=True))
+            handles.append(table.register_forward_pre_hook(PositionTableShift(table), with_kwargs=True))
+            handles.append(table.register_forward_hook(without_row_dimension, with_kwargs=True))
     return handles

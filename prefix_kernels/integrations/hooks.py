@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,9 @@ from prefix_kernels.integrations.attention import implementation_name
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.layer_prefixes import PREFIX_ARGUMENT, LayerPrefixes
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.position_bias import RelativeBias, has_relative_bias
+from prefix_kernels.integrations.position_bias import BankColumns, RelativeBias, StackBias, has_relative_bias
 from prefix_kernels.integrations.recording import find_recording
-from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
+from prefix_kernels.integrations.selection import PREFIX_NAMES, PrefixSelection, batch_size, find_selection
 
 if TYPE_CHECKING:
     from prefix_kernels.integrations.tasks import PrefixTasks
@@ -66,10 +67,10 @@ class StackHook:
         elif selection is None:
             prefixes = LayerPrefixes(self.pairs(), self.window_includes_prefix)
         else:
-            bank, ids = selection.bank(stack), selection.ids_of(_batch_size(args, kwargs))
+            bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
             prefixes = LayerPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
         if self.relative_bias is not None:
-            prefixes.bias = self.relative_bias(self.shift(), args, kwargs)
+            prefixes.bias = self._position_bias(prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)
         return args, kwargs | {PREFIX_ARGUMENT: prefixes}
 
@@ -82,6 +83,21 @@ class StackHook:
         """How many positions before the sequence the prefix counts as in this call."""
         return self.position_offset if self.tasks is None else self.tasks.shift
 
+    def _position_bias(
+        self,
+        prefixes: LayerPrefixes,
+        selection: PrefixSelection | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> StackBias:
+        if prefixes.ids is None:
+            return self.relative_bias(self.shift(), args, kwargs)
+        if not selection.moves:
+            return StackBias()
+        columns = BankColumns(prefixes.ids, selection.bank_shifts)
+        longest = max(key.shape[2] for key, _ in prefixes.pairs.values())
+        return replace(self.relative_bias(columns.slots * longest, args, kwargs), columns=columns)
+
     def _detach_for_reentrant_checkpointing(self, prefixes: LayerPrefixes) -> None:
         pairs = prefixes.pairs
         needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
@@ -92,12 +108,6 @@ class StackHook:
             prefixes.pairs = {
                 site: tuple(tensor.detach().requires_grad_() for tensor in pair) for site, pair in pairs.items()
             }
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    names = ("hidden_states", "inputs_embeds", "input_ids", "input_features", "pixel_values")
-    candidates = [*args, *(kwargs.get(name) for name in names)]
-    return next(candidate.shape[0] for candidate in candidates if isinstance(candidate, Tensor))
 
 
 def _is_checkpointed_reentrantly(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from prefix_kernels.integrations.caches import CACHE_NAMES
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.families import refuse_unsupported
 from prefix_kernels.integrations.layout import PrefixLayout
@@ -269,8 +270,8 @@ def _refuse_what_peft_lacks(model: PreTrainedModel, config: PrefixTuningConfig) 
         raise ValueError(
             f"window_includes_prefix: expected True (in PEFT the prefix slides out of the window of {name}), got False"
         )
-    if not any("past_key_values" in inspect.signature(m.forward).parameters for m in (model, model.base_model)):
-        raise ValueError(f"{name}: PEFT cannot run a prefix on it, because its forward takes no past_key_values")
+    if not any(set(CACHE_NAMES) & set(inspect.signature(m.forward).parameters) for m in (model, model.base_model)):
+        raise ValueError(f"{name}: PEFT cannot run a prefix on it, because its forward takes no key/value cache")
     return expected
 
 

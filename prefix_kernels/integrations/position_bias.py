@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefix_kernels.integrations.caches import past_length
+
 _TABLE = "relative_attention_bias"
 
 
@@ -23,17 +25,19 @@ class StackBias:
     """The position bias of one call of a stack.
 
     Attributes:
-        prefix: what the columns of the prefix get, ``[1, Hq, Sq, P]``; None is zero.
-        masks: what :meth:`mask` made, by whether it has columns for the prefix, after what it was made from.
+        before: the bias ``[1, Hq, Sq, T]`` of the ``T`` positions before the sequence; None is zero.
+        columns: which of these positions the prefixes of each row have; None: one prefix of length ``T`` has them all.
+        masks: what :meth:`mask` made, by the length of the prefix, after what it was made from.
     """
 
-    prefix: Tensor | None = None
-    masks: dict[bool, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
+    before: Tensor | None = None
+    columns: BankColumns | None = None
+    masks: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
     def mask(
-        self, bias: Tensor, attention_mask: Tensor | None, visible: Tensor | None, k_len: int, has_prefix: bool
+        self, bias: Tensor, attention_mask: Tensor | None, visible: Tensor | None, k_len: int, prefix_len: int
     ) -> Tensor:
-        """:func:`biased_mask`, made once for all layers.
+        """:func:`biased_mask`, made once for all layers whose prefixes have the same length.
 
         With padding it is ``[B, Hq, Sq, P + Sk]``, and each layer would keep its own for the backward pass.
 
@@ -41,14 +45,58 @@ class StackBias:
             bias, attention_mask: as the attention module gave them: the same objects in each layer.
             visible: what ``attention_mask`` says.
             k_len: ``Sk``.
-            has_prefix: whether this layer does.
+            prefix_len: ``P``, of this layer's prefix or bank; 0 without one.
         """
-        wide = has_prefix and self.prefix is not None
-        known = self.masks.get(wide)
+        known = self.masks.get(prefix_len)
         if known is None or known[0] is not bias or known[1] is not attention_mask:
-            known = (bias, attention_mask, biased_mask(bias, visible, k_len, self.prefix if wide else None))
-            self.masks[wide] = known
+            known = (bias, attention_mask, biased_mask(bias, visible, k_len, self._prefix_bias(prefix_len)))
+            self.masks[prefix_len] = known
         return known[2]
+
+    def _prefix_bias(self, prefix_len: int) -> Tensor | None:
+        """What the columns of a prefix of that length get."""
+        if self.before is None or prefix_len == 0:
+            return None
+        return self.before if self.columns is None else self.columns.bias(self.before, prefix_len)
+
+
+@dataclass(frozen=True, eq=False)
+class BankColumns:
+    """The prefixes of a bank that each row sees, one after another before its sequence.
+
+    Attributes:
+        ids: int64 ``[B]`` or ``[B, M]``, indices into the bank; -1 is none.
+        shifts: int64 ``[N]``, how many positions each prefix of the bank takes: its length, or 0.
+    """
+
+    ids: Tensor
+    shifts: Tensor
+
+    @property
+    def slots(self) -> int:
+        """``M``."""
+        return self.ids.shape[1] if self.ids.dim() == 2 else 1
+
+    def bias(self, before: Tensor, prefix_len: int) -> Tensor:
+        """The bias of the columns of a bank ``[N, Hkv, P, D]``.
+
+        Args:
+            before: ``[1, Hq, Sq, T]``, that of the ``T`` positions before the sequence, ``T`` at least their sum in any
+                row.
+            prefix_len: ``P``.
+
+        Returns:
+            ``[B, Hq, Sq, M * P]``; zero where a prefix takes no position.
+        """
+        ids = self.ids.view(self.ids.shape[0], -1)
+        shifts = torch.where(ids >= 0, self.shifts[ids.clamp(min=0)], 0)
+        begin = shifts.cumsum(1) - shifts - shifts.sum(1, keepdim=True)
+        token = torch.arange(prefix_len, device=ids.device)
+        position = begin[..., None] + token
+        takes = (token < shifts[..., None]).flatten(1)
+        column = torch.where(takes, position.flatten(1) + before.shape[-1], 0)
+        bias = before[0][:, :, column].permute(2, 0, 1, 3)
+        return bias.masked_fill(~takes[:, None, None], 0.0)
 
 
 def biased_mask(bias: Tensor, visible: Tensor | None, k_len: int, prefix_bias: Tensor | None = None) -> Tensor:
@@ -58,15 +106,16 @@ def biased_mask(bias: Tensor, visible: Tensor | None, k_len: int, prefix_bias: T
         bias: ``[1, Hq, Sq, T]`` with ``T >= Sk``: a static cache has room for keys that are not there yet.
         visible: None, bool or floating, broadcastable to ``[B, Hq, Sq, Sk]``.
         k_len: ``Sk``.
-        prefix_bias: ``[1, Hq, Sq, P]``, for columns that are always visible. Default: no such columns.
+        prefix_bias: ``[1, Hq, Sq, P]`` or ``[B, Hq, Sq, M * P]``, for columns that are always visible. Default: no
+            such columns.
 
     Returns:
         The values of ``bias`` itself where there is nothing to add, else a new tensor. It has no graph.
     """
     bias = bias.detach()[..., :k_len]
     if prefix_bias is not None:
-        # Before the batch enters: this copy has the size of one row's mask.
-        bias = torch.cat([prefix_bias.to(bias.dtype), bias], dim=-1)
+        # Before the batch enters, if it does not enter here: this copy then has the size of one row's mask.
+        bias = torch.cat([prefix_bias.to(bias.dtype), bias.expand(prefix_bias.shape[0], -1, -1, -1)], dim=-1)
         if visible is not None:
             seen = 1.0 if visible.dtype == torch.bool else 0.0
             visible = F.pad(visible, (prefix_bias.shape[-1], 0), value=seen)
@@ -108,14 +157,14 @@ class RelativeBias:
     def __call__(self, num_positions: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackBias:
         """The bias for a call of the stack with these arguments.
 
-        The prefix counts as ``num_positions`` positions before the sequence; with 0 it has no bias.
+        Args:
+            num_positions: ``T``, how many positions before the sequence the prefix may have; with 0 it has no bias.
         """
         inputs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
         tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
         if num_positions == 0 or len(tokens) != 1:  # the stack says what is wrong
             return StackBias()
-        cache = inputs.get("past_key_values") if self.attention.is_decoder else None
-        past = 0 if cache is None else cache.get_seq_length()
+        past = past_length(inputs) if self.attention.is_decoder else 0
         with torch.no_grad():
             return StackBias(
                 self.attention.compute_bias(tokens[0].shape[1], num_positions, past_seen_tokens=past + num_positions)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.integrations.caches import CACHE_NAMES, past_length
 from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ class PositionShift:
         shift, largest = self._shift(kwargs, tokens.shape[0])
         if isinstance(shift, int) and shift == 0:
             return
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        past = past_length(kwargs)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"] + shift
         elif self.padding_aware is not None and input_ids is not None:
@@ -143,18 +143,20 @@ class UnpackedHint:
     padding mask tells it that none are. Positions that the caller gives may be those of packed sequences.
     """
 
-    needs = ("attention_mask", "position_ids", "past_key_values")
-
     def __init__(self, stack: nn.Module) -> None:
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
-        self.applies = set(self.needs) <= set(self.parameter_names)
+        self.applies = {"attention_mask", "position_ids"} <= set(self.parameter_names) and any(
+            name in self.parameter_names for name in CACHE_NAMES
+        )
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if not (self.applies and torch.compiler.is_compiling()):
             return None
         given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if tokens is None or any(given.get(name) is not None for name in self.needs):
+        if tokens is None or any(
+            given.get(name) is not None for name in ("attention_mask", "position_ids", *CACHE_NAMES)
+        ):
             return None
         padding = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return (), given | {"attention_mask": padding}

@@ -57,6 +57,7 @@ class PrefixSelection:
         owner: the tasks of the model it was made for.
         bank_names: the tasks in the bank, in its order.
         ids: int64 ``[B]`` or ``[B, M]``, indices into the bank; -1 is none.
+        bank_shifts: int64 ``[N]``, by how much each prefix of the bank lets positions begin later: its length, or 0.
         shifts: int64 ``[B]``, by how much the positions of each row begin later (``position_offset="peft"``).
         largest_shift: the largest of them.
         moves: whether that is more than 0.
@@ -69,6 +70,7 @@ class PrefixSelection:
     owner: Any
     bank_names: tuple[str, ...]
     ids: Tensor
+    bank_shifts: Tensor
     shifts: Tensor
     largest_shift: int
     moves: bool
@@ -100,6 +102,13 @@ class PrefixSelection:
             return rows.repeat_interleave(batch // count, dim=0)
         expected = f"a multiple of {batch} rows" if self.may_repeat else f"one entry for each of the {batch} rows"
         raise ValueError(f"prefix_names: expected {expected} of the batch, got {count}")
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The number of rows of a call of a stack of layers."""
+    names = ("hidden_states", "inputs_embeds", "input_ids", "input_features", "pixel_values")
+    candidates = [*args, *(kwargs.get(name) for name in names)]
+    return next(candidate.shape[0] for candidate in candidates if isinstance(candidate, Tensor))
 
 
 _selections: ContextVar[Mapping[int, PrefixSelection]] = ContextVar("prefix_selections", default={})  # noqa: B039

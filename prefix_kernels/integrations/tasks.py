@@ -229,6 +229,7 @@ class PrefixTasks:
             self,
             bank_names,
             torch.tensor(ids if slots > 1 else [one for (one,) in ids], dtype=torch.int64, device=device),
+            torch.tensor([self._tasks[name].shift for name in bank_names], dtype=torch.int64, device=device),
             torch.tensor(shifts, dtype=torch.int64, device=device),
             max([0, *shifts]),
             any(shifts),

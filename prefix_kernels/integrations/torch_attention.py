@@ -59,8 +59,10 @@ def torch_attention_forward(
         if ids is None:
             prefix_key, prefix_value = (x.expand(query.shape[0], -1, -1, -1) for x in (prefix_key, prefix_value))
         else:
-            mask = _mask_of_columns(mask, query, k_len)
-            mask = torch.cat([_bank_mask(ids, lens, prefix_key.shape[2], mask), mask], dim=-1)
+            bias = None if mask is None or mask.shape[-1] == k_len else mask[..., :-k_len]
+            mask = _mask_of_columns(mask if bias is None else mask[..., -k_len:], query, k_len)
+            bank_mask = _bank_mask(ids, lens, prefix_key.shape[2], mask)
+            mask = torch.cat([bank_mask if bias is None else bank_mask + bias, mask], dim=-1)
             prefix_key, prefix_value = _of_each_row(prefix_key, ids), _of_each_row(prefix_value, ids)
         if mask is not None and ids is None and mask.shape[-1] == k_len:
             seen = 1.0 if mask.dtype == torch.bool else 0.0

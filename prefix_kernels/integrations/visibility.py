@@ -83,13 +83,9 @@ def with_position_bias(
         return visible
     if prefixes is None or prefixes.bias is None:
         return biased_mask(bias, visible, k_len)
-    has_prefix = prefixes.site_of(module) is not None
-    if has_prefix and prefixes.bias.prefix is not None and prefixes.ids is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__}: a prefix for each row has no position bias with position_offset='peft', because "
-            "they differ in length; use position_offset='none'"
-        )
-    return prefixes.bias.mask(bias, attention_mask, visible, k_len, has_prefix)
+    site = prefixes.site_of(module)
+    prefix_len = 0 if site is None else prefixes.pairs[site][0].shape[-2]
+    return prefixes.bias.mask(bias, attention_mask, visible, k_len, prefix_len)
 
 
 def refuse_attention_weights(module: nn.Module, arguments: dict[str, object]) -> None:
