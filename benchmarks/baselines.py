@@ -156,7 +156,7 @@ def merged_sdpa(
     is_causal: bool = False,
     kernel: SdpaKernel = CPU_KERNEL,
 ) -> Tensor:
-    """No concatenation, no mask, SDPA's fastest kernel: the strongest alternative where the prefix is short.
+    """No concatenation, no mask, SDPA's fastest kernel; the prefix's backward is three products.
 
     Causal attention needs Sq = Sk. A prefix is repeated for the heads of its group, which is small.
     """
@@ -208,14 +208,14 @@ def merged_kernels(
     is_causal: bool = False,
     kernel: SdpaKernel = CPU_KERNEL,
 ) -> Tensor:
-    """The same with SDPA's kernel for the prefix too: the strongest where the prefix is long."""
+    """The same with SDPA's kernel for the prefix too, which is faster where the prefix is long."""
     return _MergedKernels.apply(query, key, value, prefix_key, prefix_value, is_causal, kernel)
 
 
 def merged_float32(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, is_causal: bool = False
 ) -> Tensor:
-    """``merged_sdpa`` in float32 for 16-bit operands: faster where the processor has no instructions for these."""
+    """``merged_sdpa`` in float32 for 16-bit operands: SDPA's backward in these is 2 to 14 times slower than that."""
     operands = (each.float() for each in (query, key, value, prefix_key, prefix_value))
     return merged_sdpa(*operands, is_causal).to(query.dtype)
 

@@ -25,8 +25,6 @@ CAT = ("cat_sdpa", "cat_sdpa_causal_bias")
 # What they could write in plain PyTorch.
 ALTERNATIVES = ("merged_sdpa", "merged_kernels", "merged_float32", "merged_decode", "matmul_decode")
 BASELINES = CAT + ALTERNATIVES
-# From so many prefix tokens on SDPA's kernel is worth calling for them.
-_LONG_PREFIX = 512
 
 
 def ours(cell: Cell) -> Contender:
@@ -52,9 +50,7 @@ def _alternatives(cell: Cell) -> dict[str, Contender]:
         # Products of float16 matrices are 20 times slower here than the others.
         matmul = {} if cell.dtype == "float16" else {"matmul_decode": matmul_decode}
         return {"merged_decode": merged_decode, **matmul}
-    functions = {"merged_sdpa": merged_sdpa}
-    if cell.prefix_len >= _LONG_PREFIX:
-        functions["merged_kernels"] = merged_kernels
+    functions = {"merged_sdpa": merged_sdpa, "merged_kernels": merged_kernels}
     if cell.dtype in ("bfloat16", "float16"):
         functions["merged_float32"] = merged_float32
     return {name: functools.partial(function, is_causal=cell.is_causal) for name, function in functions.items()}

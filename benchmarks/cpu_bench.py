@@ -3,7 +3,8 @@
 A row of the CSV is written as soon as its cell is measured. It names the work that the cell is at least, FLOPs of the
 visible pairs and bytes, the floor of its time on this machine (``roofline.py`` says how) and the fraction of it that we
 reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``, ``alternative`` the fastest of the other ways in
-plain PyTorch. A decode pass begins with empty caches: what it reads comes from DRAM.
+plain PyTorch. A decode pass begins with empty caches: what it reads comes from DRAM. A baseline that takes seconds is
+timed once, by the call that compares its result with ours.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from cells import Cell, select
-from contenders import Call, difference, make_dout, make_inputs, prepare
+from contenders import Call, Contender, difference, make_dout, make_inputs, prepare
 from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
 from cpu_cells import one_of_each, plan
 from goals import judge
@@ -26,6 +27,8 @@ from roofline import CacheFlush, Ceilings, measure_ceilings
 from table import Row, Table, ratios_to_ours, summary
 
 LEAST_ROUNDS = 3
+# A baseline that takes longer is not called again.
+SLOW_MS = 2000.0
 # Results of 16-bit types that differ by more, in the Euclidean norm, are not those of the same attention.
 _SAME = 0.05
 
@@ -55,8 +58,8 @@ class WallTimer:
         return times
 
 
-def prepare_all(cell: Cell) -> dict[str, Call]:
-    """The calls of all contenders, each made once.
+def prepare_all(cell: Cell) -> tuple[dict[str, Call], dict[str, float]]:
+    """The calls of all contenders, and how many milliseconds the first of each took.
 
     Raises:
         ValueError: a baseline computes something else than ours.
@@ -64,19 +67,26 @@ def prepare_all(cell: Cell) -> dict[str, Call]:
     torch.manual_seed(0)
     inputs = make_inputs(cell, "cpu")
     dout = make_dout(inputs[0])
-    calls = {"ours": prepare(cell, ours(cell), inputs, dout)}
-    expected = calls["ours"]()
-    for name, function in baselines_of(cell).items():
+    calls: dict[str, Call] = {}
+    first: dict[str, float] = {}
+
+    def first_result(name: str, function: Contender, cell: Cell = cell) -> object:
         calls[name] = prepare(cell, function, inputs, dout)
+        begin_ns = time.perf_counter_ns()
         result = calls[name]()
+        first[name] = (time.perf_counter_ns() - begin_ns) / 1e6
+        return result
+
+    expected = first_result("ours", ours(cell))
+    for name, function in baselines_of(cell).items():
+        result = first_result(name, function)
         # Every contender drops elements of its own. Written so that NaN is refused.
         if not cell.dropout_p and not (distance := difference(result, expected)) < _SAME:
             raise ValueError(f"{name} differs from ours by {distance:.2g} of its size in {cell}")
     if cell.dropout_p:
         without = dataclasses.replace(cell, dropout_p=0.0)
-        calls["ours_without_dropout"] = prepare(without, ours(without), inputs, dout)
-        calls["ours_without_dropout"]()
-    return calls
+        first_result("ours_without_dropout", ours(without), without)
+    return calls, first
 
 
 def row_of(cell: Cell, times: dict[str, list[float]], ceilings: Ceilings) -> Row:
@@ -89,6 +99,7 @@ def row_of(cell: Cell, times: dict[str, list[float]], ceilings: Ceilings) -> Row
         "bytes": cell.bytes(),
         "cold": int(is_cold(cell)),
         "floor_ms": f"{floor:.4f}",
+        "rounds": len(times["ours"]),
         "ours_ms": f"{milliseconds:.4f}",
         "ours_gflops": f"{cell.flops() / milliseconds / 1e6:.1f}",
         "ours_gbps": f"{cell.bytes() / milliseconds / 1e6:.1f}",
@@ -122,11 +133,15 @@ def line_of(row: Row) -> str:
 
 def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, ceilings: Ceilings) -> Row:
     """One row, of as many rounds as fit into ``seconds``, at least three."""
-    calls = prepare_all(cell)
+    calls, first = prepare_all(cell)
+    slow = [name for name in calls if name in BASELINES and first[name] > SLOW_MS]
+    quick = {name: call for name, call in calls.items() if name not in slow}
     begin = time.perf_counter()
-    timer(calls, 1)  # warm up
+    times = timer(quick, 1)
     rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / (time.perf_counter() - begin))))
-    return row_of(cell, timer(calls, rounds), ceilings)
+    for name, others in timer(quick, rounds - 1).items():
+        times[name] += others
+    return row_of(cell, {**times, **{name: [first[name]] * rounds for name in slow}}, ceilings)
 
 
 def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceilings: Ceilings | None = None) -> list[Row]:

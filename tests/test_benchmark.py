@@ -18,7 +18,7 @@ from cpu_cells import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
 from goals import judge
 from roofline import Ceilings, last_level_cache, measure_ceilings
 
-# Two cells of every pass, with grouped heads, with a long prefix, decoding, with dropout and padding.
+# Every pass with grouped heads, with a short and a long prefix; decoding; dropout and padding.
 SMALL = [
     Cell(2, 4, 2, 16, 24, 24, prefix_len, is_causal, pass_, "float32")
     for prefix_len in (5, 600)
@@ -89,6 +89,33 @@ def test_a_baseline_is_compared_before_it_is_timed(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"cat_sdpa differs from ours by 0\.2 of its size in Cell"):
         cpu_bench.prepare_all(SMALL[0])
+
+
+def test_a_slow_baseline_is_called_once(monkeypatch):
+    called = []
+
+    def counted(*inputs):
+        called.append(inputs)
+        return baselines_of(SMALL[0])["cat_sdpa"](*inputs)
+
+    monkeypatch.setattr(cpu_bench, "baselines_of", lambda cell: {"cat_sdpa": counted})
+    for limit, calls in ((1e9, 1 + 5), (0.0, 1)):
+        called.clear()
+        monkeypatch.setattr(cpu_bench, "SLOW_MS", limit)
+        row = cpu_bench.measure(SMALL[0], cpu_bench.WallTimer(), rounds=5, seconds=100.0, ceilings=CEILINGS)
+        assert len(called) == calls
+        assert row["rounds"] == 5
+        assert float(row["cat_ratio"]) > 0
+
+
+@pytest.mark.parametrize("contender", ["ours", "cat_sdpa"])
+def test_what_is_timed_with_dropout_drops(contender):
+    cell = next(cell for cell in SMALL if cell.dropout_p)
+    without = dataclasses.replace(cell, dropout_p=0.0)
+    inputs = make_inputs(cell, "cpu")
+    results = [{"ours": ours(each), **baselines_of(each)}[contender](*inputs) for each in (cell, cell, without)]
+    assert not torch.allclose(results[0], results[1])
+    assert not torch.allclose(results[0], results[2])
 
 
 def test_flops_and_bytes_of_a_cell_counted_by_hand():
