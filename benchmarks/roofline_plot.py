@@ -16,7 +16,12 @@ import matplotlib.pyplot as plt
 from plot import TITLES, by_pass, conditions, read_table
 from table import Row
 
-OURS, CAT, ALTERNATIVE = "#4c72b0", "#c44e52", "#dd8452"
+# Where the row names the baseline that is drawn; label; colour.
+SERIES = (
+    ("", "ours", "#4c72b0"),
+    ("cat", "torch.cat + SDPA, the fastest", "#c44e52"),
+    ("alternative", "the fastest alternative", "#dd8452"),
+)
 
 
 def _ceilings(row: Row) -> tuple[dict[str, float], dict[str, float]]:
@@ -28,49 +33,43 @@ def _ceilings(row: Row) -> tuple[dict[str, float], dict[str, float]]:
     return peaks, {"DRAM": memory, "last-level cache": float(row["cache_gbps"])}
 
 
+def _points(rows: list[Row], series: str) -> list[tuple[float, float]]:
+    """FLOPs per byte and GFLOP/s of the rows that have the contender."""
+    named = [(row, row[series] if series else "ours") for row in rows]
+    return [
+        (float(row["flops"]) / float(row["bytes"]), float(row["flops"]) / float(row[f"{name}_ms"]) / 1e6)
+        for row, name in named
+        if name
+    ]
+
+
 def draw_pass(axes: plt.Axes, rows: list[Row], title: str) -> None:
     """Ours filled, the fastest baselines of both kinds hollow, one above the other in each cell."""
     peaks, bandwidths = _ceilings(rows[0])
-    intensities = [float(row["flops"]) / float(row["bytes"]) for row in rows]
     top = max(peaks.values())
-    left, right = min(intensities) / 2, max(max(intensities), top / min(bandwidths.values())) * 2
-    grid = [left * (right / left) ** (i / 200) for i in range(201)]
+    intensities = [x for x, _ in _points(rows, "")]
+    left, right = min(*intensities, top / max(bandwidths.values())) / 2, max(*intensities, top / bandwidths["DRAM"]) * 2
     for (name, bandwidth), style in zip(bandwidths.items(), ("-", "--"), strict=True):
-        label = f"{name} {bandwidth:.0f} GB/s"
-        axes.plot(grid, [min(top, x * bandwidth) for x in grid], style, color="black", linewidth=0.8, label=label)
+        corner = top / bandwidth
+        label = f"{name}, {bandwidth:.0f} GB/s"
+        axes.plot([left, corner, right], [left * bandwidth, top, top], style, color="black", linewidth=0.8, label=label)
     for name, peak in peaks.items():
         axes.axhline(peak, color="grey", linewidth=0.8, linestyle=":")
         axes.text(right, peak, f"{name} {peak:.0f} ", ha="right", va="bottom", fontsize=6)
-    for causal, marker in (("0", "o"), ("1", "^")):
-        for series, colour, label in (
-            (None, OURS, "ours"),
-            ("cat", CAT, "torch.cat"),
-            ("alternative", ALTERNATIVE, "merged"),
-        ):
-            points = [
-                (x, float(row["flops"]) / 1e6 / float(row["ours_ms"] if series is None else row[f"{row[series]}_ms"]))
-                for x, row in zip(intensities, rows, strict=True)
-                if row["causal"] == causal and (series is None or row[series])
-            ]
+    for causal, marker, kind in (("0", "o", "full"), ("1", "^", "causal")):
+        chosen = [row for row in rows if row["causal"] == causal]
+        for series, name, colour in SERIES:
+            points = _points(chosen, series)
             if points:
-                fill = colour if series is None else "none"
-                kind = "causal" if causal == "1" else "full"
+                style = dict(edgecolors=colour, facecolors="none" if series else colour, linewidths=0.8)
                 axes.scatter(
-                    *zip(*points, strict=True),
-                    s=22,
-                    marker=marker,
-                    edgecolors=colour,
-                    facecolors=fill,
-                    linewidths=0.8,
-                    label=f"{label}, {kind}",
-                    zorder=3,
+                    *zip(*points, strict=True), s=22, marker=marker, label=f"{name}, {kind}", zorder=3, **style
                 )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
-    axes.set_ylim(top=10 ** (math.log10(top) + 0.3))
+    axes.set_ylim(top=2 * top)
     axes.set_title(title, fontsize=9, loc="left")
-    axes.legend(fontsize=6, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -80,10 +79,14 @@ def plot(source: Path, picture: Path) -> None:
     groups = by_pass(rows)
     lines = math.ceil(len(groups) / 2)
     figure, panels = plt.subplots(lines, 2, figsize=(11, 0.8 + 3.6 * lines), squeeze=False, layout="constrained")
-    for axes in panels.flat[len(groups) :]:
-        axes.remove()
     for axes, (pass_, group) in zip(panels.flat, groups.items(), strict=False):
         draw_pass(axes, group, TITLES[pass_])
+    for axes in panels.flat[len(groups) :]:
+        axes.remove()
+    labels = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labels.values(), labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.supylabel("GFLOP/s of the visible pairs", fontsize=8)
     figure.supxlabel(f"FLOPs per byte that must move. {conditions(rows[0])}.", fontsize=8)
     figure.savefig(picture, dpi=130)
