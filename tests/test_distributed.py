@@ -7,19 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import INPUT_NAMES, Call, make_call
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM, LlamaConfig
-from two_processes import WORLD, run_on_two_processes
+from two_processes import WORLD, assert_gradients_of_one, own_rows, run_on_two_processes
 
-from prefix_kernels import PrefixEncoder, load_prefix, prefix_attention, prefix_state_dict
+from prefix_kernels import PrefixEncoder, prefix_attention
 from prefix_kernels.distributed import PrefixParallel
-from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, save_prefix_model
 
 BATCH, HEADS = Shard(0), Shard(1)
 
@@ -131,38 +128,23 @@ class Model(nn.Module):
         return x
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _compare(model: nn.Module, whole: nn.Module, x: Tensor, own: slice) -> None:
-    """Gradients of the mean over all rows, of which this process has ``own``."""
-    whole(x).square().mean().backward()
-    model(x[own]).square().mean().backward()
-    inner = model.module if hasattr(model, "module") else model
-    for (name, parameter), expected in zip(inner.named_parameters(), whole.parameters(), strict=True):
-        if expected.requires_grad:
-            assert expected.grad.abs().max() > 0, name
-            torch.testing.assert_close(_full(parameter.grad), expected.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def _check_training(how: str) -> None:
-    for projection in (False, True):
-        _check_gradients(how, projection)
+def _check_training() -> None:
+    for how in ("ddp", "fsdp", "fsdp, an encoder of its own", "tensor-parallel"):
+        for projection in (False, True):
+            _check_gradients(how, projection)
 
 
 def _check_gradients(how: str, projection: bool) -> None:
     torch.manual_seed(0)
     whole, x = Model(projection), torch.randn(4, 7, 32)
     whole.layers.requires_grad_(False)
-    rank = dist.get_rank()
     model = copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (WORLD,))
-    rows = slice(2 * rank, 2 * rank + 2)
+    rows = own_rows(4)
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
-    elif how == "fsdp":
-        for layer in model.layers:
+    elif how.startswith("fsdp"):
+        for layer in [*model.layers, *([model.prefix_encoder] if how.endswith("of its own") else [])]:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     else:
@@ -171,49 +153,10 @@ def _check_gradients(how: str, projection: bool) -> None:
         plan = {f"layers.{i}.{name}": style for i in range(2) for name, style in split.items()}
         parallelize_module(model, mesh, plan | {"prefix_encoder": PrefixParallel()})
         assert projection or model.prefix_encoder.table.to_local().shape == (5, 4, 2, 8)
-    _compare(model, whole, x, rows)
+    whole(x).square().mean().backward()
+    model(x[rows]).square().mean().backward()
+    assert_gradients_of_one(model, whole, how)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "tensor-parallel"])
-def test_training_on_two_processes_gives_the_gradients_of_one(how: str, tmp_path: Path) -> None:
-    run_on_two_processes(_check_training, tmp_path, how)
-
-
-def _check_tensor_parallel_transformer(folder: str) -> None:
-    """A Llama loaded with its own plan, beside the same one whole; then the task is saved and loaded."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, 97, (3, 7))
-    whole = get_prefix_model(AutoModelForCausalLM.from_pretrained(folder), PrefixTuningConfig(5)).eval()
-    torch.manual_seed(dist.get_rank())  # the processes need not draw the same initial prefix
-    split = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    split = get_prefix_model(split, PrefixTuningConfig(5)).eval()
-    assert split.prefix_encoder.table.to_local().shape == (5, 4, 1, 8)
-
-    path = Path(folder) / f"task{dist.get_rank()}.safetensors"
-    save_prefix_model(split, path)
-    load_prefix(whole, path)
-    losses = [model(ids, labels=ids).loss for model in (whole, split)]
-    torch.testing.assert_close(losses[1], losses[0])
-    for loss in losses:
-        loss.backward()
-    expected = whole.prefix_encoder.table.grad
-    assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(split.prefix_encoder.table.grad.full_tensor(), expected, rtol=1e-4, atol=1e-6)
-
-    whole.prefix_encoder.table.data.zero_()
-    load_prefix(split, prefix_state_dict(whole))
-    assert not split.prefix_encoder.table.full_tensor().any()
-
-
-def test_a_transformer_under_its_tensor_parallel_plan(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
-    run_on_two_processes(_check_tensor_parallel_transformer, tmp_path, str(tmp_path / "llama"))
+def test_training_on_two_processes_gives_the_gradients_of_one(tmp_path: Path) -> None:
+    run_on_two_processes(_check_training, tmp_path)
