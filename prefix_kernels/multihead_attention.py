@@ -40,6 +40,8 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
       follow in that encoder, evaluate without gradients or set its ``use_nested_tensor`` to False: they refuse nested
       tensors that require gradients.
     - It has no fused inference path: ``nn.TransformerEncoderLayer`` runs its unfused one.
+    - ``torch.fx`` does not take it for a leaf by itself: give torchvision's ``create_feature_extractor``
+      ``tracer_kwargs={"leaf_modules": [PrefixMultiheadAttention]}``.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in

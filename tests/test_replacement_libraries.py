@@ -169,6 +169,15 @@ def test_a_plain_checkpoint_loads_and_the_inverse_gives_back_the_model(
     assert [parameter.requires_grad for parameter in other.parameters()] == flags
 
 
+def test_torchvisions_feature_extractor_takes_the_attention_for_a_leaf() -> None:
+    model = replaced(make_torchvision(), 3).eval()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    leaves = {"leaf_modules": [PrefixMultiheadAttention]}
+    extractor = create_feature_extractor(model, ["encoder.ln", "heads"], tracer_kwargs=leaves)
+    torch.testing.assert_close(extractor(IMAGES)["heads"], model(IMAGES))
+
+
 def test_open_clips_checkpointing_gives_the_same_gradients() -> None:
     model = replaced(make_clip(), 3)
     mark_only_prefix_as_trainable(model)
