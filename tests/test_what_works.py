@@ -1,0 +1,88 @@
+"""The README's table of what works where: every row of ours works now, and the table is what was recorded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefix_tuning_libraries import LIBRARIES
+from prefix_tuning_probes import ROWS, Row
+from what_works import TABLE, Result, attempt, markdown, read, versions
+
+CHECKOUT = Path(__file__).parent.parent
+TRIALS = [(row.want, model) for row in ROWS for model in row.models]
+# PEFT's training and compiling again would cost more than they tell.
+CHEAP = [row for row in ROWS if not {"torch.compile", "Trainer", "generate"} & set(row.want.replace("`", " ").split())]
+
+
+def each(rows: list[Row]) -> pytest.MarkDecorator:
+    trials = [(row, model) for row in rows for model in row.models]
+    return pytest.mark.parametrize(("row", "model"), trials, ids=[f"{row.want}-{model}" for row, model in trials])
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[Result]:
+    return read(TABLE)
+
+
+@each(ROWS)
+def test_what_the_table_says_of_ours_works(row: Row, model: str) -> None:
+    row.probe(LIBRARIES["prefix_kernels"], model)
+
+
+def test_the_table_says_that_every_row_of_ours_works(recorded: list[Result]) -> None:
+    ours = [result for result in recorded if result.library == "prefix_kernels"]
+    assert [(result.want, result.model) for result in ours] == TRIALS
+    assert {result.works for result in ours} == {"yes"}
+    assert {result.version for result in ours} == {versions("prefix_kernels")[0]}
+
+
+def test_every_library_was_tried_at_every_row_and_every_failure_has_a_message(recorded: list[Result]) -> None:
+    assert {result.library for result in recorded} == set(LIBRARIES)
+    for run in {result.run for result in recorded}:
+        assert [(result.want, result.model) for result in recorded if result.run == run] == TRIALS, run
+    for result in recorded:
+        assert (result.works, bool(result.seen)) in {("yes", False), ("no", True)}, result
+
+
+def test_the_readme_shows_the_table_that_is_recorded(recorded: list[Result]) -> None:
+    assert f"\n\n{markdown(recorded)}\n\n" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_says_yes_or_no_or_names_the_models_that_work() -> None:
+    run = ("peft", "1.0", "5.0", "2.0")
+    works = {"BERT": "no", "GPT-2": "yes"}
+    results = [Result(row.want, model, *run, works.get(model, "yes"), "") for row in ROWS for model in row.models]
+    lines = {line.split(" | ")[0].strip("| "): line for line in markdown(results).splitlines()}
+    assert lines["use every position that the model has: BERT, GPT-2"].endswith(" | GPT-2 |")
+    assert lines["train on images: ViT, DeiT, CLIP"].endswith(" | yes |")
+    none = [result._replace(works="no") for result in results]
+    assert markdown(none).splitlines()[-1].endswith(" | no |")
+
+
+def test_a_failure_is_recorded_with_the_ends_of_its_message() -> None:
+    def probe(library: object, model: str) -> None:
+        raise ValueError(f"not\n  with {model}{' again' * 100}")
+
+    result = attempt(Row("a want", probe, ("BERT",)), "BERT", LIBRARIES["prefix_kernels"])
+    assert result.works == "no"
+    assert result.seen.startswith("ValueError: not with BERT again") and result.seen.endswith(" again again")
+    assert len(result.seen) < 320
+
+
+@each(CHEAP)
+def test_peft_does_what_the_table_says(row: Row, model: str, recorded: list[Result]) -> None:
+    pytest.importorskip("peft")
+    version, base, _ = versions("peft")
+    of_this_run = [result for result in recorded if result.run == ("peft", version, base)]
+    if not of_this_run:
+        pytest.skip(f"the table has nothing of PEFT {version} with Transformers {base}")
+    (expected,) = [result for result in of_this_run if (result.want, result.model) == (row.want, model)]
+    assert attempt(row, model, LIBRARIES["peft"]).works == expected.works
+
+
+def test_the_other_libraries_are_tried_without_this_package() -> None:
+    source = "import sys; sys.modules['prefix_kernels'] = None; import what_works"
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=TABLE.parent.parent, env={"PYTHONPATH": "."})
