@@ -43,7 +43,8 @@ def last_level_cache() -> int:
     return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=2**25)
 
 
-def _has_bfloat16_dot(isa: str) -> bool:
+def has_bfloat16_dot(isa: str) -> bool:
+    """Whether the processor multiplies pairs of bfloat16 and adds them in float32, and ``isa`` uses it."""
     cpuinfo = Path("/proc/cpuinfo")
     return isa == "avx512" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text().split()
 
@@ -126,7 +127,7 @@ def _best(work: Callable[[], float], repeats: int) -> float:
 def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
     """Takes about two seconds with the default; the last-level cache is read from a quarter of its size."""
     isa = torch.ops.prefix_kernels.cpu_isa()
-    has_dot = _has_bfloat16_dot(isa)
+    has_dot = has_bfloat16_dot(isa)
     library = build(isa, has_dot)
     steps = ctypes.c_long(200_000)  # some milliseconds
 
