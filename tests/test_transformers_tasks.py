@@ -365,8 +365,9 @@ def test_copies_and_pickles_have_tasks_of_their_own(generator: Tasks) -> None:
     assert torch.equal(generator.model.generate(**inputs, **settings), expected)
     assert active_prefix(generator.model) == "default"
     selection = select_prefixes(duplicate, NAMES)
-    with pytest.raises(ValueError, match="expected a selection made for this model, got one made for another"):
-        generator.model(**inputs, prefix_names=selection)
+    for call in (generator.model, generator.model.generate):
+        with pytest.raises(ValueError, match="expected a selection made for this model, got one made for another"):
+            call(**inputs, prefix_names=selection)
 
 
 def test_tasks_are_no_part_of_the_models_parameters_and_state(classifier: Tasks) -> None:

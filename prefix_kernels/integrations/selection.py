@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,20 @@ class PrefixSelection:
     def shifts_of(self, batch: int) -> Tensor:
         """``shifts`` for a batch of that many rows, ``[batch, 1]``."""
         return self._repeated(self.shifts, batch).unsqueeze(1)
+
+    def for_any_rows(self) -> PrefixSelection:
+        """The same for any number of rows, where all of them see the same.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if (self.ids != self.ids[:1]).any():
+            raise ValueError(
+                "prefix_names: expected the same for all rows where generate goes on with some of them when others are "
+                "done (Whisper: speech longer than one segment, or several temperatures), got different ones; generate "
+                "from one row, or from rows of one task, at a time"
+            )
+        return replace(self, ids=self.ids[:1], shifts=self.shifts[:1])
 
     def _repeated(self, rows: Tensor, batch: int) -> Tensor:
         count = rows.shape[0]

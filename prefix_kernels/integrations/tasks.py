@@ -20,6 +20,7 @@ from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.config import PrefixTuningConfig
+from prefix_kernels.integrations.generation import GenerateWithPrefixes
 from prefix_kernels.integrations.heads import Labels, fitted_heads, labels_of_size, refuse_unequal_heads
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.recording import find_recording
@@ -85,7 +86,7 @@ class PrefixTasks:
         """Let the model take ``prefix_names=``; the hooks that it needs."""
         setattr(self.model, _TASKS, self)
         if self.model.can_generate():
-            self.model.generate = GenerateWithPrefixes(self.model)
+            self.model.generate = GenerateWithPrefixes(self.model, self)
         return [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -236,10 +237,17 @@ class PrefixTasks:
             banks=banks,
         )
 
+    def selection_of(self, names: Sequence[RowNames] | PrefixSelection) -> PrefixSelection:
+        """What a call of the model with ``prefix_names=names`` is to see."""
+        if not isinstance(names, PrefixSelection):
+            return self.select(names, for_heads=True)
+        if names.owner is not self:
+            raise ValueError("prefix_names: expected a selection made for this model, got one made for another")
+        return names
+
     def using(self, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
         """While it is open, calls of the model in this thread see these prefixes."""
-        selection = names if isinstance(names, PrefixSelection) else self.select(names, for_heads=True)
-        return selected(replace(selection, may_repeat=True))
+        return selected(replace(self.selection_of(names), may_repeat=True))
 
     def _rows(self, names: Sequence[RowNames]) -> list[list[str]]:
         if isinstance(names, str) or not isinstance(names, Sequence):
@@ -287,11 +295,7 @@ class PrefixTasks:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = kwargs.pop(PREFIX_NAMES, None)
-        if isinstance(names, PrefixSelection) and names.owner is not self:
-            raise ValueError("prefix_names: expected a selection made for this model, got one made for another")
-        if names is not None and not isinstance(names, PrefixSelection):
-            names = self.select(names, for_heads=True)
-        return args, kwargs if names is None else kwargs | {PREFIX_NAMES: names}
+        return args, kwargs if names is None else kwargs | {PREFIX_NAMES: self.selection_of(names)}
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         selection = kwargs.get(PREFIX_NAMES)
@@ -300,23 +304,6 @@ class PrefixTasks:
                 f"prefix_names: {type(model).__name__} does not hand it on to its layers; "
                 "use use_prefixes(model, names)"
             )
-
-
-class GenerateWithPrefixes:
-    """``model.generate`` with one more argument, ``prefix_names=``; an object, so that it can be copied and pickled.
-
-    Each row's prefix serves all its beams and returned sequences.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, prefix_names: Sequence[RowNames] | None = None, **kwargs: Any) -> Any:
-        generate = type(self.model).generate
-        if prefix_names is None:
-            return generate(self.model, *args, **kwargs)
-        with torch.no_grad(), tasks_of(self.model).using(prefix_names):
-            return generate(self.model, *args, **kwargs)
 
 
 def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.Module:

@@ -1,0 +1,59 @@
+"""``model.generate`` of a prepared model: it takes ``prefix_names=`` too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefix_kernels.integrations.selection import PrefixSelection, RowNames, find_selection, selected
+
+if TYPE_CHECKING:
+    from prefix_kernels.integrations.tasks import PrefixTasks
+
+
+class GenerateWithPrefixes:
+    """``model.generate`` with one more argument, ``prefix_names=``; an object, so that it can be copied and pickled.
+
+    Each row's prefix serves all its beams and returned sequences.
+    """
+
+    def __init__(self, model: PreTrainedModel, tasks: PrefixTasks) -> None:
+        self.model = model
+        self.tasks = tasks
+
+    def __call__(
+        self, *args: Any, prefix_names: Sequence[RowNames] | PrefixSelection | None = None, **kwargs: Any
+    ) -> Any:
+        generate = type(self.model).generate
+        if prefix_names is None:
+            selection = find_selection({}, self.tasks)
+        else:
+            selection = self.tasks.selection_of(prefix_names)
+        if selection is None:
+            return generate(self.model, *args, **kwargs)
+        if _drops_rows(self.model, args, kwargs):
+            selection = selection.for_any_rows()
+        with torch.no_grad(), selected(replace(selection, may_repeat=True)):
+            return generate(self.model, *args, **kwargs)
+
+
+def _drops_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``generate`` goes on with some rows of the batch when others are done.
+
+    Whisper does, where speech is longer than the encoder takes at once, and where it tries one temperature after
+    another.
+    """
+    if model.config.model_type != "whisper":
+        return False
+    config = kwargs.get("generation_config") or model.generation_config
+    temperature = kwargs.get("temperature", config.temperature)
+    if isinstance(temperature, Sequence) and len(temperature) > 1:
+        return True
+    features = args[0] if args else kwargs.get("input_features")
+    encoder = model.get_encoder()
+    stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    return features is not None and features.shape[-1] > stride * model.config.max_source_positions
