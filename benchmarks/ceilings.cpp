@@ -19,9 +19,7 @@ typedef Vector Unaligned __attribute__((aligned(4)));
 constexpr int kChains = 12;
 // Each thread reads so many places at once: one stream alone does not keep enough loads of DRAM in flight.
 constexpr int kStreams = 4;
-// Floats: a cache line, and how far ahead of the load it is prefetched.
-constexpr std::ptrdiff_t kLine = 16;
-constexpr std::ptrdiff_t kAhead = 256;
+constexpr std::ptrdiff_t kLine = 16;  // floats
 
 // Keeps a result from being optimised away.
 template <typename T>
@@ -63,8 +61,8 @@ double bfloat16_dot(int threads, long steps) {
 }
 #endif
 
-// `count` is a multiple of threads * kStreams * kLine.
-double read_memory(int threads, const float* source, std::ptrdiff_t count) {
+// `count` is a multiple of threads * kStreams * kLine; lines are prefetched `ahead` floats before they are loaded.
+double read_memory(int threads, const float* source, std::ptrdiff_t count, std::ptrdiff_t ahead) {
   const std::ptrdiff_t stream = count / (threads * kStreams);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; ++thread) {
@@ -74,7 +72,7 @@ double read_memory(int threads, const float* source, std::ptrdiff_t count) {
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
         const float* line = begin + s * stream + i;
-        __builtin_prefetch(line + kAhead);
+        __builtin_prefetch(line + ahead);
 #pragma GCC unroll 4
         for (std::ptrdiff_t j = 0; j < kLine; j += LANES) sum[s] += *reinterpret_cast<const Unaligned*>(line + j);
       }

@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceiling
         ceilings = measure_ceilings(torch.get_num_threads(), 4 if arguments.quick else 40)
     print(f"ceilings: {ceilings}", flush=True)
     if ceilings.matmul_gflops > ceilings.fma_gflops:
-        print("The machine is too busy for its ceilings to be measured: torch.mm went beyond them.")
+        print("torch.mm went beyond that: the processors are busy, or it has instructions that our kernels do not use.")
     rows: list[Row] = []
     warm, cold = WallTimer(), WallTimer(CacheFlush())
     with Table(output) as table:

@@ -4,11 +4,11 @@
 
 ``ceilings.cpp`` is compiled for the instruction set that the kernels use and run on the same OpenMP threads: chains of
 float32 multiply-adds, dot products of bfloat16 where the processor has them, reading and copying. A ceiling is the best
-of many short runs, so that a busy machine lowers it as little as possible.
+of many short runs; even so, processors that others use too lower it.
 
 The floor of a computation is the longer of two times: its FLOPs at the peak, and the bytes that it must move at the
-bandwidth of where they lie. That is DRAM when the caches were flushed before, or when the bytes fill more than half of
-the last-level cache; else it is that cache.
+bandwidth of reading from where they lie. That is DRAM when the caches were flushed before, or when the bytes fill more
+than half of the last-level cache; else it is that cache.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from torch import Tensor
 
 import prefix_kernels  # noqa: F401  (registers the operators)
 
+# Floats by which loads are prefetched; the best distance differs from machine to machine.
+_PREFETCH = (0, 64, 256)
 _AVX2_FLAGS = ["-mavx2", "-mfma"]
 _ISA_FLAGS = {
     "portable": ["-DLANES=4"],
@@ -92,7 +94,7 @@ class Ceilings:
 
     def bandwidth_gbps(self, moved: int, is_cold: bool) -> float:
         """At which ``moved`` bytes can come; ``is_cold``: nothing of them is in a cache."""
-        return max(self.read_gbps, self.copy_gbps) if is_cold or moved > self.cache_bytes / 2 else self.cache_gbps
+        return self.read_gbps if is_cold or moved > self.cache_bytes / 2 else self.cache_gbps
 
     def floor_ms(self, flops: int, moved: int, dtype: str, is_cold: bool) -> float:
         compute = flops / self.peak_gflops(dtype)
@@ -125,7 +127,7 @@ def _best(work: Callable[[], float], repeats: int) -> float:
 
 
 def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
-    """Takes about two seconds with the default; the last-level cache is read from a quarter of its size."""
+    """Takes about five seconds with the default; the last-level cache is read from a quarter of its size."""
     isa = torch.ops.prefix_kernels.cpu_isa()
     has_dot = has_bfloat16_dot(isa)
     library = build(isa, has_dot)
@@ -138,8 +140,12 @@ def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
     source = torch.ones(in_memory)
     target = torch.ones(in_memory)
 
-    def read(count: int) -> float:
-        return library.read_memory(threads, ctypes.c_void_p(source.data_ptr()), ctypes.c_ssize_t(count))
+    def read(count: int, ahead: int) -> float:
+        pointer = ctypes.c_void_p(source.data_ptr())
+        return library.read_memory(threads, pointer, ctypes.c_ssize_t(count), ctypes.c_ssize_t(ahead))
+
+    def read_gbps(count: int, repeats: int) -> float:
+        return max(_best(lambda ahead=ahead: read(count, ahead), repeats) for ahead in _PREFETCH)
 
     def copy() -> float:
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (target, source))
@@ -159,9 +165,9 @@ def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
         fma_gflops=_best(lambda: library.multiply_add(threads, steps), repeats),
         bfloat16_dot_gflops=_best(lambda: library.bfloat16_dot(threads, steps), repeats) if has_dot else None,
         matmul_gflops=_best(multiply, few),
-        read_gbps=_best(lambda: read(in_memory), few),
+        read_gbps=read_gbps(in_memory, few),
         copy_gbps=_best(copy, few),
-        cache_gbps=_best(lambda: read(in_cache), repeats),
+        cache_gbps=read_gbps(in_cache, repeats),
         cache_bytes=cache,
     )
 

@@ -29,8 +29,7 @@ def _ceilings(row: Row) -> tuple[dict[str, float], dict[str, float]]:
     peaks = {"float32 multiply-add": float(row["fma_gflops"])}
     if row["bfloat16_dot_gflops"] and row["dtype"] == "bfloat16":
         peaks["bfloat16 dot product"] = float(row["bfloat16_dot_gflops"])
-    memory = max(float(row["read_gbps"]), float(row["copy_gbps"]))
-    return peaks, {"DRAM": memory, "last-level cache": float(row["cache_gbps"])}
+    return peaks, {"DRAM": float(row["read_gbps"]), "last-level cache": float(row["cache_gbps"])}
 
 
 def _points(rows: list[Row], series: str) -> list[tuple[float, float]]:
