@@ -47,9 +47,10 @@ def draw_pass(axes: plt.Axes, rows: list[Row], title: str) -> None:
     peaks, bandwidths = _ceilings(rows[0])
     top = max(peaks.values())
     intensities = [x for x, _ in _points(rows, "")]
-    left, right = min(*intensities, top / max(bandwidths.values())) / 2, max(*intensities, top / bandwidths["DRAM"]) * 2
-    for (name, bandwidth), style in zip(bandwidths.items(), ("-", "--"), strict=True):
-        corner = top / bandwidth
+    corners = [top / bandwidth for bandwidth in bandwidths.values()]
+    left = 10 ** math.floor(math.log10(min(*intensities, *corners)))
+    right = 10 ** math.ceil(math.log10(max(*intensities, *corners)))
+    for (name, bandwidth), corner, style in zip(bandwidths.items(), corners, ("-", "--"), strict=True):
         label = f"{name}, {bandwidth:.0f} GB/s"
         axes.plot([left, corner, right], [left * bandwidth, top, top], style, color="black", linewidth=0.8, label=label)
     for name, peak in peaks.items():
