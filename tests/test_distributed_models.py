@@ -29,6 +29,9 @@ from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_named_prefix,
     get_prefix_model,
+    initialize_from_prefix,
+    initialize_from_text,
+    initialize_like_keys,
     load_named_prefix,
     load_prefix_model,
     save_prefix_model,
@@ -203,7 +206,24 @@ def check_tensor_parallel(folder: Path) -> None:
         for model in (load_prefix_model(base(), own(folder, "folded")), split.prefix_encoder.fold() and split):
             assert_same_logits(model, whole)
 
+    check_initial_prefixes(folder, base)
     check_tasks_of_divided_heads(folder, base)
+
+
+def check_initial_prefixes(folder: Path, base: Callable[..., PreTrainedModel]) -> None:
+    whole, split = (get_prefix_model(base(**options), PrefixTuningConfig(5)) for options in ({}, {"tp_plan": "auto"}))
+    for model in (whole, split):
+        initialize_from_text(model, IDS[0])
+    assert_same_logits(split, whole)
+    nn.init.normal_(whole.prefix_encoder.table)
+    save_prefix_model(whole, folder / "of one process" if dist.get_rank() == 0 else own(folder, "unused"))
+    dist.barrier()
+    initialize_from_prefix(split, folder / "of one process")
+    initialize_from_prefix(whole, folder / "of one process")
+    assert_same_logits(split, whole)
+    initialize_like_keys(split, input_ids=IDS)
+    save_prefix_model(split, own(folder, "noise"))
+    assert_same_logits(load_prefix_model(base(), own(folder, "noise")), split)
 
 
 def assert_task_gradients_of_one(encoder: nn.Module, whole: nn.Module) -> None:

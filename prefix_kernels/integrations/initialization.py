@@ -24,6 +24,7 @@ from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.recording import recording
 from prefix_kernels.integrations.sites import DECODER, find_sites
 from prefix_kernels.integrations.tasks import tasks_of
+from prefix_kernels.integrations.tensor_parallel import divided_like
 
 
 @torch.no_grad()
@@ -166,9 +167,10 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair]) ->
                 "model: expected a prefix that is a table, got one that a projection generates (prefix_projection=True)"
             )
         columns = [x.transpose(0, 1) for site in group.sites for x in pair_of(site, group.num_virtual_tokens)]
-        table, expected = torch.stack(columns, dim=1), one.full_table().shape
-        if table.shape != expected:
-            raise ValueError(f"source: expected a prefix {list(expected)}, got {list(table.shape)}")
+        present = one.full_table()
+        table = divided_like(present, torch.stack(columns, dim=1))
+        if table.shape != present.shape:
+            raise ValueError(f"source: expected a prefix {list(present.shape)}, got {list(table.shape)}")
         states[one] = one.arranged_prefix_state({"table": table})
     for one, state in states.items():
         one.load_state_dict(state)

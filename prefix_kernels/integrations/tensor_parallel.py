@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels.encoder import PrefixEncoder
@@ -38,6 +38,18 @@ def refuse_divided(heads: Mapping[str, nn.Module]) -> None:
     for name, head in heads.items():
         if any(hasattr(parameter, "device_mesh") for parameter in head.parameters()):
             raise ValueError(f"{name}: expected a head that each process holds whole, got one divided among processes")
+
+
+def divided_like(present: Tensor, table: Tensor) -> Tensor:
+    """``table [P, 2 L, Hkv, D]``, whole or of this process's heads, divided among processes as ``present`` is."""
+    if not hasattr(present, "device_mesh"):
+        return table
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    table, mesh, placements = table.to(present.device, present.dtype), present.device_mesh, present.placements
+    if table.shape == present.shape:
+        return distribute_tensor(table, mesh, placements)
+    return DTensor.from_local(table, mesh, placements, run_check=False)
 
 
 def _mesh_of(attention: nn.Module):
