@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-# Model types, by kind: encoders of text, decoders, images (and both).
+# Model types, by kind: encoders of text, decoders, images (and both), decoders that read images beside text.
 FAMILIES = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "modernbert"),
     *("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"),
     *("vit", "deit", "clip", "clip_text_model", "clip_vision_model"),
+    "gemma3",
 )
 ENCODER_DECODERS = ("t5", "bart", "mbart", "whisper")
 HEAD_NAMES = (

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 SELF = "self"
+# The module, in model types that read images beside text, that reads the text. As in PEFT it alone has a prefix: their
+# image towers hand no arguments on to their attentions, and do not see which rows the images belong to.
+LANGUAGE_MODELS = {"gemma3": "language_model"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +56,12 @@ def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
 def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     """All attentions of ``model``, in the order of its modules, or of their calls where layers share weights.
 
+    Those of images are left out where the model reads text beside them (:data:`LANGUAGE_MODELS`).
+
     Raises:
         ValueError: there are none, or one is outside every list of layers.
     """
-    backbone = model.base_model
+    backbone = model.base_model.get_submodule(LANGUAGE_MODELS.get(model.config.model_type, ""))
     found = {name: module for name, module in backbone.named_modules() if _calls_attention_interface(type(module))}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")

@@ -1,0 +1,167 @@
+"""A decoder that reads images beside text, Gemma 3: the prefix is in its language model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from family_checks import (
+    Family,
+    check_activation_checkpointing,
+    check_against_eager,
+    check_against_peft,
+    check_bfloat16,
+    check_compiled,
+    check_generation,
+    check_mixed_batch,
+    check_torch_baseline,
+    check_training,
+    prepared,
+)
+from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+from prefix_kernels.integrations.peft_checkpoint import save_peft_checkpoint
+from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, load_prefix_model
+
+PAD, IMAGE, LENGTH, WINDOW = 0, 90, 12, 4
+IMAGE_TOKENS = slice(1, 5)  # of the tokens that are no padding
+
+
+def tiny_gemma3() -> Gemma3ForConditionalGeneration:
+    text = {
+        **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8},
+        **{"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        **{"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64},
+    }
+    vision = {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"image_size": 16, "patch_size": 4, "vision_use_head": False},
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        initializer_range=0.3,
+        mm_tokens_per_image=4,
+        image_token_id=IMAGE,
+        boi_token_id=91,
+        eoi_token_id=92,
+        # With a head of its own a random model does not repeat its last token.
+        tie_word_embeddings=False,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.generation_config.suppress_tokens = [IMAGE]  # for which there would be no image
+    return model
+
+
+def text(padding: str) -> dict[str, Tensor]:
+    """Three rows of up to twelve tokens; with ``padding`` the second has nine and the third six."""
+    input_ids = torch.randint(3, IMAGE, (3, LENGTH))
+    if padding == "none":
+        return {"input_ids": input_ids}
+    attention_mask = torch.ones_like(input_ids)
+    for row, absent in enumerate([0, 3, 6]):
+        attention_mask[row, slice(LENGTH - absent, LENGTH) if padding == "right" else slice(0, absent)] = 0
+    return {"input_ids": input_ids.masked_fill(attention_mask == 0, PAD), "attention_mask": attention_mask}
+
+
+def text_with_images(padding: str) -> dict[str, Tensor]:
+    """The same with an image in each row, whose tokens see each other."""
+    inputs = text(padding)
+    valid = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    place = valid.cumsum(1) * valid - 1
+    is_image = (place >= IMAGE_TOKENS.start) & (place < IMAGE_TOKENS.stop)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, IMAGE)
+    return inputs | {"token_type_ids": is_image.long(), "pixel_values": torch.randn(3, 3, 16, 16)}
+
+
+def labels(inputs: dict[str, Tensor]) -> Tensor:
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    # What comes first is predicted by padding on its left, where no model's output means anything.
+    ignored = (mask == 0) | (mask.cumsum(1) == 1) | (inputs["input_ids"] == IMAGE)
+    return inputs["input_ids"].masked_fill(ignored, -100)
+
+
+TEXT = Family("text", tiny_gemma3, text, labels, peft_task="CAUSAL_LM", learning_rate=0.3)
+IMAGES = Family("images", tiny_gemma3, text_with_images, labels, learning_rate=0.3)
+each = pytest.mark.parametrize("family", [TEXT, IMAGES], ids=lambda family: family.name)
+paddings = pytest.mark.parametrize("padding", ["none", "right", "left"])
+
+
+@paddings
+@each
+def test_logits_and_prefix_gradients_are_those_of_the_eager_model(family: Family, padding: str) -> None:
+    check_against_eager(family, padding)
+
+
+@paddings
+def test_logits_and_prefix_gradients_are_those_of_peft(padding: str) -> None:
+    check_against_peft(TEXT, padding, window_includes_prefix=True)
+
+
+@each
+def test_a_prefix_is_trained_and_nothing_else(family: Family) -> None:
+    check_training(family)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@each
+def test_activation_checkpointing_gives_the_same_gradients(family: Family, use_reentrant: bool) -> None:
+    check_activation_checkpointing(family, use_reentrant, projection=False)
+
+
+@each
+def test_generated_tokens_are_those_of_full_recomputation(family: Family) -> None:
+    check_generation(family)
+
+
+@each
+def test_rows_of_a_batch_see_the_prefixes_that_they_name(family: Family, tmp_path: Path) -> None:
+    check_mixed_batch(family, tmp_path)
+
+
+@paddings
+@each
+def test_the_torch_baseline_is_the_same_model(family: Family, padding: str) -> None:
+    check_torch_baseline(family, padding)
+
+
+@each
+def test_a_compiled_model_is_one_graph_with_the_same_results(family: Family) -> None:
+    check_compiled(family, "right")
+
+
+@each
+def test_a_bfloat16_model_takes_a_float32_prefix(family: Family) -> None:
+    check_bfloat16(family)
+
+
+def test_positions_begin_behind_the_prefix() -> None:
+    """Those of tokens of images, too: each row is one sequence."""
+    base, inputs = tiny_gemma3(), text_with_images("none")
+    moved, kept = prepared(IMAGES, base), prepared(IMAGES, base, position_offset="none")
+    kept.load_state_dict(moved.state_dict())
+    positions = torch.arange(LENGTH).expand(3, -1) + 5
+    torch.testing.assert_close(moved(**inputs).logits, kept(**inputs, position_ids=positions).logits)
+
+
+def test_a_task_goes_to_peft_and_back(tmp_path: Path) -> None:
+    base, inputs = tiny_gemma3(), text("left")
+    model = prepared(TEXT, base, window_includes_prefix=True)
+    save_peft_checkpoint(model, tmp_path, task_type="CAUSAL_LM")
+    again = load_prefix_model(copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_prefix_that_slides_out_of_sight_between_images_is_refused() -> None:
+    model = prepared(IMAGES, tiny_gemma3(), window_includes_prefix=True)
+    with pytest.raises(NotImplementedError, match="window_includes_prefix=True: a mask of four dimensions"):
+        model(**text_with_images("none"))
+
+
+def test_a_prefix_in_the_image_tower_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target_attentions: expected names among \['self'\], got 'vision'"):
+        get_prefix_model(tiny_gemma3(), PrefixTuningConfig(target_attentions=["vision"]))
