@@ -1,7 +1,7 @@
 """Prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``, asked for in the same words.
 
-Each library is used as its documentation says. What it has no words for raises ``NotImplementedError`` with the words
-that it has.
+Each library is used as its documentation says. What it has no setting for raises ``NotImplementedError`` with the
+settings that it has.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ P = 3
 Tasks = Sequence[int]
 
 
-def only_these(config_class: type) -> NotImplementedError:
-    names = ", ".join(field.name for field in dataclasses.fields(config_class))
-    return NotImplementedError(f"{config_class.__name__} has: {names}")
+def only(config_class: type, *names: str) -> NotImplementedError:
+    """Says what settings there are, or of which type those with ``names`` are."""
+    types = {field.name: getattr(field.type, "__name__", field.type) for field in dataclasses.fields(config_class)}
+    has = [f"{name}: {types[name]}" for name in names] or types
+    return NotImplementedError(f"{config_class.__name__} has {', '.join(has)}")
 
 
 class Ours:
@@ -143,13 +145,16 @@ class Peft:
     def with_dropout(self, base: PreTrainedModel) -> nn.Module:
         import peft
 
-        raise only_these(peft.PrefixTuningConfig)
+        raise only(peft.PrefixTuningConfig)
 
     def in_one_layer(self, base: PreTrainedModel) -> nn.Module:
+        """Of its settings this one comes closest; it would choose the lowest layer."""
         return self.attach(base, num_layers=1)
 
     def of_uneven_lengths(self, base: PreTrainedModel) -> nn.Module:
-        return self.attach(base, num_virtual_tokens=[2, 4])
+        import peft
+
+        raise only(peft.PrefixTuningConfig, "num_virtual_tokens")
 
     at_every_position = attach
 
@@ -201,7 +206,7 @@ class Peft:
 
 class Adapters:
     name = "adapters"
-    # With SDPA, the default, its decoders hide P keys too many from every query of a batch without padding.
+    # With SDPA, the default, its decoders hide the last P keys of the sequence from each query where nothing is padded.
     base_settings: dict[str, object] = {"attn_implementation": "eager"}
     task_names = ("task", "second")
 
@@ -244,12 +249,12 @@ class Adapters:
     def with_first_token_frozen(self, base: PreTrainedModel) -> nn.Module:
         import adapters
 
-        raise only_these(adapters.PrefixTuningConfig)
+        raise only(adapters.PrefixTuningConfig)
 
     def from_text(self, base: PreTrainedModel, text: Tensor) -> nn.Module:
         import adapters
 
-        raise only_these(adapters.PrefixTuningConfig)
+        raise only(adapters.PrefixTuningConfig)
 
     def with_lora(self, base: PreTrainedModel) -> nn.Module:
         import adapters

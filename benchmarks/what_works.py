@@ -1,8 +1,8 @@
 """What works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``: each claim is tried.
 
-    python benchmarks/what_works.py --library prefix_kernels peft   # each in the Transformers that is installed
-    python benchmarks/what_works.py --library adapters              # in an environment of its own, without this package
-    python benchmarks/what_works.py                                 # prints the README's table
+    python benchmarks/what_works.py --library prefix_kernels peft   # with the Transformers that is installed
+    python benchmarks/what_works.py --library adapters              # in an environment of torch, adapters, accelerate
+    python benchmarks/what_works.py                                 # only prints the README's table
 
 The wants are the rows of ``prefix_tuning_probes.py``. What came of each, with the message where it failed, goes into
 one CSV (``--table``), in which a run replaces the one with the same library and the same Transformers.
@@ -49,7 +49,7 @@ def versions(library: str) -> tuple[str, str, str]:
     return importlib.metadata.version(library), transformers.__version__, torch_version
 
 
-def shortened(message: str, ends: int = 150) -> str:
+def shortened(message: str, ends: int = 250) -> str:
     """One line: the beginning and the end, of ``ends`` characters each, where it is longer."""
     line = " ".join(message.split())
     return line if len(line) <= 2 * ends else f"{line[:ends]} ... {line[-ends:]}"
@@ -112,9 +112,11 @@ def main() -> None:
             for model in row.models if arguments.only in row.want else ():
                 results.append(attempt(row, model, library))
                 print(*results[-1][2:5], row.want, f"({model}):", *results[-1][6:], flush=True)
-    if not arguments.only:
+    if arguments.only:
+        return
+    if arguments.library:
         write(arguments.table, results)
-        print(markdown(results))
+    print(markdown(results))
 
 
 if __name__ == "__main__":
