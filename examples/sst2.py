@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import transformers
+from report import plt, print_table
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,9 +45,6 @@ from prefix_kernels.integrations.transformers import (
     load_prefix_model,
     save_prefix_model,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 
 HERE = Path(__file__).parent
 SENTENCES = ["A warm and witty film that I would gladly see again.", "Two hours of noise without a single idea."]
@@ -254,11 +251,6 @@ def plot(log: list[dict[str, float]], accuracy_before: float, title: str, path: 
     axis.legend(handles=handles, loc="lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    print("\n" + "\n".join(f"{name:<{width}}  {value:>16}" for name, value in rows.items()))
 
 
 def main() -> None:
