@@ -233,7 +233,7 @@ def main() -> None:
     curves = {}
     for length in (arguments.shorter, arguments.num_virtual_tokens):
         model = make_cartridge(folder, document, length)
-        nbytes = sum(parameter.nbytes for parameter in model.prefix_encoder.parameters())
+        nbytes = sum(tensor.nbytes for tensor in model.prefix_encoder.state_dict().values())
         measured[f"{length} tokens, untrained"] = measured_with(model, start, nbytes)
         curves[f"{length} tokens"] = distil(model, start, train_on, arguments, f"Distilling into {length} tokens")
         measured[f"{length} tokens"] = measured_with(model, start, nbytes)

@@ -119,7 +119,6 @@ def continuations(
 ) -> list[str]:
     """What ``model`` makes of each prompt, greedily unless the ``options`` of ``generate`` say otherwise."""
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
     ids = model.eval().generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **{"do_sample": False} | options
     )

@@ -102,9 +102,7 @@ def load_all(folder: str, paths: dict[str, Path]) -> PreTrainedModel:
 def generate(
     model: PreTrainedModel, inputs: dict[str, Tensor], arguments: argparse.Namespace, **options: Any
 ) -> Tensor:
-    """The same number of new tokens in every row."""
-    lengths = {"min_new_tokens": arguments.max_new_tokens, "max_new_tokens": arguments.max_new_tokens}
-    return model.generate(**inputs, **lengths, **{"do_sample": False} | options)
+    return model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, **{"do_sample": False} | options)
 
 
 def alone(
@@ -127,15 +125,17 @@ def compare_with_alone(
     one = tokenizer([arguments.prompt], return_tensors="pt")
     batch = {name: x.repeat(len(ROWS), 1) for name, x in one.items()}
     mixed = generate(model, batch, arguments, prefix_names=ROWS)
+    texts = tokenizer.batch_decode(mixed, skip_special_tokens=True)
     logits = model(mixed, prefix_names=ROWS).logits
     same, largest = [], 0.0
     for number, row in enumerate(ROWS):
-        of_row = slice(number, number + 1)
         called, names = alone(model, plain, row)
-        same.append(torch.equal(generate(called, one, arguments, **names), mixed[of_row]))
+        (ids,) = generate(called, one, arguments, **names)
+        same.append(tokenizer.decode(ids, skip_special_tokens=True) == texts[number])
+        of_row = slice(number, number + 1)
         difference = called(mixed[of_row], **names).logits - logits[of_row]
         largest = max(largest, difference.abs().max().item())
-    return tokenizer.batch_decode(mixed, skip_special_tokens=True), same, largest
+    return texts, same, largest
 
 
 def sampled_shares(model: PreTrainedModel, tokenizer: Any, arguments: argparse.Namespace) -> list[dict[str, float]]:

@@ -1,7 +1,7 @@
 """A causal language model small enough to be pretrained on the spot, where no model of a hub is given.
 
-It is an ordinary folder of Transformers' (a Qwen 3 of about 0.1 million parameters, and its tokenizer of whole words),
-so that an example goes on as it would with ``--model``.
+It is an ordinary folder of Transformers' (a Qwen 3 of two layers and 0.1 million parameters, and its tokenizer of whole
+words), so that an example goes on as it would with ``--model``.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def help_to_look_up(model: Qwen3ForCausalLM) -> None:
     """Let the second layer begin by searching for what the first one has written.
 
     The first layer, whose window is two words, writes at each word what the word before it was. A second layer that
-    searches for that finds what followed when the present word was read before, and hands it on: the look-up that a
-    model otherwise discovers after thousands of steps.
+    searches for that finds what followed when the present word was read before, and hands it on. Training finds this
+    by itself too, but not surely in the few steps that there is time for here.
     """
     first, second = (layer.self_attn for layer in model.model.layers)
 
