@@ -28,7 +28,7 @@ def only(config_class: type, *names: str) -> NotImplementedError:
 
 
 class Ours:
-    name = "prefix_kernels"
+    name = package = "prefix_kernels"
     base_settings: dict[str, object] = {}
     task_names = ("default", "second")
 
@@ -103,7 +103,7 @@ class Ours:
 
 
 class Peft:
-    name = "peft"
+    name = package = "peft"
     base_settings: dict[str, object] = {}
     task_names = ("default", "second")
 
@@ -128,13 +128,20 @@ class Peft:
     def sizes(self, base: PreTrainedModel) -> dict[str, int]:
         """Those that it would not find in the model's config, or would find wrong."""
         if base.config.model_type in ("distilbert", "clip"):
-            return {"token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
+            towers = 2 if base.config.model_type == "clip" else 1
+            return {"token_dim": 32, "num_layers": 2 * towers, "num_attention_heads": 4}
         return {"num_layers": base.config.num_decoder_layers} if base.config.model_type == "t5" else {}
 
     def attach(self, base: PreTrainedModel, **settings: object) -> nn.Module:
         import peft
 
-        return peft.get_peft_model(base, self.config(base, **settings))
+        return self.prepared(peft.get_peft_model(base, self.config(base, **settings)))
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def base_of(self, model: nn.Module) -> PreTrainedModel:
+        return model.get_base_model()
 
     def prefixes(self, model: nn.Module) -> list[Tensor]:
         return [p for n, p in model.named_parameters() if "prompt_encoder" in n and p.requires_grad]
@@ -198,14 +205,31 @@ class Peft:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             compose_cartridge_adapters([folder, f"{folder}/second"], output_path=f"{folder}/both")
-            return peft.PeftModel.from_pretrained(model.get_base_model(), f"{folder}/both").eval()(ids).logits
+            both = self.prepared(peft.PeftModel.from_pretrained(self.base_of(model), f"{folder}/both"))
+            return both.eval()(ids).logits
 
     def plain_torch(self, model: nn.Module) -> nn.Module:
         return self.attach(model)
 
 
+class AcceleratedPeft(Peft):
+    """A model of PEFT's, on the kernels of this package by its one line."""
+
+    name = "accelerated_peft"
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        from prefix_kernels.integrations.peft import accelerate
+
+        return accelerate(model)
+
+    def base_of(self, model: nn.Module) -> PreTrainedModel:
+        from prefix_kernels.integrations.peft import restore
+
+        return restore(model).get_base_model()
+
+
 class Adapters:
-    name = "adapters"
+    name = package = "adapters"
     # With SDPA, the default, its decoders hide the last P keys of the sequence from each query where nothing is padded.
     base_settings: dict[str, object] = {"attn_implementation": "eager"}
     task_names = ("task", "second")
@@ -293,4 +317,4 @@ class Adapters:
 
 
 Library = Ours | Peft | Adapters
-LIBRARIES: dict[str, Library] = {library.name: library for library in (Ours(), Peft(), Adapters())}
+LIBRARIES: dict[str, Library] = {each.name: each for each in (Ours(), AcceleratedPeft(), Peft(), Adapters())}

@@ -1,8 +1,8 @@
 """What works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``: each claim is tried.
 
-    python benchmarks/what_works.py --library prefix_kernels peft   # with the Transformers that is installed
-    python benchmarks/what_works.py --library adapters              # in an environment of torch, adapters, accelerate
-    python benchmarks/what_works.py                                 # only prints the README's table
+    python benchmarks/what_works.py --library prefix_kernels accelerated_peft peft  # with this Transformers
+    python benchmarks/what_works.py --library adapters  # in an environment of torch, adapters and accelerate
+    python benchmarks/what_works.py  # only prints the README's table
 
 The wants are the rows of ``prefix_tuning_probes.py``. What came of each, with the message where it failed, goes into
 one CSV (``--table``), in which a run replaces the one with the same library and the same Transformers.
@@ -23,7 +23,12 @@ from prefix_tuning_libraries import LIBRARIES, Library
 from prefix_tuning_probes import ROWS, Row
 
 TABLE = Path(__file__).parent / "results" / "what_works.csv"
-TITLES = {"prefix_kernels": "prefix_kernels", "peft": "PEFT", "adapters": "adapters"}
+TITLES = {
+    "prefix_kernels": "prefix_kernels {}",
+    "accelerated_peft": "PEFT {} after `accelerate`",
+    "peft": "PEFT {}",
+    "adapters": "adapters {}",
+}
 
 
 class Result(NamedTuple):
@@ -43,10 +48,10 @@ class Result(NamedTuple):
         return self.library, self.version, self.transformers
 
 
-def versions(library: str) -> tuple[str, str, str]:
+def versions(library: Library) -> tuple[str, str, str]:
     """Of the library, Transformers and torch, as installed."""
     torch_version = torch.__version__.split("+")[0]
-    return importlib.metadata.version(library), transformers.__version__, torch_version
+    return importlib.metadata.version(library.package), transformers.__version__, torch_version
 
 
 def shortened(message: str, ends: int = 250) -> str:
@@ -63,7 +68,7 @@ def attempt(row: Row, model: str, library: Library) -> Result:
         row.probe(library, model)
     except Exception as error:
         works, seen = "no", shortened(f"{type(error).__name__}: {error}")
-    return Result(row.want, model, library.name, *versions(library.name), works, seen)
+    return Result(row.want, model, library.name, *versions(library), works, seen)
 
 
 def read(path: Path) -> list[Result]:
@@ -90,7 +95,7 @@ def markdown(results: list[Result]) -> str:
     def label(row: Row) -> str:
         return row.want if len(row.models) == 1 else f"{row.want}: {', '.join(row.models)}"
 
-    titles = [f"{TITLES[library]} {version}, Transformers {base}" for library, version, base in runs]
+    titles = [f"{TITLES[library].format(version)}, Transformers {base}" for library, version, base in runs]
     lines = [["", *titles], ["---"] * (1 + len(runs))]
     lines += [[label(row), *(cell(row, run) for run in runs)] for row in ROWS]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -106,7 +111,7 @@ def main() -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     results = read(arguments.table) if arguments.table.exists() else []
     for library in map(LIBRARIES.get, arguments.library):
-        run = (library.name, *versions(library.name)[:2])
+        run = (library.name, *versions(library)[:2])
         results = [result for result in results if result.run != run]
         for row in ROWS:
             for model in row.models if arguments.only in row.want else ():

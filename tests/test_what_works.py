@@ -13,7 +13,7 @@ from what_works import TABLE, Result, attempt, markdown, read, versions
 
 CHECKOUT = Path(__file__).parent.parent
 TRIALS = [(row.want, model) for row in ROWS for model in row.models]
-# PEFT's training and compiling again would cost more than they tell.
+# To let PEFT train, compile and generate again would cost more than it tells.
 CHEAP = [row for row in ROWS if not {"torch.compile", "Trainer", "generate"} & set(row.want.replace("`", " ").split())]
 
 
@@ -36,7 +36,7 @@ def test_the_table_says_that_every_row_of_ours_works(recorded: list[Result]) -> 
     ours = [result for result in recorded if result.library == "prefix_kernels"]
     assert [(result.want, result.model) for result in ours] == TRIALS
     assert {result.works for result in ours} == {"yes"}
-    assert {result.version for result in ours} == {versions("prefix_kernels")[0]}
+    assert {result.version for result in ours} == {versions(LIBRARIES["prefix_kernels"])[0]}
 
 
 def test_every_library_was_tried_at_every_row_and_every_failure_has_a_message(recorded: list[Result]) -> None:
@@ -72,15 +72,16 @@ def test_a_failure_is_recorded_with_the_ends_of_its_message() -> None:
     assert len(result.seen) < 520
 
 
+@pytest.mark.parametrize("name", ["accelerated_peft", "peft"])
 @each(CHEAP)
-def test_peft_does_what_the_table_says(row: Row, model: str, recorded: list[Result]) -> None:
+def test_peft_does_what_the_table_says(row: Row, model: str, name: str, recorded: list[Result]) -> None:
     pytest.importorskip("peft")
-    version, base, _ = versions("peft")
-    of_this_run = [result for result in recorded if result.run == ("peft", version, base)]
+    version, base, _ = versions(LIBRARIES[name])
+    of_this_run = [result for result in recorded if result.run == (name, version, base)]
     if not of_this_run:
         pytest.skip(f"the table has nothing of PEFT {version} with Transformers {base}")
     (expected,) = [result for result in of_this_run if (result.want, result.model) == (row.want, model)]
-    assert attempt(row, model, LIBRARIES["peft"]).works == expected.works
+    assert attempt(row, model, LIBRARIES[name]).works == expected.works
 
 
 def test_the_other_libraries_are_tried_without_this_package() -> None:
