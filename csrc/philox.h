@@ -15,23 +15,42 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-// row_group = (i / 16) * 8 + i % 8, column_group = (j / 16) * 4 + (j % 8) / 2, head = b * q_heads + h.
-PREFIX_KERNELS_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t row_group, uint32_t column_group, uint32_t head,
-                                              uint32_t segment) {
+// The high and low 32 bits of a product of two words.
+template <class Word>
+struct PhiloxProduct {
+  Word high, low;
+};
+
+struct MultiplyWords {
+  PREFIX_KERNELS_HOST_DEVICE PhiloxProduct<uint32_t> operator()(uint32_t a, uint32_t b) const {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+  }
+};
+
+// The rounds of one call, or of one call a lane where Word is a vector.
+template <class Word, class Multiply>
+PREFIX_KERNELS_HOST_DEVICE void philox_rounds(uint64_t seed, Word (&counter)[4], Multiply multiply) {
   constexpr int kRounds = 7;
-  uint32_t c0 = row_group, c1 = column_group, c2 = head, c3 = segment;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
+    const PhiloxProduct<Word> product0 = multiply(counter[0], 0xD2511F53u);
+    const PhiloxProduct<Word> product1 = multiply(counter[2], 0xCD9E8D57u);
+    counter[0] = product1.high ^ counter[1] ^ key0;
+    counter[2] = product0.high ^ counter[3] ^ key1;
+    counter[1] = product1.low;
+    counter[3] = product0.low;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+}
+
+// row_group = (i / 16) * 8 + i % 8, column_group = (j / 16) * 4 + (j % 8) / 2, head = b * q_heads + h.
+PREFIX_KERNELS_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t row_group, uint32_t column_group, uint32_t head,
+                                              uint32_t segment) {
+  PhiloxWords words{{row_group, column_group, head, segment}};
+  philox_rounds(seed, words.word, MultiplyWords{});
+  return words;
 }
 
 PREFIX_KERNELS_HOST_DEVICE uint64_t dropout_seed(const AttentionParams& p) {

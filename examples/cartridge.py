@@ -62,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 1 <= arguments.people <= len(village.NAMES):
         parser.error(f"--people: expected 1 to {len(village.NAMES)}, got {arguments.people}")
+    if arguments.samples < 5:
+        parser.error(f"--samples: expected at least 5, of which one is held out, got {arguments.samples}")
     return arguments
 
 

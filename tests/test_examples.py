@@ -220,9 +220,13 @@ def test_cartridge_takes_a_model_and_a_document_of_the_user(
     assert float(table_of(capsys.readouterr().out, columns=3)["the document"][0]) == 0
 
 
-def test_a_village_with_more_people_than_names_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [(["--people", "65"], "1 to 64, got 65"), (["--samples", "4"], "at least 5, of which one is held out, got 4")],
+)
+def test_cartridge_refuses_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: list[str], expected: str
 ) -> None:
     with pytest.raises(SystemExit):
-        run_here(monkeypatch, "cartridge.py", "--people", "65")
-    assert "--people: expected 1 to 64, got 65" in capsys.readouterr().err
+        run_here(monkeypatch, "cartridge.py", *option)
+    assert f"{option[0]}: expected {expected}" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 // Runs the tasks of the backward pass on the threads, then sums their partial tiles in a fixed order.
 #pragma once
 
+#include <atomic>
+
 #include "backward.h"
+#include "kernels.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 

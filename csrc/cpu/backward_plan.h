@@ -12,29 +12,6 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// An array that lives as long as the call.
-template <class U>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  void allocate(int64_t count) {
-    std::free(data_);
-    data_ = nullptr;
-    if (count == 0) return;
-    data_ = static_cast<U*>(std::aligned_alloc(64, Workspace::bytes_for<U>(count)));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  U* data() const { return data_; }
-  U& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  U* data_ = nullptr;
-};
-
 struct Needs {
   bool dquery, dkey, dvalue, dprefix_key, dprefix_value;
 
@@ -82,7 +59,7 @@ struct BackwardPlan {
       : params(backward),
         needs(backward),
         partition(backward.forward),
-        padded_depth(ceil_div(backward.forward.head_dim, kLanes<T>) * kLanes<T>) {
+        padded_depth(whole_vectors<T>(backward.forward.head_dim)) {
     constexpr int64_t kTasksPerThread = 4;
     constexpr int64_t kPartialBytes = int64_t{32} << 20;  // more partial sums than this only to occupy every thread
     const AttentionParams& p = params.forward;

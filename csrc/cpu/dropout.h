@@ -6,30 +6,42 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// Of 64-bit lanes the low halves; what comes to stand in the high halves of `low` does not matter.
+struct MultiplyLanes {
+  PREFIX_KERNELS_INLINE PhiloxProduct<Wide> operator()(Wide a, uint32_t b) const {
+    const Wide product = multiply_low_halves(a, Wide{} + b);
+    return {product >> 32, product};
+  }
+};
+
+typedef uint16_t NarrowWide __attribute__((vector_size(kVectorBytes / 4)));
+
+// The low 16 bits of each lane. Without the mask, gcc 12 takes some vectors apart.
+PREFIX_KERNELS_INLINE NarrowWide low_bits(Wide x) { return __builtin_convertvector(x & 0xffffu, NarrowWide); }
+
 // Rows [first, first + count) of the segment against the block's lanes; both start at multiples of 16 of their axis,
 // so that the tile is made of whole Philox cells. The block holds one head.
 inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_t first, int count, uint16_t* bits) {
   const AttentionParams& p = *block.params;
-  constexpr int kRowGroups = kBlockQ / 2;  // one Philox call serves lanes r and r + 8 of a cell
+  constexpr int kCalls = kVectorBytes / sizeof(uint64_t);  // at once, a divisor of 8
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));
-  const uint32_t segment_id = static_cast<uint32_t>(segment.id);
   const uint32_t row_group = static_cast<uint32_t>(block.query(0) / 2);
-  const int groups = (block.count + kCell - 1) / kCell * (kCell / 2);
+  const int groups = (block.count + kCell - 1) / kCell * (kCell / 2);  // one call serves lanes r and r + 8 of a cell
+  Wide call{};
+  for (int i = 0; i < kCalls; ++i) call[i] = i;
   for (int cell = 0; cell < count; cell += kCell) {
-    for (uint32_t t = 0; t < 4; ++t) {
-      const uint32_t column_group = static_cast<uint32_t>((first + cell) / 4) + t;
-      uint32_t words[4][kRowGroups];
-      for (int g = 0; g < groups; ++g) {
-        const PhiloxWords w = philox(p.dropout_seed, row_group + g, column_group, head, segment_id);
-        for (int i = 0; i < 4; ++i) words[i][g] = w.word[i];
-      }
-      for (int i = 0; i < 4; ++i) {
-        uint16_t* row = bits + (cell + (i & 1) * 8 + 2 * t) * kBlockQ + (i >> 1) * 8;
-        for (int g = 0; g < groups; g += 8) {
-          for (int r = 0; r < 8; ++r) {
-            row[g * 2 + r] = static_cast<uint16_t>(words[i][g + r]);
-            row[g * 2 + r + kBlockQ] = static_cast<uint16_t>(words[i][g + r] >> 16);
-          }
+    for (int t = 0; t < 4; ++t) {
+      for (int g = 0; g < groups; g += kCalls) {
+        Wide word[4] = {call + (row_group + g), Wide{} + static_cast<uint32_t>((first + cell) / 4 + t), Wide{} + head,
+                        Wide{} + static_cast<uint32_t>(segment.id)};
+        philox_rounds(p.dropout_seed, word, MultiplyLanes{});
+        const int lane = g / 8 * kCell + g % 8;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          uint16_t* row = bits + (cell + (i & 1) * 8 + 2 * t) * kBlockQ + (i >> 1) * 8 + lane;
+          const NarrowWide low = low_bits(word[i]), high = low_bits(word[i] >> 16);
+          std::memcpy(row, &low, sizeof(low));
+          std::memcpy(row + kBlockQ, &high, sizeof(high));
         }
       }
     }

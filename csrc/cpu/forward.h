@@ -8,10 +8,7 @@
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
 
-#include <atomic>
-
 #include "gemm.h"
-#include "kernels.h"
 #include "softmax.h"
 #include "workspace.h"
 
@@ -34,7 +31,8 @@ struct ForwardScratch {
   uint16_t* bits;
 
   ForwardScratch(Workspace& workspace, int64_t head_dim) {
-    const size_t panel = head_dim * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * head_dim;
+    const int64_t depth = whole_vectors<T>(head_dim);
+    const size_t panel = depth * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * depth;
     const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
     workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
                       2 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(rows) +
@@ -124,18 +122,22 @@ void finish_block(const ForwardState<T>& state) {
   unpack_queries<T>(p.out, block, factor, state.out);
 }
 
+inline KeyRange intersection(const KeyRange& a, const KeyRange& b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
 inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
   return a.begin < end && a.end > begin && a.begin < a.end;
 }
 
-// The tiles of one segment over the blocks of a task. `prefetch_next` names what is wanted after the segment.
+// The tiles of the rows `range` of one segment over the blocks of a task. `prefetch_next` names what is wanted then.
 template <class T, class F>
-void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const ForwardScratch<T>& scratch,
-                     F prefetch_next) {
+void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t head_dim,
+                     const ForwardScratch<T>& scratch, F prefetch_next) {
   KeyRange hulls[kMaxTaskBlocks];
-  KeyRange all{segment.length, 0};
+  KeyRange all{range.end, range.begin};
   for (int i = 0; i < blocks; ++i) {
-    hulls[i] = scratch.states[i].block.hull(segment);
+    hulls[i] = intersection(scratch.states[i].block.hull(segment), range);
     if (hulls[i].begin >= hulls[i].end) continue;
     if (hulls[i].begin < all.begin) all.begin = hulls[i].begin;
     if (hulls[i].end > all.end) all.end = hulls[i].end;
@@ -161,95 +163,6 @@ void forward_segment(const Segment& segment, int blocks, int64_t head_dim, const
       if (intersects(hulls[i], first, first + count))
         forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch, prefetcher);
   }
-}
-
-struct ForwardJob {
-  const AttentionParams& params;
-  BlockPartition partition;
-  int64_t task_blocks;  // consecutive blocks of one head
-  int64_t tasks_per_head;
-  int64_t tasks;
-  std::atomic<int64_t> next{0};
-
-  ForwardJob(const AttentionParams& p, int threads) : params(p), partition(p) {
-    constexpr int64_t kTasksPerThread = 8;
-    const int64_t heads = p.batch * p.kv_heads;
-    task_blocks = clamp_to(heads * partition.count / (kTasksPerThread * threads), 1, kMaxTaskBlocks);
-    tasks_per_head = ceil_div(partition.count, task_blocks);
-    tasks = heads * tasks_per_head;
-  }
-};
-
-struct ForwardTask {
-  int64_t batch, kv_head, first_block;
-  int blocks;
-
-  ForwardTask(const ForwardJob& job, int64_t index)
-      : batch(index / job.tasks_per_head / job.params.kv_heads),
-        kv_head(index / job.tasks_per_head % job.params.kv_heads),
-        // Under a causal mask the last blocks of a head cost most: they go first.
-        first_block((job.tasks_per_head - 1 - index % job.tasks_per_head) * job.task_blocks),
-        blocks(static_cast<int>(clamp_to(job.partition.count - first_block, 0, job.task_blocks))) {}
-
-  QueryBlock block(const ForwardJob& job, int i) const {
-    return QueryBlock(job.params, job.partition, batch, kv_head, first_block + i);
-  }
-};
-
-// The queries of a task and the first tile of its sequence.
-inline void prefetch_task(const ForwardJob& job, const ForwardTask& task, Prefetcher& prefetcher) {
-  const AttentionParams& p = job.params;
-  for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(job, i));
-  const int64_t rows = p.k_len < kBlockK ? p.k_len : kBlockK;
-  prefetcher.add_rows(head_of(p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
-  prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.head_dim);
-}
-
-// `next`: the task that this thread runs after this one, or null.
-template <class T>
-void run_task(const ForwardJob& job, const ForwardTask& task, const ForwardTask* next,
-              const ForwardScratch<T>& scratch) {
-  const AttentionParams& p = job.params;
-  for (int i = 0; i < task.blocks; ++i) {
-    new (&scratch.states[i].block) QueryBlock(task.block(job, i));
-    begin_block<T>(scratch.states[i]);
-  }
-  int64_t prefix_start = 0;
-  for (int64_t s = 0; s < num_segments(p); ++s) {
-    const Segment segment = make_segment(p, task.batch, task.kv_head, s, prefix_start);
-    if (segment.is_prefix()) prefix_start += segment.length;
-    forward_segment<T>(segment, task.blocks, p.head_dim, scratch, [&](Prefetcher& prefetcher) {
-      if (!segment.is_prefix() && next != nullptr) prefetch_task(job, *next, prefetcher);
-    });
-  }
-  for (int i = 0; i < task.blocks; ++i) finish_block<T>(scratch.states[i]);
-}
-
-template <class T>
-void run_tasks(void* argument, int) {
-  ForwardJob& job = *static_cast<ForwardJob*>(argument);
-  static thread_local Workspace workspace;
-  const ForwardScratch<T> scratch(workspace, job.params.head_dim);
-  const auto take = [&] { return job.next.fetch_add(1, std::memory_order_relaxed); };
-  for (int64_t index = take(); index < job.tasks;) {
-    const int64_t next_index = take();  // one ahead, so that it can be prefetched
-    const ForwardTask task(job, index);
-    if (next_index < job.tasks) {
-      const ForwardTask next(job, next_index);
-      run_task<T>(job, task, &next, scratch);
-    } else {
-      run_task<T>(job, task, nullptr, scratch);
-    }
-    index = next_index;
-  }
-  end_streams();
-  workspace.trim();
-}
-
-template <class T>
-void attention_forward(const AttentionParams& params, int threads, RunWorkers run) {
-  ForwardJob job(params, threads);
-  if (job.tasks > 0) run(workers(threads, job.tasks), run_tasks<T>, &job);
 }
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

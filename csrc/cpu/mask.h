@@ -22,6 +22,18 @@ PREFIX_KERNELS_INLINE void dispatch_mask(const MaskOperand& mask, F&& f) {
     dispatch_dtype(mask.dtype, f);
 }
 
+// The mask's first column for the query in a lane.
+template <class Src>
+PREFIX_KERNELS_INLINE const Src* mask_row(const MaskOperand& mask, const QueryBlock& block, int lane) {
+  return static_cast<const Src*>(mask.data) + block.batch * mask.batch_stride + block.head(lane) * mask.head_stride +
+         block.query(lane) * mask.row_stride;
+}
+
+// Whether all queries of a block share one row of the mask.
+inline bool shares_mask_row(const MaskOperand& mask, const QueryBlock& block) {
+  return mask.row_stride == 0 && (block.one_head || mask.head_stride == 0);
+}
+
 template <class T>
 struct TileBias {
   enum Kind { kNone, kPerKey, kFull };
@@ -38,11 +50,8 @@ struct TileBias {
     const int64_t column = segment.mask_column + first;
     dispatch_mask(mask, [&](auto* tag) {
       using Src = std::remove_pointer_t<decltype(tag)>;
-      const auto row_of = [&](int lane) {
-        return static_cast<const Src*>(mask.data) + block.batch * mask.batch_stride +
-               block.head(lane) * mask.head_stride + block.query(lane) * mask.row_stride + column * mask.column_stride;
-      };
-      if (mask.row_stride == 0 && (block.one_head || mask.head_stride == 0)) {
+      const auto row_of = [&](int lane) { return mask_row<Src>(mask, block, lane) + column * mask.column_stride; };
+      if (shares_mask_row(mask, block)) {
         fill_per_key(row_of(0), mask.column_stride);
       } else {
         fill_full<Src>(row_of, block.count, mask.column_stride);
@@ -79,7 +88,7 @@ struct TileBias {
 
   template <class Src, class RowOf>
   void fill_full(RowOf row_of, int lanes, int64_t stride) {
-    const int padded = (lanes + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const int64_t padded = whole_vectors<T>(lanes);
     if (stride == 1) {
       pack_lanes<T, Src>(lanes, count, T(1), row_of, data);
     } else {

@@ -123,6 +123,19 @@ PREFIX_KERNELS_INLINE void convert_row(const Src* src, int64_t depth, T* dst) {
   for (; d < depth; ++d) dst[d] = static_cast<T>(to_float(src[d]));
 }
 
+// Rows [first, first + count) of one head, converted, in rows of copy_stride that end in zeros.
+template <class T>
+void copy_rows(const Operand& x, int64_t first, int count, int64_t depth, T* copy, int64_t copy_stride) {
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    const Src* src = static_cast<const Src*>(x.data) + first * x.row_stride;
+    for (int r = 0; r < count; ++r, src += x.row_stride, copy += copy_stride) {
+      convert_row<T, Src>(src, depth, copy);
+      for (int64_t d = depth; d < copy_stride; ++d) copy[d] = 0;
+    }
+  });
+}
+
 // Rows of the compute type that a matrix product reads many times.
 template <class T>
 struct Rows {
@@ -148,11 +161,7 @@ bool rows_spread_in_cache(const Operand& x) {
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
   if (x.dtype == kComputeDType<T> && x.row_stride == depth) return rows_in_place<T>(x, first);
-  dispatch_dtype(x.dtype, [&](auto* tag) {
-    using Src = std::remove_pointer_t<decltype(tag)>;
-    const Src* src = static_cast<const Src*>(x.data) + first * x.row_stride;
-    for (int r = 0; r < count; ++r) convert_row<T, Src>(src + r * x.row_stride, depth, scratch + r * depth);
-  });
+  copy_rows<T>(x, first, count, depth, scratch, depth);
   return {scratch, depth};
 }
 

@@ -64,6 +64,12 @@ using LaneIndex = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // an e
 template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+// A count of elements, rounded up to whole vectors.
+template <class T>
+constexpr int64_t whole_vectors(int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 template <class V, class P>
 PREFIX_KERNELS_INLINE V load_bits(const P* p) {
   V v;
@@ -136,6 +142,32 @@ PREFIX_KERNELS_INLINE T horizontal_sum(Vec<T> v) {
     v += __builtin_shuffle(v, swap);
   }
   return v[0];
+}
+
+template <class T>
+PREFIX_KERNELS_INLINE T horizontal_max(Vec<T> v) {
+  constexpr int kN = kLanes<T>;
+  Int<T> swap;
+#pragma GCC unroll 4
+  for (int half = kN / 2; half > 0; half /= 2) {
+    for (int i = 0; i < kN; ++i) swap[i] = i ^ half;
+    v = maximum<T>(v, __builtin_shuffle(v, swap));
+  }
+  return v[0];
+}
+
+typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+
+// Products of the low 32 bits of the lanes.
+PREFIX_KERNELS_INLINE Wide multiply_low_halves(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Wide>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  constexpr uint64_t kLow = 0xffffffffu;
+  return (a & kLow) * (b & kLow);
+#endif
 }
 
 // ---- one element -------------------------------------------------------------------------------------------------
@@ -415,6 +447,27 @@ PREFIX_KERNELS_INLINE void transpose(Vec<T> (&row)[kLanes<T>]) {
       row[i + kBlock] = __builtin_shuffle(a, b, lower);
     }
     transpose<T, kBlock / 2>(row);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of row[i]. For each power of two, rows i and i + kBlock are added into
+// one, in which blocks of kBlock lanes of either alternate.
+template <class T, int kBlock = kLanes<T> / 2>
+PREFIX_KERNELS_INLINE Vec<T> lane_sums(Vec<T> (&row)[kLanes<T>]) {
+  constexpr int kN = kLanes<T>;
+  if constexpr (kBlock == 0) {
+    return row[0];
+  } else {
+    Int<T> upper, lower;
+    for (int l = 0; l < kN; ++l) {
+      const bool second = (l & kBlock) != 0;
+      upper[l] = second ? kN + l - kBlock : l;
+      lower[l] = second ? kN + l : l + kBlock;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; ++i)
+      row[i] = __builtin_shuffle(row[i], row[i + kBlock], upper) + __builtin_shuffle(row[i], row[i + kBlock], lower);
+    return lane_sums<T, kBlock / 2>(row);
   }
 }
 

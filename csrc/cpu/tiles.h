@@ -87,16 +87,16 @@ inline Segment make_segment(const AttentionParams& p, int64_t b, int64_t kv_head
 // decoding reads its keys once per group; otherwise a block holds one head. Dropout bits are laid out by head.
 struct BlockPartition {
   bool packed;
-  int64_t group;  // query heads per kv head
-  int64_t q_len;
-  int64_t blocks_per_head;  // per group when packed
+  int64_t group;            // query heads per kv head
+  int64_t rows;             // queries of one head, or of the group when packed
+  int64_t blocks_per_head;  // the same of blocks
   int64_t count;
 
   explicit BlockPartition(const AttentionParams& p)
       : packed(p.q_heads > p.kv_heads && p.q_len < kBlockQ && p.dropout_threshold == 0),
         group(p.q_heads / p.kv_heads),
-        q_len(p.q_len),
-        blocks_per_head(ceil_div(packed ? group * q_len : q_len, kBlockQ)),
+        rows(packed ? group * p.q_len : p.q_len),
+        blocks_per_head(ceil_div(rows, kBlockQ)),
         count(packed ? blocks_per_head : blocks_per_head * group) {}
 };
 
@@ -114,7 +114,7 @@ struct QueryBlock {
 
   QueryBlock(const AttentionParams& p, const BlockPartition& partition, int64_t b, int64_t h, int64_t index)
       : params(&p), batch(b), kv_head(h), prefix_total(row_prefix_total(p, b)), offset(row_query_offset(p, b)) {
-    const int64_t rows = partition.packed ? partition.group * p.q_len : p.q_len;
+    const int64_t rows = partition.rows;
     const int64_t unit = index / partition.blocks_per_head;
     const int64_t row = (index % partition.blocks_per_head) * kBlockQ;
     const int64_t first_row = unit * rows + row;

@@ -1,4 +1,4 @@
-// Scratch memory of one thread, kept between calls: faulting fresh pages in would cost more than a short attention.
+// Memory that kernels allocate.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// Scratch memory of one thread, kept between calls: faulting fresh pages in would cost more than a short attention.
 class Workspace {
  public:
   Workspace() = default;
@@ -55,6 +56,29 @@ class Workspace {
   char* data_ = nullptr;
   size_t used_ = 0;
   size_t capacity_ = 0;
+};
+
+// An array that lives as long as the call.
+template <class U>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  void allocate(int64_t count) {
+    std::free(data_);
+    data_ = nullptr;
+    if (count == 0) return;
+    data_ = static_cast<U*>(std::aligned_alloc(64, Workspace::bytes_for<U>(count)));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  U* data() const { return data_; }
+  U& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  U* data_ = nullptr;
 };
 
 template <class U>
