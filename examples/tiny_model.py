@@ -41,11 +41,14 @@ def pretrained_folder(
 ) -> str:
     """The folder in ``output_dir`` with a model pretrained for ``steps``, which is trained unless it is there already.
 
+    From then on the process computes in one thread: so small a model waits for more of them longer than they help.
+
     Args:
         words: the vocabulary.
         batch_of: makes what the model is called with, ``input_ids`` and ``labels``, at a point of the training between
             0 and 1.
     """
+    torch.set_num_threads(1)
     folder = output_dir / f"pretrained-{steps}-steps-seed-{seed}"
     if (folder / "config.json").is_file():
         print(f"Pretrained model: {folder}")
