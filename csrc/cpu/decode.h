@@ -86,11 +86,12 @@ class DecodeBlock {
 
   using Index = LaneIndex<T>;
 
+  // Into the second level: the first is full.
   void prefetch_rows(const Operand& x, int64_t first, int count) const {
     const int64_t size = dtype_size(x.dtype);
     const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
     for (int r = 0; r < count; ++r, row += x.row_stride * size)
-      for (int64_t at = 0; at < p_.head_dim * size; at += kCacheLine) __builtin_prefetch(row + at);
+      for (int64_t at = 0; at < p_.head_dim * size; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
   }
 
   // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that they share.
