@@ -45,6 +45,7 @@ def draw_cell(times: plt.Axes, memory: plt.Axes, rows: list[Row]) -> None:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [NAMES[row["contender"]] for row in rows], fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", labelsize=7)
         axes.margins(x=0.3)
     first = rows[0]
     checkpointing = ", activation checkpointing" if first["checkpointing"] == "1" else ""
