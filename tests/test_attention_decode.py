@@ -78,6 +78,20 @@ def test_masks_of_few_queries(kind, shape, over_prefix):
     forward(**DECODING | {"q_len": 3, "kv_heads": 4}, attn_mask=mask)
 
 
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("hidden", [slice(70, 75), slice(0, 35), slice(33, 75)], ids=str)
+def test_nan_in_rows_that_the_mask_hides_at_the_ends_does_not_matter(hidden, q_len):
+    """What a static cache holds behind its valid rows, or padding on the left."""
+    mask = torch.ones(2, 1, 1, 75, dtype=torch.bool)
+    mask[..., hidden] = False
+    expected = forward(**DECODING | {"q_len": q_len, "kv_heads": 4}, attn_mask=mask)
+    call = make_call(**DECODING | {"q_len": q_len, "kv_heads": 4}, attn_mask=mask)
+    for name in ("key", "value"):
+        call.inputs[name][:, :, hidden] = math.nan
+    result = run(call, needs=())
+    assert torch.equal(result.out, expected.out) and torch.equal(result.lse, expected.lse)
+
+
 def test_few_queries_with_a_bank():
     ids = torch.tensor([[2, 0], [-1, 1], [-1, -1]])
     forward(**DECODING, batch=3, num_prefixes=3, prefix_ids=ids, prefix_lens=torch.tensor([20, 7, 0]))

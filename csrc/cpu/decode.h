@@ -1,4 +1,4 @@
-// The same for the few queries of a decoding step: a block of at most half a vector of them.
+// The forward pass for the few queries of a decoding step: a block of at most half a vector of them.
 //
 // They would leave most lanes empty, and every key is used only once: what counts is to read keys and values at the
 // speed of memory. So head_dim stands in the lanes, and neither side is transposed:
@@ -15,6 +15,8 @@ inline constexpr int kDecodeTile = 32;  // keys: their tile and the values' stay
 
 template <class T>
 inline constexpr int kMaxDecodeQueries = kLanes<T> / 2;
+static_assert(2 * kMaxDecodeQueries<float> <= kBlockQ, "a state's memory holds both the queries and their sums");
+static_assert(kDecodeTile <= kBlockK && kDecodeTile % kLanes<float> == 0, "a tile's scratch memory, whole vectors");
 
 // Whether every block of the queries is such a block. Dropout bits are laid out for queries in the lanes.
 template <class T>
@@ -69,15 +71,18 @@ class DecodeBlock {
 
   // The values are asked for while the keys are multiplied, and the next tile's keys while the values are.
   void add_tile(const Segment& segment, int64_t first, int count, int next_count) {
+    const int64_t next = first + count;
     const Bias bias(*this, segment, first, count);
-    if (bias.hides_all) return;
+    if (bias.begin >= bias.end) return;
+    first += bias.begin;
+    count = bias.end - bias.begin;
     score_tile(segment, first, count);
     for (int q = 0; q < block_.count; ++q) {
       const KeyRange visible = block_.visible(segment, q);
       const auto in_tile = [&](int64_t row) { return static_cast<Index>(clamp_to(row - first, 0, count)); };
       soften(q, count, in_tile(visible.begin), in_tile(visible.end), bias);
     }
-    prefetch_rows(segment.key, first + count, next_count);
+    prefetch_rows(segment.key, next, next_count);
     const Rows<T> value = value_rows(segment.value, first, count);
     Prefetcher nothing;
     gemm<ALayout::kRowMajor, T>(block_.count, depth_, count, scratch_.scores, kDecodeTile, value.data, value.stride,
@@ -94,21 +99,22 @@ class DecodeBlock {
       for (int64_t at = 0; at < p_.head_dim * size; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
   }
 
-  // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that they share.
+  // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that they share. What stands behind
+  // `end` is anything.
   struct Bias {
-    const T* data = nullptr;  // null: none
+    const T* data = nullptr;  // from row `begin` on; null: none
     int64_t stride = 0;
-    bool hides_all = false;
+    int begin = 0, end;  // the rows from the first to the last that some query sees; none where begin >= end
 
-    Bias(const DecodeBlock& decode, const Segment& segment, int64_t first, int count) {
+    Bias(const DecodeBlock& decode, const Segment& segment, int64_t first, int count) : end(count) {
       if (!segment.masked) return;
       const QueryBlock& block = decode.block_;
       const MaskOperand& mask = decode.p_.mask;
       T* const buffer = decode.scratch_.bias;
       const bool shared = shares_mask_row(mask, block);
-      data = buffer;
       stride = shared ? 0 : kDecodeTile;
-      hides_all = true;
+      begin = count;
+      end = 0;
       dispatch_mask(mask, [&](auto* tag) {
         using Src = std::remove_pointer_t<decltype(tag)>;
         for (int q = 0; q < (shared ? 1 : block.count); ++q) {
@@ -116,11 +122,13 @@ class DecodeBlock {
           for (int j = 0; j < count; ++j) {
             const T x = static_cast<T>(to_float(row[j * mask.column_stride]));
             buffer[q * kDecodeTile + j] = x;
-            hides_all = hides_all && x == -std::numeric_limits<T>::infinity();
+            if (x == -std::numeric_limits<T>::infinity()) continue;
+            begin = begin < j ? begin : j;
+            end = end > j + 1 ? end : j + 1;
           }
-          for (int j = count; j < kDecodeTile; ++j) buffer[q * kDecodeTile + j] = 0;
         }
       });
+      data = buffer + begin;
     }
   };
 

@@ -31,7 +31,7 @@ struct ForwardScratch {
   uint16_t* bits;
 
   ForwardScratch(Workspace& workspace, int64_t head_dim) {
-    const int64_t depth = whole_vectors<T>(head_dim);
+    const int64_t depth = whole_vectors<T>(head_dim);  // decoding keeps rows of whole vectors in the same memory
     const size_t panel = depth * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * depth;
     const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
     workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
@@ -142,6 +142,7 @@ void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t
     if (hulls[i].begin < all.begin) all.begin = hulls[i].begin;
     if (hulls[i].end > all.end) all.end = hulls[i].end;
   }
+  if (all.begin >= all.end) return;
   Prefetcher prefetcher;
   for (int64_t first = all.begin - all.begin % kCell; first < all.end; first += kBlockK) {
     const int64_t left = all.end - first;

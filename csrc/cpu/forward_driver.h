@@ -5,6 +5,7 @@
 // order, so that the result does not depend on which thread ran what.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "decode.h"
@@ -63,7 +64,7 @@ struct ForwardJob {
     constexpr int64_t kLeastColumns = 256;  // of a part
     if (threads == 1 || unsplit == 0 || unsplit >= 2 * threads) return 1;
     const int64_t columns = params.prefix_slots * params.prefix_len + params.k_len;
-    return clamp_to(ceil_div(kPartsPerThread * threads, unsplit), 1, clamp_to(columns / kLeastColumns, 1, columns + 1));
+    return clamp_to(ceil_div(kPartsPerThread * threads, unsplit), 1, std::max<int64_t>(columns / kLeastColumns, 1));
   }
 };
 
@@ -87,11 +88,12 @@ struct ForwardTask {
   }
 };
 
-// The queries of a task and the first tile of its sequence.
+// The queries of a task and the first tile of its sequence, where it is not divided into parts.
 template <class T>
 void prefetch_task(const ForwardJob<T>& job, const ForwardTask& task, Prefetcher& prefetcher) {
   const AttentionParams& p = job.params;
   for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(job, i));
+  if (job.splits > 1) return;
   const int64_t rows = p.k_len < kBlockK ? p.k_len : kBlockK;
   prefetcher.add_rows(head_of(p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
   prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.head_dim);
@@ -182,10 +184,16 @@ void merge_partials(const ForwardJob<T>& job, int64_t first, const ForwardState<
   }
 }
 
+// Of this thread.
+inline Workspace& forward_workspace() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
 template <class T>
 void run_tasks(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);
-  static thread_local Workspace workspace;
+  Workspace& workspace = forward_workspace();
   const ForwardScratch<T> scratch(workspace, job.params.head_dim);
   const auto take = [&] { return job.next.fetch_add(1, std::memory_order_relaxed); };
   for (int64_t index = take(); index < job.tasks;) {
@@ -206,7 +214,7 @@ void run_tasks(void* argument, int) {
 template <class T>
 void run_merges(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);
-  static thread_local Workspace workspace;
+  Workspace& workspace = forward_workspace();
   const ForwardScratch<T> scratch(workspace, job.params.head_dim);
   const ForwardState<T>& state = scratch.states[0];
   const int64_t per_row = job.params.kv_heads * job.partition.count;

@@ -89,7 +89,7 @@ struct BlockPartition {
   bool packed;
   int64_t group;            // query heads per kv head
   int64_t rows;             // queries of one head, or of the group when packed
-  int64_t blocks_per_head;  // the same of blocks
+  int64_t blocks_per_head;  // blocks of one head, or of the group when packed
   int64_t count;
 
   explicit BlockPartition(const AttentionParams& p)
