@@ -13,8 +13,14 @@ import torch
 from test_transformers import P, batch, prepared, tiny_model
 from test_transformers_encoder_decoders import END, text, tiny_bart
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
+from prefix_kernels.checkpoint import read_prefix_metadata
 from prefix_kernels.integrations.heads import Labels, labels_of_size
 from prefix_kernels.integrations.transformers import (
     load_named_prefix,
@@ -126,6 +132,37 @@ def test_the_names_of_labels_are_stored_with_the_task(tasks: Tasks) -> None:
     assert tasks.model.config.label2id == named.config.label2id
     set_prefix(tasks.model, "default")
     assert tasks.model.config.to_dict() == before.to_dict()
+
+
+def test_a_fresh_model_has_the_labels_of_the_task_it_loads(tasks: Tasks) -> None:
+    stored = tasks.alone["several"]
+    stored.config.id2label = dict(enumerate(["sweet", "sour", "salty", "bitter"]))
+    stored.config.label2id = {taste: i for i, taste in stored.config.id2label.items()}
+    inputs = batch("bert") | {"labels": LABELS["several"]}
+    stored(**inputs)  # decides the problem_type
+    save_prefix_model(stored, tasks.folder / "tastes")
+    model = load_prefix_model(tiny_model("bert", num_labels=4), tasks.folder / "tastes")
+    expected = {name: getattr(stored.config, name) for name in ("id2label", "label2id", "problem_type")}
+    assert expected["problem_type"] == "multi_label_classification"
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    load_named_prefix(model, "five", tasks.folder / "five")
+    set_prefix(model, "five")
+    assert model.config.num_labels == 5
+    set_prefix(model, "default")
+    assert {name: getattr(model.config, name) for name in expected} == expected
+
+
+def test_the_words_of_a_language_model_are_not_labels(tmp_path: Path) -> None:
+    base = tiny_model("llama", AutoModelForCausalLM)
+    save_prefix_model(prepared(base, modules_to_save=["lm_head"]), tmp_path / "task")
+    assert "labels" not in read_prefix_metadata(tmp_path / "task")
+    model = load_prefix_model(base, tmp_path / "task")
+    load_named_prefix(model, "other", tmp_path / "task")
+    own = {0: "yes", 1: "no", 2: "maybe"}
+    model.config.id2label = dict(own)
+    for name in ("other", "default"):
+        set_prefix(model, name)
+        assert model.config.id2label == own
 
 
 def test_a_task_of_other_labels_is_trained_and_saved(tasks: Tasks) -> None:

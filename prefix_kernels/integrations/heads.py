@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.checkpoint import marked_heads
+
 # What a stored task calls its labels in the metadata of its file.
 LABELS_KEY = "labels"
 
@@ -36,10 +38,16 @@ class Labels:
     problem_type: str | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Labels:
-        """Those that ``model`` has now."""
+    def of(cls, model: PreTrainedModel) -> Labels | None:
+        """Those that the heads of ``model`` tell apart now; None where no layer of a head has an output for each.
+
+        The config of every model has labels, of one that generates text too, where they mean nothing.
+        """
         config = model.config
-        return cls(dict(config.id2label or {}), dict(config.label2id or {}), config.problem_type)
+        layers = [layer for head in marked_heads(model).values() for layer in head.modules()]
+        if not any(getattr(layer, "out_features", None) == len(config.id2label or {}) for layer in layers):
+            return None
+        return cls(dict(config.id2label), dict(config.label2id), config.problem_type)
 
     @classmethod
     def unnamed(cls, count: int) -> Labels:

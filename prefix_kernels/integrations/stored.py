@@ -25,7 +25,7 @@ class StoredTask:
         config: what a model has to be prepared with.
         source: the file, or the tensors of a folder of PEFT's.
         heads: the qualified names of its heads.
-        labels: what they tell apart, if it is known; PEFT does not store it.
+        labels: what they tell apart, if anything and if it is known; PEFT does not store it.
     """
 
     config: PrefixTuningConfig

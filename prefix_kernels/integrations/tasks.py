@@ -53,7 +53,10 @@ def tasks_of(model: nn.Module) -> PrefixTasks:
 
 @dataclass(eq=False)
 class _Task:
-    """``encoder``, ``heads`` and ``labels`` are those of an inactive task; the active one's are in the model."""
+    """``encoder``, ``heads`` and ``labels`` are those of an inactive task; the active one's are in the model.
+
+    No heads tell labels apart where ``labels`` is None then.
+    """
 
     config: PrefixTuningConfig
     layout: PrefixLayout
@@ -138,11 +141,11 @@ class PrefixTasks:
                 f"{sorted(stored.heads)}"
             )
         layout = PrefixLayout(find_sites(self.model), config)
-        ours = [(site.module, site.depth) for site in self.layout.sites]
-        if [(site.module, site.depth) for site in layout.sites] != ours:
+        places = [(site.module, site.depth) for site in self.layout.sites]
+        if [(site.module, site.depth) for site in layout.sites] != places:
             raise ValueError(
                 f"{name}: expected a prefix at the same attentions as the model's first (target_attentions, layers), "
-                f"got one at {len(layout.sites)} others where it has {len(ours)}"
+                f"got one at {len(layout.sites)} others where it has {len(places)}"
             )
         windows = self.model.prefix_tuning_config.window_includes_prefix
         if config.window_includes_prefix != windows and _has_windows(self.model):
@@ -153,7 +156,9 @@ class PrefixTasks:
                 "with a task of position_offset='peft', beside which those of 'none' keep their positions"
             )
         fitted = fitted_heads(heads, stored.shapes())
-        labels = stored.labels or labels_of_size(heads, fitted, Labels.of(self.model))
+        labels = stored.labels
+        if labels is None and (ours := Labels.of(self.model)) is not None:
+            labels = labels_of_size(heads, fitted, ours)
         device = next(self.model.prefix_encoder.parameters()).device
         encoder = layout.make_encoder(config, device)
         split_over_heads(self.model, encoder, layout)
@@ -177,7 +182,7 @@ class PrefixTasks:
             parent, _, own_name = head_name.rpartition(".")
             head = _moved_to(leaving.heads[head_name], head, cast=True).train(self.model.training)
             setattr(self.model.get_submodule(parent), own_name, head)
-        if entering.heads:
+        if entering.labels is not None:
             entering.labels.give_to(self.model)
         entering.encoder, entering.heads, entering.labels = None, None, None
         self.model.prefix_tuning_config = entering.config

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
-from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, marked_heads, save_prefix
+from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
 from prefix_kernels.integrations.attachment import attach
 from prefix_kernels.integrations.attention import register
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
@@ -166,8 +166,8 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
             config.to_dict() | {"prefix_projection": False, "encoder_hidden_size": None}
         )
     metadata = {CONFIG_KEY: config.to_json()}
-    if marked_heads(model):
-        metadata[LABELS_KEY] = Labels.of(model).to_json()
+    if (labels := Labels.of(model)) is not None:
+        metadata[LABELS_KEY] = labels.to_json()
     save_prefix(model, path, fold=fold, metadata=metadata)
 
 
@@ -175,6 +175,8 @@ def load_prefix_model(
     model: PreTrainedModel, path: str | os.PathLike, *, config: PrefixTuningConfig | None = None
 ) -> PreTrainedModel:
     """Prepare a fresh ``model`` for the task stored by :func:`save_prefix_model` or by PEFT, and load it.
+
+    Where the heads tell labels apart, ``model.config`` gets the stored names and ``problem_type``; PEFT stores none.
 
     Args:
         model: a model of the same shape as the one that was trained, without a prefix.
@@ -196,6 +198,8 @@ def load_prefix_model(
     except Exception:
         remove_prefix(model)
         raise
+    if task.labels is not None:
+        task.labels.give_to(model)
     return model
 
 
