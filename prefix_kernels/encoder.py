@@ -36,7 +36,8 @@ class PrefixEncoder(nn.Module):
         embedding_dim: ``E``, with ``projection`` only. Default: ``num_heads * head_dim``.
         hidden_size: ``M``, with ``projection`` only. Default: 512.
         num_frozen_tokens: ``F``, from 0 to ``P``, the first tokens that are never trained; 0 with ``projection``.
-        dropout: probability with which entries of the prefix are zeroed while training (the others are scaled up).
+        dropout: probability with which entries of the prefix, its frozen rows included, are zeroed while training (the
+            others are scaled up).
         init_std: standard deviation of the initial table, one number or one per layer. With ``projection`` the rows of
             ``Linear_2`` are scaled so that the generated table has it. Default: 1.0, and with ``projection`` whatever
             the usual initialisation of Embedding and Linear gives.
@@ -182,6 +183,9 @@ class PrefixEncoder(nn.Module):
         The table is trainable if anything that generated it was. An optimizer still refers to the parameters that are
         gone: fold once training ends.
 
+        A model of which FSDP2 shards more than this encoder has to be resharded before (``model.reshard()``): what a
+        forward pass has left gathered of the unit around the encoder cannot be told from parameters that are whole.
+
         Returns:
             This encoder.
 
@@ -189,6 +193,7 @@ class PrefixEncoder(nn.Module):
             ValueError: FSDP2 shards what generates the table (``save_prefix(model, path, fold=True)`` needs no fold).
         """
         if self.projection:
+            fsdp.reshard(self)
             if any(p.is_shard() for parameter in self.parameters() for p in getattr(parameter, "placements", ())):
                 raise ValueError("fold: expected parameters that every process holds whole, got sharded ones")
             trainable = any(parameter.requires_grad for parameter in self.parameters())
@@ -202,7 +207,7 @@ class PrefixEncoder(nn.Module):
         return [name for name, _ in self.named_parameters()]
 
     def frozen_prefix_names(self) -> list[str]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`: so does every buffer."""
+        """Of the protocol in :mod:`prefix_kernels.checkpoint`: every buffer of an encoder belongs to the prefix."""
         return [name for name, _ in self.named_buffers()]
 
     def arranged_prefix_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from two_processes import WORLD, assert_gradients_of_one, own_rows, run_on_two_p
 
 from prefix_kernels import load_prefix, prefix_state_dict
 from prefix_kernels.integrations.peft import accelerate, restore
+from prefix_kernels.integrations.peft_checkpoint import save_peft_checkpoint
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_named_prefix,
@@ -116,10 +117,31 @@ def check_fsdp2(folder: Path) -> None:
         if projection:
             with pytest.raises(ValueError, match="fold: expected parameters that every process holds whole"):
                 load_prefix(model, own(folder, "task"))
+            model(IDS[rows])
+            if unit is None:
+                model.reshard()
+            with pytest.raises(ValueError, match="fold: expected parameters that every process holds whole"):
+                model.prefix_encoder.fold()
+
+        with pytest.raises(ValueError, match="model: expected one that this process holds whole, .* save_prefix_model"):
+            save_peft_checkpoint(model, own(folder, "adapter"))
+        check_initialization_refused(model, whole)
 
     check_tasks_loaded_before_sharding(folder, base)
     with pytest.raises(ValueError, match="model: expected one that is not sharded yet, got one of fully_shard"):
         get_prefix_model(fully_shard(base()))
+
+
+def check_initialization_refused(model: PreTrainedModel, whole: PreTrainedModel) -> None:
+    text = "{}: expected one that is not sharded, got one of fully_shard; initialize the prefix before"
+    with pytest.raises(ValueError, match=text.format("model")):
+        initialize_from_text(model, IDS[0])
+    with pytest.raises(ValueError, match=text.format("model")):
+        initialize_from_prefix(model, whole)
+    with pytest.raises(ValueError, match=text.format("model")):
+        initialize_like_keys(model, input_ids=IDS)
+    with pytest.raises(ValueError, match=text.format("source")):
+        initialize_from_prefix(whole, model)
 
 
 def check_tasks_loaded_before_sharding(folder: Path, base: Callable[[], PreTrainedModel]) -> None:
@@ -151,6 +173,11 @@ def peft_model(folder: Path, **options: object) -> peft.PeftModel:
     return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, **options), config)
 
 
+def with_unit(model: nn.Module, unit: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    fully_shard(unit(model))
+    return model
+
+
 def check_accelerated_peft(folder: Path) -> None:
     rows = own_rows(4)
     for how in ("ddp", "fsdp"):
@@ -174,10 +201,12 @@ def check_accelerated_peft(folder: Path) -> None:
         loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), own(folder, "adapter"))
         assert_same_logits(accelerate(loaded), whole)
 
-    with pytest.raises(ValueError, match="peft_model: expected one that is not sharded, got one of fully_shard"):
-        restore(model)
-    with pytest.raises(ValueError, match="peft_model: expected one that is not sharded yet, got one of fully_shard"):
-        accelerate(fully_shard(peft_model(folder)))
+    for unit in (lambda model: model, lambda model: model.base_model.lm_head):
+        with pytest.raises(ValueError, match="peft_model: expected one that is not sharded, got one of fully_shard"):
+            restore(with_unit(accelerate(peft_model(folder)), unit))
+        refused = "peft_model: expected one that is not sharded yet, got one of fully_shard"
+        with pytest.raises(ValueError, match=refused):
+            accelerate(with_unit(peft_model(folder), unit))
     with pytest.raises(ValueError, match=r"peft_model: expected a model whose heads are not divided .* \(tp_plan\)"):
         accelerate(peft_model(folder, tp_plan="auto"))
 
@@ -202,6 +231,8 @@ def check_tensor_parallel(folder: Path) -> None:
             loss.backward()
         assert_task_gradients_of_one(split.prefix_encoder, whole.prefix_encoder)
 
+        with pytest.raises(ValueError, match="model: expected one that this process holds whole, .* save_prefix_model"):
+            save_peft_checkpoint(split, own(folder, "adapter"))
         save_prefix_model(split, own(folder, "folded"))
         for model in (load_prefix_model(base(), own(folder, "folded")), split.prefix_encoder.fold() and split):
             assert_same_logits(model, whole)

@@ -133,7 +133,7 @@ def restore(peft_model: PeftModel) -> PeftModel:
     """
     if not isinstance(peft_model, _Accelerated):
         raise ValueError(f"peft_model: expected a model of accelerate(), got {type(peft_model).__name__}")
-    if fsdp.is_unit(peft_model):
+    if fsdp.units_of(peft_model):
         raise ValueError("peft_model: expected one that is not sharded, got one of fully_shard")
     getattr(peft_model, _ADAPTERS).attachment.remove(peft_model.base_model)
     delattr(peft_model, _ADAPTERS)
@@ -146,7 +146,7 @@ def _refuse(peft_model: nn.Module) -> None:
         raise TypeError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
     if isinstance(peft_model, _Accelerated):
         raise ValueError(f"{type(peft_model).__name__} is accelerated already; restore(peft_model) undoes it")
-    if fsdp.is_unit(peft_model):
+    if fsdp.units_of(peft_model):
         raise ValueError("peft_model: expected one that is not sharded yet, got one of fully_shard; call that later")
     for name, config in peft_model.peft_config.items():
         if config.peft_type not in PREFIX_TYPES:

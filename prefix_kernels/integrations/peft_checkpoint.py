@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from prefix_kernels import fsdp
 from prefix_kernels.integrations.caches import CACHE_NAMES
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.families import refuse_unsupported
@@ -142,12 +143,17 @@ def save_peft_checkpoint(
             number in the model's config, or the type PREFIX_TUNING where that is 0.
 
     Raises:
-        ValueError: ``model`` has no prefix, PEFT has no task for it or cannot run a prefix on it, or it has settings
-            that PEFT does not have; the message says which.
+        ValueError: ``model`` has no prefix, its parameters are divided among processes, PEFT has no task for it or
+            cannot run a prefix on it, or it has settings that PEFT does not have; the message says which.
     """
     config = getattr(model, "prefix_tuning_config", None)
     if config is None:
         raise ValueError(f"model: expected a model prepared by get_prefix_model, got a plain {type(model).__name__}")
+    if fsdp.units_of(model) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected one that this process holds whole, got one divided among processes (fully_shard, tp_plan);"
+            " save_prefix_model stores its task, which load_prefix_model reads into a model that is whole"
+        )
     task_type = _task_of(model) if task_type is None else task_type
     if task_type not in _HEADS_OF_TASK:
         raise ValueError(f"task_type: expected one of {', '.join(_HEADS_OF_TASK)}, got {task_type!r}")
