@@ -25,7 +25,7 @@ from tiny_model import layers_that_see_all, pretrained_folder
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -60,11 +60,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-steps", type=int, default=-1, help="stop after this many steps")
     add("--batch-size", type=int, default=16)
     add("--learning-rate", type=float, default=0.1)
-    add("--max-length", type=int, default=128, help="tokens after which a text is cut")
+    add("--max-length", type=int, default=128, help="tokens of a text and its end; a longer one is cut")
     add("--max-new-tokens", type=int, default=32)
     add("--seed", type=int, default=0)
     add("--output-dir", type=Path, default=Path("runs/causal_lm"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.max_length < 2:
+        parser.error(f"--max-length: expected at least 2, of which one ends the text, got {arguments.max_length}")
+    if arguments.train_file is not None:
+        if not arguments.train_file.is_file():
+            parser.error(f"--train-file: expected a file, got {arguments.train_file}")
+        if (count := len(lines_of(arguments.train_file))) < 5:
+            parser.error(f"--train-file: expected at least 5 lines of text, of which one is held out, got {count}")
+    return arguments
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines that hold text."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def load_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -73,7 +86,7 @@ def load_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     if arguments.train_file is None:
         texts = [stories.tell(generator, arguments.style) for _ in range(TRAIN_STORIES + HELD_OUT_STORIES)]
         return texts[HELD_OUT_STORIES:], texts[:HELD_OUT_STORIES]
-    texts = [line for line in arguments.train_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = lines_of(arguments.train_file)
     generator.shuffle(texts)
     return texts[len(texts) // 5 :], texts[: len(texts) // 5]
 
@@ -102,13 +115,15 @@ def make_trainer(
     )
 
     def encoded(texts: list[str]) -> list[dict[str, Any]]:
-        ids = tokenizer(texts, truncation=True, max_length=arguments.max_length)["input_ids"]
-        return [{"input_ids": row + [tokenizer.eos_token_id]} for row in ids]
+        ids = tokenizer(texts, truncation=True, max_length=arguments.max_length - 1)["input_ids"]
+        ended = [row + [tokenizer.eos_token_id] for row in ids]
+        return [{"input_ids": row, "labels": row} for row in ended]
 
     return Trainer(
         model,
         settings,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        # Takes no padding for a label, but the end of each text, even where that is the same token.
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
         train_dataset=encoded(train),
         eval_dataset=encoded(held_out),
     )
@@ -191,7 +206,8 @@ def main() -> None:
         position_offset="none",  # the text keeps the positions that the model has been pretrained with
     )
     model = get_prefix_model(base, config)
-    initialize_like_keys(model, **tokenizer(train[:8], padding=True, return_tensors="pt"))
+    sample = tokenizer(train[:8], padding=True, truncation=True, max_length=arguments.max_length, return_tensors="pt")
+    initialize_like_keys(model, **sample)
     trainer = make_trainer(model, tokenizer, train, held_out, arguments)
     trainer.train()
     loss_after = trainer.evaluate()["eval_loss"]

@@ -162,6 +162,48 @@ def test_causal_lm_takes_a_model_and_texts_of_the_user(
     assert not list((tmp_path / "run").glob("pretrained-*"))
 
 
+def test_causal_lm_learns_where_a_text_ends_from_a_tokenizer_that_pads_with_the_end(
+    tmp_path: Path, tiny_causal_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import causal_lm
+
+    options = ["--max-length", "8", "--batch-size", "2", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["causal_lm.py", *options])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_causal_lm)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal_lm)
+    texts = ["Anna sang", "Anna sang all day . then Hugo sang all day"]
+    trainer = causal_lm.make_trainer(model, tokenizer, texts, texts, causal_lm.parse_arguments())
+    (batch,) = trainer.get_eval_dataloader()
+    end = tokenizer.eos_token_id
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        assert labels[mask == 1].tolist() == ids[mask == 1].tolist()
+        assert (labels[mask == 0] == -100).all()
+        assert ids[mask == 1].tolist().index(end) == mask.sum() - 1, "one end, the last token of the text"
+    assert batch["attention_mask"].sum(1).tolist() == [len(tokenizer(texts[0])["input_ids"]) + 1, 8]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (4, "--train-file: expected at least 5 lines of text, of which one is held out, got 4"),
+        (None, "--train-file: expected a file"),
+    ],
+)
+def test_causal_lm_refuses_a_file_without_enough_texts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lines: int | None,
+    expected: str,
+) -> None:
+    if lines is not None:
+        (tmp_path / "lines.txt").write_text("Anna sang .\n\n" * lines)
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, "causal_lm.py", "--train-file", str(tmp_path / "lines.txt"))
+    assert expected in capsys.readouterr().err
+
+
 def test_mixed_batch_gives_every_row_what_it_gets_alone(tmp_path: Path) -> None:
     few = ["--pretraining-steps", "3", "--max-steps", "3", "--samples", "2", "--max-new-tokens", "5"]
     result = run("mixed_batch.py", *few, "--num-virtual-tokens", "4", "--output-dir", str(tmp_path))
