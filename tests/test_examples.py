@@ -153,7 +153,9 @@ def test_causal_lm_takes_a_model_and_texts_of_the_user(
     tmp_path: Path, tiny_causal_lm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = tmp_path / "lines.txt"
-    texts.write_text("".join(f"Anna found a bright boat . Leo sang {'all day ' * n}.\n" for n in range(10)))
+    # Some have more tokens than the model has positions.
+    lengths = range(0, 1000, 100)
+    texts.write_text("".join(f"Anna found a bright boat . Leo sang {'all day ' * n}.\n" for n in lengths))
     options = ["--model", str(tiny_causal_lm), "--train-file", str(texts), "--max-steps", "1", "--max-new-tokens", "4"]
     run_here(monkeypatch, "causal_lm.py", "Anna", *options, "--output-dir", str(tmp_path / "run"))
     table = table_of(capsys.readouterr().out)
