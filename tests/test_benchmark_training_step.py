@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    result = run_script(BENCHMARKS / script, *arguments)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from scripts import run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prefix_kernels.checkpoint import read_prefix_metadata
@@ -21,9 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(example: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, str(EXAMPLES / example), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return run_script(EXAMPLES / example, *arguments, launcher=launcher)
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, example: str, *arguments: str) -> None:
