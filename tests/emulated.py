@@ -220,6 +220,12 @@ class Library:
         """The order of blocks, warps and lanes: 0 is the natural one, every other number another random one."""
         self.emulator.prefix_kernels_emulator_seed(ctypes.c_uint64(seed))
 
+    def take_copied_bytes(self) -> int:
+        """What ``cp.async`` read from global memory since the last call, in bytes."""
+        take = self.emulator.prefix_kernels_emulator_take_copied_bytes
+        take.restype = ctypes.c_int64
+        return take()
+
     def device(self, architecture: int, sm_count: int) -> None:
         """Which GPU the host code sees: its compute capability (80 for 8.0) and number of multiprocessors."""
         self.emulator.prefix_kernels_emulated_device(architecture, sm_count)

@@ -232,7 +232,21 @@ def test_heads_that_share_keys_share_a_tile(group, q_len):
 def test_decoding_reads_a_shared_prefix_for_bunches_of_rows(group, q_len, batch, prefixes):
     ids = None if prefixes in (None, batch) else torch.arange(batch) * 7 % (prefixes + 1) - 1
     shape = dict(batch=batch, q_heads=group, kv_heads=1, q_len=q_len, k_len=20, prefix_len=600)
-    check_forward(**shape, num_prefixes=prefixes, prefix_ids=ids, head_dim=32)
+    for head_dim in (32, 256):
+        check_forward(**shape, num_prefixes=prefixes, prefix_ids=ids, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("batch, group, q_len", [(3, 2, 1), (32, 1, 1), (5, 4, 1), (2, 8, 2)])
+def test_decoding_reads_each_row_of_keys_and_values_once_per_batch(batch, group, q_len, head_dim):
+    k_len, prefix_len, kv_heads = 90, 600, 2
+    shape = dict(batch=batch, q_heads=group * kv_heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len)
+    load().take_copied_bytes()
+    check_forward(**shape, prefix_len=prefix_len, head_dim=head_dim)
+    keys_and_values = 2 * (prefix_len + batch * k_len) * kv_heads * head_dim * 2
+    parts = 4  # each reads the queries
+    queries = batch * group * kv_heads * q_len * head_dim * 2
+    assert 0 < load().take_copied_bytes() - keys_and_values <= (parts + 1) * queries
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -388,6 +402,12 @@ CHECKED = {
         batch=9, q_len=3, k_len=10, prefix_len=600, num_prefixes=2, prefix_ids=torch.arange(9) % 3 - 1
     ),
     "decode, many heads": dict(q_len=11, q_heads=6, kv_heads=2, k_len=300, prefix_len=150, is_causal=True),
+    "decode, shared prefix": dict(
+        batch=17, q_heads=2, kv_heads=1, q_len=1, k_len=20, prefix_len=300, attn_mask=some(17, 2, 1, 320) < 0.8
+    ),
+    "decode, shared prefix in float32, head dim 256": dict(
+        batch=9, q_heads=3, kv_heads=1, q_len=1, k_len=5, prefix_len=90, head_dim=256, prefix_dtype=torch.float32
+    ),
     "decode, no keys at all": dict(q_len=1, k_len=0, prefix_len=None),
     "decode, head dim 256": dict(q_len=2, k_len=90, head_dim=256, attn_mask=some(90)),
     "decode, prefix in float32": dict(q_len=2, k_len=20, prefix_len=150, prefix_dtype=torch.float32),

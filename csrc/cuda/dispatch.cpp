@@ -21,13 +21,15 @@ void with_head_dim(int64_t head_dim, Call call) {
   call(std::integral_constant<int, 256>());
 }
 
-// Whether keys are split over blocks: where the rows of a key head are few, or their tiles too few to go round.
+// Whether keys are split over blocks: where the rows of a key head, (query, head of the group) pairs, are few, or their
+// tiles too few to go round, or where most of what they read are prefixes that rows of the batch share.
 bool decodes(const AttentionParams& p, const Context& context) {
   if (p.q_len > sm80::kMaxDecodeQueries) return false;
-  constexpr int64_t kTileRows = 64;  // of the forward kernels, at least
+  constexpr int64_t kFewRows = 16, kTileRows = 64;  // of the forward kernels, at least
   const int64_t rows = p.q_len * (p.q_heads / p.kv_heads);
   const int64_t tiles = p.batch * p.kv_heads * ((rows + kTileRows - 1) / kTileRows);
-  return rows <= sm80::kMaxDecodeRows || tiles < context.sm_count;
+  const bool shares = p.prefix_len >= p.k_len && p.num_prefixes < p.batch * p.prefix_slots;
+  return rows <= kFewRows || tiles < context.sm_count || shares;
 }
 
 template <DType kDType>

@@ -1,5 +1,6 @@
 #include "async_copy.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -11,6 +12,8 @@
 namespace emulator {
 namespace {
 constexpr size_t kBytes = 16;
+
+std::atomic<int64_t> copied_bytes{0};
 
 bool misaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kBytes != 0; }
 }  // namespace
@@ -27,7 +30,10 @@ void AsyncCopies::issue(void* shared, const void* global, bool valid, Where wher
   if (!current_block->shared_memory().holds(shared, kBytes)) refuse("the destination is not in shared memory");
   if (misaligned(shared)) refuse("the destination is not aligned to 16 bytes");
   if (valid && misaligned(global)) refuse("the source is not aligned to 16 bytes");
-  if (valid) check::read(*current_lane, global, kBytes, where);
+  if (valid) {
+    check::read(*current_lane, global, kBytes, where);
+    copied_bytes.fetch_add(kBytes, std::memory_order_relaxed);
+  }
   check::begin_copy(*current_lane, shared, kBytes, where);
   // From here to its wait the hardware may write at any time: nobody can count on what is there.
   std::memset(shared, 0xFF, kBytes);
@@ -55,3 +61,7 @@ void AsyncCopies::require_all_landed(const Lane& lane) const {
 }
 
 }  // namespace emulator
+
+extern "C" __attribute__((visibility("default"))) int64_t prefix_kernels_emulator_take_copied_bytes() {
+  return emulator::copied_bytes.exchange(0);
+}

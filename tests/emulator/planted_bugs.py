@@ -93,7 +93,18 @@ BARRIERS = [
     ),
     _decode(
         "no __syncwarp before a cell is read",
-        "    __syncwarp();  // all lanes have cell i, and none reads cell i - 1 any more\n",
+        "      __syncwarp();\n",
+        "      ;\n",
+    ),
+    _decode(
+        "no barrier before other warps' cells are read",
+        "    else\n      __syncthreads();\n",
+        "    else\n      __syncwarp();\n",
+        "decode of a shared prefix",
+    ),
+    _decode(
+        "cells loaded over queries that are still read",
+        "    __syncthreads();  // nobody reads the last stages any more\n",
         "",
     ),
     _decode(
@@ -259,9 +270,21 @@ MEMORY = [
     ),
     _decode(
         "every block of an entry takes its first rows",
-        "block % params.blocks_per_entry * kCell",
+        "block % params.blocks_per_entry * kRows",
         "block % params.blocks_per_entry * 0",
         "decode of many heads",
+    ),
+    _decode(
+        "rows of every tile merged from the first tile's warps",
+        "first_warp = number_of_row / kCell;",
+        "first_warp = 0;",
+        "decode of a shared prefix",
+    ),
+    _decode(
+        "a warp takes the cells of one ring alone",
+        "ring = cell_lane; ring < kWarps; ring += cell_lanes",
+        "ring = cell_lane; ring < kWarps; ring += kWarps",
+        "decode of a shared prefix",
     ),
     _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
     _decode(
@@ -311,7 +334,7 @@ ARITHMETIC = [
     ),
     _decode(
         "a prefix's rows converted from the first of its part on",
-        "source, first_column(i), part_end, lane",
+        "source, first, part_end, lane",
         "source, part_begin, part_end, lane",
         "decode of a float32 prefix",
     ),

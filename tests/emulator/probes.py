@@ -62,7 +62,10 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "decode of a float32 prefix": lambda: _half(**FLOAT32_PREFIX, q_len=2),
     "backward of a float32 prefix": lambda: _half(ALL, **FLOAT32_PREFIX, q_len=20),
     "forward of padding": lambda: _half(**PADDING, q_len=70, attn_mask=_shown()),
-    "decode of many heads": lambda: _half(q_heads=4, kv_heads=1, q_len=6, k_len=90, prefix_len=20, is_causal=True),
+    "decode of many heads": lambda: _half(
+        batch=1, q_heads=5, kv_heads=1, q_len=14, k_len=90, prefix_len=20, is_causal=True
+    ),
+    "decode of a shared prefix": lambda: _half(batch=20, q_heads=2, kv_heads=1, q_len=1, k_len=20, prefix_len=300),
     "decode of padding": lambda: _half(**PADDING, q_len=2, attn_mask=_shown()),
     "decode": lambda: _half(
         batch=2,

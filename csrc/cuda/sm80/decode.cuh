@@ -1,17 +1,18 @@
 // Few queries against many keys: decoding.
 //
 // Reading keys and values is all the work, so every block reads its own part of them, once, for all queries that want
-// it. A block has up to 16 rows, (entry, query, head of the group), that share a key head; where an entry has more rows
-// than that, several blocks read the same part. A block's entries are
+// it. A block has up to kRows rows, (entry, query, head of the group), that share a key head; what has more rows than
+// that is read by several blocks, next to each other in the grid. A block's entries are
 //
 //   of a part of a sequence: that batch row alone;
-//   of a part of a prefix: up to 16 / (queries * group) of the (batch row, slot) pairs that name it. Of all that do, in
-//   order, the first of each such bunch has a block; the others' blocks have nothing to do. A prefix that all rows of a
-//   batch share is thus read once for many of them.
+//   of a part of a prefix: up to kRows / (queries * group) of the (batch row, slot) pairs that name it. Of all that do,
+//   in order, the first of each such bunch has a block; the others' blocks have nothing to do. A prefix that the rows
+//   of a batch share is thus read once for as many of them as fill a block.
 //
-// A part is cut into cells of 16 columns, which the block's warps take in turn, each with its own softmax and its own
-// ring of cells in flight. The warps' results are merged in the block, the blocks' by merge_kernel, both in fixed
-// order.
+// A part is cut into cells of 16 columns; each of the block's warps has its own ring of cells in flight. The rows are
+// cut into tiles of 16, one to a warp: where there are fewer tiles than warps, the warps of one tile divide the cells
+// among them, each with its own softmax. Their results are merged in the block, the blocks' by merge_kernel, both in
+// fixed order.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +39,7 @@ struct DecodeParams {
   float softcap;
   float dropout_rescale;
   int rows_per_entry;    // queries * heads of a group
-  int blocks_per_entry;  // of 16 rows each
+  int blocks_per_entry;  // of kRows rows each
   int prefix_parts;      // parts of each prefix
   int sequence_parts;    // parts of each sequence
   int parts;             // of a row: prefix_slots * prefix_parts + sequence_parts
@@ -67,23 +68,28 @@ struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = kWarps * kCell;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
   static constexpr int kBlocksPerSM = kHeadDim <= 64 ? 3 : 2;  // as many as the host code plans for
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
   static constexpr int kCellStride = kCellBytes + kSharedGap;
-  static constexpr int kRingOffset = kCellStride;  // after the queries
-  static constexpr int kRowsOffset = kRingOffset + kWarps * kStages * 2 * kCellStride;
-  static constexpr int kRowsBytes = kCell * sizeof(DecodeRow);
-  static constexpr int kEntriesOffset = kRowsOffset + kRowsBytes + kSharedGap;
-  static constexpr int kEntriesBytes = kCell * sizeof(int);
-  static constexpr int kSharesOffset = kEntriesOffset + kEntriesBytes + kSharedGap;
-  static constexpr int kSharesBytes = kWarps * kCell * sizeof(Share);
+  static constexpr int kRingBytes = kWarps * kStages * 2 * kCellStride;
+  // Queries that go into registers come by way of the rings' last stages.
+  static constexpr int kQueryOffset = kRingBytes;
+  static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kWarps * kCellStride;
+  static constexpr int kRowsOffset = kQueryOffset + kQueryBytes;
+  static constexpr int kRowsBytes = kRows * sizeof(DecodeRow);
+  // First the entries, then the warps' shares.
+  static constexpr int kSharesOffset = kRowsOffset + kRowsBytes + kSharedGap;
+  static constexpr int kSharesBytes = kRows * sizeof(Share);
+  static_assert(sizeof(int) <= sizeof(Share), "the entries, at most one a row, fit where the shares go");
   static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
+  static_assert(kSharedGap > 0 || 2 * (kSharedBytes + 1024) <= 164 * 1024, "sm_80 holds two blocks, with its share");
   // The warps' results take the place of the cells.
-  static constexpr int kOutBytes = kWarps * kCell * kHeadDim * sizeof(float);
-  static_assert(kOutBytes <= kWarps * kStages * 2 * kCellStride, "the warps' results fit where the cells were");
+  static constexpr int kOutBytes = kRows * kHeadDim * sizeof(float);
+  static_assert(kOutBytes <= kRingBytes, "the warps' results fit where the cells were");
 };
 
 // The (batch row, slot) pairs that take part in entry's block, or none. All lanes of a warp call it; `entries` is
@@ -95,7 +101,7 @@ __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entr
     // All name the same prefix, or each another.
     const int bunch = p.num_prefixes == 1 ? per_block : 1;
     const int found = entry % bunch == 0 ? min(bunch, count - entry) : 0;
-    if (entries != nullptr && lane < found) entries[lane] = entry + lane;
+    for (int i = lane; entries != nullptr && i < found; i += kWarpSize) entries[i] = entry + i;
     return found;
   }
   const int64_t prefix = prefix_of_row(p, entry / slots, entry % slots);
@@ -136,35 +142,37 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim, kWarps = Traits::kWarps, kStages = Traits::kStages;
+  constexpr int kRows = Traits::kRows;
   constexpr int kBlocksOfHead = kHeadDim / kCell, kLanes = kLanesPerRow<kHeadDim>;
   const AttentionParams& p = params.attention;
   const int thread = threadIdx.x % Traits::kThreads, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head_dim = static_cast<int>(p.head_dim), kv_heads = static_cast<int>(p.kv_heads);
   const int group = static_cast<int>(p.q_heads) / kv_heads;
 
-  T* const query_tile = reinterpret_cast<T*>(shared_memory());
   DecodeRow* const rows = reinterpret_cast<DecodeRow*>(shared_memory() + Traits::kRowsOffset);
-  int* const entries = reinterpret_cast<int*>(shared_memory() + Traits::kEntriesOffset);
+  int* const entries = reinterpret_cast<int*>(shared_memory() + Traits::kSharesOffset);
   Share* const warp_shares = reinterpret_cast<Share*>(shared_memory() + Traits::kSharesOffset);
-  shared_buffer(query_tile, Traits::kCellBytes);
-  shared_buffer(shared_memory() + Traits::kRingOffset, kWarps * kStages * 2 * Traits::kCellStride);
+  shared_buffer(shared_memory(), Traits::kRingBytes + Traits::kQueryBytes);
   shared_buffer(rows, Traits::kRowsBytes);
-  shared_buffer(entries, Traits::kEntriesBytes);
   shared_buffer(warp_shares, Traits::kSharesBytes);
 
   // Which part of which columns this is, and who wants it.
   const bool is_prefix = static_cast<int>(blockIdx.x) < params.prefix_blocks;
   const int block = is_prefix ? blockIdx.x : blockIdx.x - params.prefix_blocks;
-  const int first_row = block % params.blocks_per_entry * kCell, number = block / params.blocks_per_entry;
-  const int parts = is_prefix ? params.prefix_parts : params.sequence_parts;
-  const int part = number % parts, kv_head = number / parts % kv_heads, entry = number / parts / kv_heads;
+  const int first_row = block % params.blocks_per_entry * kRows, number = block / params.blocks_per_entry;
   const int slots = static_cast<int>(p.prefix_slots);
-  const int per_block = max(1, kCell / params.rows_per_entry);
+  const int parts = is_prefix ? params.prefix_parts : params.sequence_parts;
+  const int num_entries = static_cast<int>(p.batch) * (is_prefix ? slots : 1);
+  const int entry = number % num_entries, part = number / num_entries % parts, kv_head = number / num_entries / parts;
+  const int per_block = max(1, kRows / params.rows_per_entry);
   const int entries_here = is_prefix ? gather_entries(p, entry, per_block, lane, warp == 0 ? entries : nullptr) : 1;
   if (entries_here == 0) return;
   if (!is_prefix && thread == 0) entries[0] = entry;
   __syncthreads();
-  const int row_count = min(kCell, entries_here * params.rows_per_entry - first_row);
+  const int row_count = min(kRows, entries_here * params.rows_per_entry - first_row);
+  // This warp has a tile of rows, and its share of the cells: all of one warp's ring in `cell_lanes`.
+  const int tiles = row_count <= kCell ? 1 : row_count <= 2 * kCell ? 2 : kWarps, cell_lanes = kWarps / tiles;
+  const int tile = warp % tiles, cell_lane = warp / tiles;
 
   const int batch = is_prefix ? entry / slots : entry;
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
@@ -183,7 +191,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const int part_begin = columns.begin + part * cells_per_part * kCell;
   const int part_end = min(columns.end, part_begin + cells_per_part * kCell);
 
-  if (thread < kCell) {
+  if (thread < kRows) {
     const int number_of_row = first_row + min(thread, row_count - 1);  // what is left over repeats the last row
     const int of_entry = number_of_row % params.rows_per_entry, taken = entries[number_of_row / params.rows_per_entry];
     DecodeRow row;
@@ -201,40 +209,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     rows[thread] = row;
   }
   __syncthreads();
+  // A warp's ring: stage i holds a cell of keys, then one of values.
+  const auto stage = [&](int ring, int i) {
+    return reinterpret_cast<T*>(shared_memory() + (ring * kStages + i % kStages) * 2 * Traits::kCellStride);
+  };
+  constexpr int kValues = Traits::kCellStride / static_cast<int>(sizeof(T));
+  const auto first_column = [&](int ring, int i) { return part_begin + (ring + i * kWarps) * kCell; };
+  const auto query_tile = [&](int of) {
+    return Traits::kQueryInRegisters
+               ? stage(of, kStages - 1)
+               : reinterpret_cast<T*>(shared_memory() + Traits::kQueryOffset + of * Traits::kCellStride);
+  };
 #pragma unroll 1
-  for (int row = thread / kLanes; row < kCell; row += Traits::kThreads / kLanes) {
+  for (int row = thread / kLanes; row < tiles * kCell; row += Traits::kThreads / kLanes) {
     const bool valid = row < row_count;
     const DecodeRow& source = rows[row];
     const HeadRows head(p.query, source.batch, source.head, params.whole_query);
-    copy_row<T, kHeadDim>(query_tile, row, head.row(source.query), head.dtype, head.whole_chunks, thread % kLanes,
-                          head_dim, valid);
+    copy_row<T, kHeadDim>(query_tile(row / kCell), row % kCell, head.row(source.query), head.dtype, head.whole_chunks,
+                          thread % kLanes, head_dim, valid);
   }
   ptx::cp_async_commit();
 
-  // The warp's ring: stage i holds a cell of keys, then one of values.
-  const auto stage = [&](int i) {
-    return reinterpret_cast<T*>(shared_memory() + Traits::kRingOffset +
-                                (warp * kStages + i % kStages) * 2 * Traits::kCellStride);
-  };
-  constexpr int kValues = Traits::kCellStride / static_cast<int>(sizeof(T));
-  const auto first_column = [&](int i) { return part_begin + (warp + i * kWarps) * kCell; };
   const auto load = [&](int i) {
-    if (first_column(i) < part_end) {
+    const int first = first_column(warp, i);
+    if (first < part_end) {
       const auto copy_cell = [&](T* cell, const Operand& x, bool whole_chunks) {
         const HeadRows source(x, owner, kv_head, whole_chunks);
         if (whole_chunks && !goes_async<T>(source.dtype, true)) {
-          convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first_column(i), part_end, lane, head_dim);
+          convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first, part_end, lane, head_dim);
           return;
         }
 #pragma unroll 1
         for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
-          const bool valid = first_column(i) + row < part_end;
-          copy_row<T, kHeadDim>(cell, row, source.row(first_column(i) + (valid ? row : 0)), source.dtype, whole_chunks,
+          const bool valid = first + row < part_end;
+          copy_row<T, kHeadDim>(cell, row, source.row(first + (valid ? row : 0)), source.dtype, whole_chunks,
                                 lane % kLanes, head_dim, valid);
         }
       };
-      copy_cell(stage(i), is_prefix ? p.prefix_key : p.key, is_prefix ? params.whole_prefix_key : params.whole_key);
-      copy_cell(stage(i) + kValues, is_prefix ? p.prefix_value : p.value,
+      copy_cell(stage(warp, i), is_prefix ? p.prefix_key : p.key,
+                is_prefix ? params.whole_prefix_key : params.whole_key);
+      copy_cell(stage(warp, i) + kValues, is_prefix ? p.prefix_value : p.value,
                 is_prefix ? params.whole_prefix_value : params.whole_value);
     }
     ptx::cp_async_commit();
@@ -247,9 +261,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   ptx::cp_async_wait<kStages - 1>();
   __syncthreads();  // the queries are there
   if constexpr (Traits::kQueryInRegisters) {
-    const QueryReader query(query_tile, lane);
+    const QueryReader query(query_tile(tile), lane);
 #pragma unroll
     for (int k = 0; k < kBlocksOfHead; ++k) query.load(query_blocks[k], 0, k);
+    __syncthreads();  // nobody reads the last stages any more
   }
 
   const uint64_t seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
@@ -257,57 +272,65 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   float out[1][2 * kBlocksOfHead][4];
   set_all(out, 0.0f);
 #pragma unroll 1
-  for (int i = 0; first_column(i) < part_end; ++i) {
+  for (int i = 0; first_column(tiles == 1 ? warp : 0, i) < part_end; ++i) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncwarp();  // all lanes have cell i, and none reads cell i - 1 any more
+    // All who read cells i have them, and none reads cells i - 1 any more.
+    if (tiles == 1)
+      __syncwarp();
+    else
+      __syncthreads();
     load(i + kStages - 1);
+#pragma unroll 1
+    for (int ring = cell_lane; ring < kWarps; ring += cell_lanes) {
+      const int first = first_column(ring, i), count = min(kCell, part_end - first);
+      if (count <= 0 || tile * kCell >= row_count) break;
 
-    // S = Q K'^T
-    float scores[1][2][4];
-    set_all(scores, 0.0f);
-    const BlockReader<T, kHeadDim, Quarters::kAcross> key(stage(i), lane);
-    const QueryReader query(query_tile, lane);
+      // S = Q K'^T
+      float scores[1][2][4];
+      set_all(scores, 0.0f);
+      const BlockReader<T, kHeadDim, Quarters::kAcross> key(stage(ring, i), lane);
+      const QueryReader query(query_tile(tile), lane);
 #pragma unroll
-    for (int k = 0; k < kBlocksOfHead; ++k) {
-      uint32_t b[4];
-      key.load(b, 0, k);
-      if constexpr (!Traits::kQueryInRegisters) query.load(query_blocks[0], 0, k);
-      mma_block<T>(scores[0][0], scores[0][1], query_blocks[Traits::kQueryInRegisters ? k : 0], b);
-    }
-    const int first = first_column(i), count = min(kCell, part_end - first);
-#pragma unroll
-    for (int half_row = 0; half_row < 2; ++half_row) {
-      const DecodeRow& row = rows[half_row * 8 + lane / 4];
-      float bias[kColumnsPerThread];
-      CellMask(p, {row.segment, first, count, 0}).load(bias, row.batch, row.head, row.query, count, lane);
-      const Span seen{row.seen.begin - first, min(count, row.seen.end - first)};
-      finish_scores(scores[0][0], scores[0][1], 2 * half_row, params.scale, params.softcap, bias, seen, lane);
-    }
-    softmax.update(scores, out, kLog2E);
-
-    // out += P V'
-    if (p.dropout_threshold > 0) {
+      for (int k = 0; k < kBlocksOfHead; ++k) {
+        uint32_t b[4];
+        key.load(b, 0, k);
+        if constexpr (!Traits::kQueryInRegisters) query.load(query_blocks[0], 0, k);
+        mma_block<T>(scores[0][0], scores[0][1], query_blocks[Traits::kQueryInRegisters ? k : 0], b);
+      }
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const DecodeRow& row = rows[half_row * 8 + lane / 4];
-        drop_out_row(scores[0][0], scores[0][1], 2 * half_row, seed, p.dropout_threshold, row.query,
-                     row.batch * p.q_heads + row.head, {row.segment, first, count, 0}, lane);
+        const DecodeRow& row = rows[tile * kCell + half_row * 8 + lane / 4];
+        float bias[kColumnsPerThread];
+        CellMask(p, {row.segment, first, count, 0}).load(bias, row.batch, row.head, row.query, count, lane);
+        const Span seen{row.seen.begin - first, min(count, row.seen.end - first)};
+        finish_scores(scores[0][0], scores[0][1], 2 * half_row, params.scale, params.softcap, bias, seen, lane);
       }
-    }
-    uint32_t a[4];
-    pack_operand<T>(a, scores[0][0], scores[0][1]);
-    const BlockReader<T, kHeadDim, Quarters::kDown> value(stage(i) + kValues, lane);
+      softmax.update(scores, out, kLog2E);
+
+      // out += P V'
+      if (p.dropout_threshold > 0) {
 #pragma unroll
-    for (int n = 0; n < kBlocksOfHead; ++n) {
-      uint32_t b[4];
-      value.load_transposed(b, 0, n);
-      mma_block<T>(out[0][2 * n], out[0][2 * n + 1], a, b);
+        for (int half_row = 0; half_row < 2; ++half_row) {
+          const DecodeRow& row = rows[tile * kCell + half_row * 8 + lane / 4];
+          drop_out_row(scores[0][0], scores[0][1], 2 * half_row, seed, p.dropout_threshold, row.query,
+                       row.batch * p.q_heads + row.head, {row.segment, first, count, 0}, lane);
+        }
+      }
+      uint32_t a[4];
+      pack_operand<T>(a, scores[0][0], scores[0][1]);
+      const BlockReader<T, kHeadDim, Quarters::kDown> value(stage(ring, i) + kValues, lane);
+#pragma unroll
+      for (int n = 0; n < kBlocksOfHead; ++n) {
+        uint32_t b[4];
+        value.load_transposed(b, 0, n);
+        mma_block<T>(out[0][2 * n], out[0][2 * n + 1], a, b);
+      }
     }
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody reads the ring any more
 
-  float* const warp_out = reinterpret_cast<float*>(shared_memory() + Traits::kRingOffset);  // [warp, row, kHeadDim]
+  float* const warp_out = reinterpret_cast<float*>(shared_memory());  // [warp, row of its tile, kHeadDim]
 #pragma unroll
   for (int half_row = 0; half_row < 2; ++half_row) {
     const int row = warp * kCell + half_row * 8 + lane / 4;
@@ -325,11 +348,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     const int number_of_row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
     const DecodeRow& row = rows[number_of_row];
     float most = minus_infinity(), sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_shares[w * kCell + number_of_row].maximum);
+    // Of this row, as the warps of its tile have it.
+    const auto row_of = [&](int w) { return w * kCell + number_of_row % kCell; };
+    const int first_warp = number_of_row / kCell;
+    for (int w = first_warp; w < kWarps; w += tiles) most = fmaxf(most, warp_shares[row_of(w)].maximum);
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int w = 0; w < kWarps && most > minus_infinity(); ++w) {
-      const float weight = warp_shares[w * kCell + number_of_row].relative_to(most);
-      const float4 from = *reinterpret_cast<const float4*>(warp_out + (w * kCell + number_of_row) * kHeadDim + column);
+    for (int w = first_warp; w < kWarps && most > minus_infinity(); w += tiles) {
+      const float weight = warp_shares[row_of(w)].relative_to(most);
+      const float4 from = *reinterpret_cast<const float4*>(warp_out + row_of(w) * kHeadDim + column);
       sum += weight;
       total.x += weight * from.x;
       total.y += weight * from.y;
@@ -401,7 +427,7 @@ void decode(const AttentionParams& p, const Context& context) {
   params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
   params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
-  params.blocks_per_entry = (params.rows_per_entry + kCell - 1) / kCell;
+  params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
 
   // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
   constexpr int64_t kLeastColumns = Traits::kWarps * 4 * kCell;
@@ -410,7 +436,7 @@ void decode(const AttentionParams& p, const Context& context) {
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
   };
   const int64_t entries = p.prefix_len > 0 && p.num_prefixes > 0 ? p.batch * p.prefix_slots : 0;
-  const int64_t per_block = std::max(1, kCell / params.rows_per_entry);
+  const int64_t per_block = std::max(1, Traits::kRows / params.rows_per_entry);
   const int64_t bunches = p.num_prefixes == 1 ? (entries + per_block - 1) / per_block : entries;
   const int64_t blocks_per_part = p.kv_heads * params.blocks_per_entry;
   params.prefix_parts = entries > 0 ? parts(p.prefix_len, bunches * blocks_per_part) : 0;
