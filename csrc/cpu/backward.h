@@ -3,16 +3,17 @@
 //   delta = rowsum(dout * out) - dlse      P = exp(S - lse)      dS = P * (dout V'^T - delta)
 //   dV' = P^T dout        dK' = scale dS^T Q        dQ = scale dS K'
 //
-// One task walks the tiles of keys of one head; a tile's dK', dV' stay in cache while the blocks of queries pass:
-//   S^T = K Q^T,  dP^T = V dO^T      [rows][lanes], as in the forward pass
-//   dV += P^T dO,  dK += dS^T Q      [rows][head_dim], P^T and dS^T broadcast from their tiles, dO and Q in the lanes
-//   dQ^T += K^T dS^T                 [head_dim][lanes], kept for the whole range of queries
+// One task walks the tiles of keys of one head; a tile's dK', dV' stay in cache while the blocks of queries pass. Keys
+// stand in the lanes: of a tile K and V are transposed once, while Q, dO and the gradients stay as they are in memory.
+//   S = Q K^T,  dP = dO V^T       [queries][keys], with the factors of S and dP folded into K^T and V^T
+//   dV += P^T dO,  dK += dS^T Q   [keys][head_dim]
+//   dQ += dS K                    [queries][head_dim], kept for the whole range of queries
 // When prefix gradients alone are asked for, only prefix tiles are visited; when ds is not wanted, V and dP are not
 // read.
 #pragma once
 
 #include "backward_plan.h"
-#include "forward.h"
+#include "gradients.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
@@ -20,43 +21,50 @@ template <class T>
 struct BlockState {
   QueryBlock block;
   bool ready;
-  T *query, *dout;             // [head_dim][kBlockQ], scaled as S and dP need them
-  T *query_rows, *dout_rows;   // [kBlockQ][padded_depth], as dK' and dV' need them; null where not needed
-  T* dquery;                   // [head_dim][kBlockQ]
-  alignas(64) T lse[kBlockQ];  // +infinity for a row that sees nothing
-  alignas(64) T delta[kBlockQ];
+  Rows<T> query, dout;
+  T *query_scratch, *dout_scratch;  // [kBlockQ][padded_depth], where the rows cannot be read in place
+  T* dquery;                        // [kBlockQ][padded_depth]; null where not needed
+  T lse[kBlockQ];                   // +infinity for a row that sees nothing
+  T delta[kBlockQ];
+};
+
+// A tile of keys and values as the products read them.
+template <class T>
+struct KeyTile {
+  Segment segment;
+  int64_t first;
+  int count;
+  const T *key_lanes, *value_lanes;  // [head_dim][kKeyStride]
+  Rows<T> key;                       // only for dQ
+  T *dkey, *dvalue;                  // [count][padded_depth]; null where not needed
 };
 
 template <class T>
 class BackwardTask {
  public:
   BackwardTask(const BackwardPlan<T>& plan, Workspace& workspace) : plan_(plan), p_(plan.params.forward) {
-    const int64_t blocks = plan.max_blocks();
-    const size_t panel = p_.head_dim * kBlockQ, rows = kBlockQ * plan.padded_depth;
-    const size_t tile = kBlockK * kBlockQ, keys = kBlockK * p_.head_dim;
+    const int64_t blocks = plan.max_blocks(), padded = plan.padded_depth;
+    const size_t rows = kBlockQ * padded, tile = kBlockQ * kKeyStride, lanes = p_.head_dim * kKeyStride;
     // The sums of one tile, or of the whole sequence where they wait for another pass.
     const bool waits = plan.passes > 1 && plan.splits == 1 && (plan.needs.dkey || plan.needs.dvalue);
-    const size_t sums = (waits ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * plan.padded_depth;
-    workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) +
-                      blocks * (3 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(rows)) +
-                      4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(keys) +
-                      2 * Workspace::bytes_for<T>(sums) + Workspace::bytes_for<uint16_t>(tile));
-    const Needs& needs = plan.needs;
+    const size_t sums = (waits ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * padded;
+    workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) + blocks * 3 * Workspace::bytes_for<T>(rows) +
+                      4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(lanes) +
+                      Workspace::bytes_for<T>(kBlockK * padded) + 2 * Workspace::bytes_for<T>(sums) +
+                      Workspace::bytes_for<uint16_t>(tile));
     states_ = workspace.take<BlockState<T>>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
-      BlockState<T>& state = states_[i];
-      state.query = workspace.take<T>(panel);
-      state.dout = needs.any_ds() ? workspace.take<T>(panel) : nullptr;
-      state.dquery = needs.dquery ? workspace.take<T>(panel) : nullptr;
-      state.query_rows = needs.any_key() ? workspace.take<T>(rows) : nullptr;
-      state.dout_rows = needs.any_value() ? workspace.take<T>(rows) : nullptr;
+      states_[i].query_scratch = workspace.take<T>(rows);
+      states_[i].dout_scratch = workspace.take<T>(rows);
+      states_[i].dquery = plan.needs.dquery ? workspace.take<T>(rows) : nullptr;
     }
-    scores_ = workspace.take<T>(tile);
-    dp_ = workspace.take<T>(tile);
+    probabilities_ = workspace.take<T>(tile);
+    ds_ = workspace.take<T>(tile);
     bias_ = workspace.take<T>(tile);
     capped_ = workspace.take<T>(tile);
-    key_ = workspace.take<T>(keys);
-    value_ = workspace.take<T>(keys);
+    key_lanes_ = workspace.take<T>(lanes);
+    value_lanes_ = workspace.take<T>(lanes);
+    key_ = workspace.take<T>(kBlockK * padded);
     dkey_ = workspace.take<T>(sums);
     dvalue_ = workspace.take<T>(sums);
     bits_ = workspace.take<uint16_t>(tile);
@@ -77,7 +85,7 @@ class BackwardTask {
       BlockState<T>& state = states_[i];
       new (&state.block) QueryBlock(p_, plan_.partition, task.batch, task.kv_head, range.begin + i);
       state.ready = false;
-      if (plan_.needs.dquery) fill_zero(state.dquery, p_.head_dim * kBlockQ);
+      if (plan_.needs.dquery) fill_zero(state.dquery, kBlockQ * plan_.padded_depth);
     }
     int64_t prefix_start = 0;
     for (int64_t s = 0; s < num_segments(p_); ++s) {
@@ -86,7 +94,7 @@ class BackwardTask {
       if (!plan_.needs.visits(segment)) continue;
       for (int64_t first = 0; first < segment.length; first += kBlockK) {
         const int64_t left = segment.length - first;
-        key_tile(chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
+        run_tile(chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
       }
     }
     if (plan_.needs.dquery) write_dquery();
@@ -115,48 +123,38 @@ class BackwardTask {
       prefetch_tile(make_segment(p_, task->batch, task->kv_head, p_.prefix_slots, 0), 0);
   }
 
-  // Asks for what follows the step of block i with the tile at `first`: the next block that was not packed yet, and in
-  // the last step of a tile the next tile; after the last tile, what follows.
-  void plan_prefetch(int64_t i, const Segment& segment, int64_t first, int count) {
+  // Asks for what follows the step of block i with a tile: the next block that was not met yet, and in the last step of
+  // a tile the next tile; after the last tile, what follows.
+  void plan_prefetch(int64_t i, const KeyTile<T>& tile) {
+    const Segment& segment = tile.segment;
     prefetcher_.clear();
     const bool last_block = i + 1 == blocks_;
     if (!last_block) {
       if (!states_[i + 1].ready) prefetch_block(states_[i + 1].block);
-    } else if (first + kBlockK < segment.length) {
-      prefetch_tile(segment, first + kBlockK);
+    } else if (tile.first + kBlockK < segment.length) {
+      prefetch_tile(segment, tile.first + kBlockK);
     } else if (segment.is_prefix() != plan_.needs.visits_sequence()) {
       prefetch_following();
     }
     const Needs& needs = plan_.needs;
-    prefetcher_.spread(gemm_blocks<T>(count, kBlockQ) * (1 + needs.ds(segment)) +
-                       gemm_blocks<T>(count, plan_.padded_depth) * (needs.key(segment) + needs.value(segment)) +
-                       gemm_blocks<T>(p_.head_dim, kBlockQ) * needs.dquery);
+    prefetcher_.spread(gemm_blocks<T>(kBlockQ, tile.count) * (1 + needs.ds(segment)) +
+                       gemm_blocks<T>(tile.count, plan_.padded_depth) * (needs.key(segment) + needs.value(segment)) +
+                       gemm_blocks<T>(kBlockQ, plan_.padded_depth) * needs.dquery);
   }
 
-  // Packs a block when the first tile meets it.
+  // When the first tile meets a block.
   void prepare(BlockState<T>& state) {
     state.ready = true;
     const QueryBlock& block = state.block;
     const Needs& needs = plan_.needs;
-    const int64_t padded = plan_.padded_depth;
-    pack_queries<T>(p_.query, block, query_factor<T>(p_), state.query, state.query_rows, padded);
-    if (needs.any_ds()) {
-      const T rescale = static_cast<T>(dropout_rescale(p_.dropout_threshold));
-      pack_queries<T>(plan_.params.dout, block, rescale, state.dout, state.dout_rows, padded);
-      row_dot<T>(plan_.params.dout, p_.out, block, state.delta);
-    } else {
-      copy_queries<T>(plan_.params.dout, block, state.dout_rows, padded);
-    }
+    state.query = query_rows<T>(p_.query, block, plan_.padded_depth, state.query_scratch);
+    state.dout = query_rows<T>(plan_.params.dout, block, plan_.padded_depth, state.dout_scratch);
+    if (needs.any_ds()) row_dot<T>(plan_.params.dout, p_.out, block, state.delta);
     const T* lse = static_cast<const T*>(p_.lse);
     const T* dlse = static_cast<const T*>(plan_.params.dlse);
-    for (int l = 0; l < kBlockQ; ++l) {
-      state.lse[l] = std::numeric_limits<T>::infinity();
-      if (l >= block.count) {
-        state.delta[l] = 0;
-        continue;
-      }
+    for (int l = 0; l < block.count; ++l) {
       const int64_t row = (block.batch * p_.q_heads + block.head(l)) * p_.q_len + block.query(l);
-      if (lse[row] != -std::numeric_limits<T>::infinity()) state.lse[l] = lse[row];
+      state.lse[l] = lse[row] != -std::numeric_limits<T>::infinity() ? lse[row] : std::numeric_limits<T>::infinity();
       if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
     }
   }
@@ -176,95 +174,92 @@ class BackwardTask {
   }
 
   // Rows [first, first + count) of a segment against every block of the task that may see them.
-  void key_tile(int64_t chunk, const Task& task, const Segment& segment, int64_t first, int count) {
+  void run_tile(int64_t chunk, const Task& task, const Segment& segment, int64_t first, int count) {
     const Needs& needs = plan_.needs;
-    T* dkey = nullptr;
-    T* dvalue = nullptr;
-    if (needs.key(segment)) dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
+    KeyTile<T> tile{segment, first, count, key_lanes_, value_lanes_, {}, nullptr, nullptr};
+    if (needs.key(segment)) tile.dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
     if (needs.value(segment))
-      dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
+      tile.dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
 
-    const Rows<T> key = segment_rows<T>(segment.key, first, count, p_.head_dim, key_);
-    Rows<T> value{};
-    if (needs.ds(segment)) value = segment_rows<T>(segment.value, first, count, p_.head_dim, value_);
+    pack_rows<T>(segment.key, first, count, p_.head_dim, query_factor<T>(p_), key_lanes_, kKeyStride);
+    if (needs.ds(segment)) {
+      const T rescale = static_cast<T>(dropout_rescale(p_.dropout_threshold));
+      pack_rows<T>(segment.value, first, count, p_.head_dim, rescale, value_lanes_, kKeyStride);
+    }
+    if (needs.dquery) tile.key = segment_rows<T>(segment.key, first, count, p_.head_dim, plan_.padded_depth, key_);
     for (int64_t i = 0; i < blocks_; ++i) {
       if (!intersects(states_[i].block.hull(segment), first, first + count)) continue;
-      plan_prefetch(i, segment, first, count);
-      step(states_[i], segment, first, count, key, value, dkey, dvalue);
+      plan_prefetch(i, tile);
+      step(states_[i], tile);
     }
 
     if (segment.is_prefix() || plan_.splits > 1 || pass_ + 1 < plan_.passes) return;
-    if (dkey != nullptr) write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), dkey);
-    if (dvalue != nullptr)
+    if (needs.dkey) write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), tile.dkey);
+    if (needs.dvalue)
       write_rows(plan_.params.gradients[kDValue], task, first, count,
-                 static_cast<T>(dropout_rescale(p_.dropout_threshold)), dvalue);
+                 static_cast<T>(dropout_rescale(p_.dropout_threshold)), tile.dvalue);
   }
 
   // One tile against one block.
-  void step(BlockState<T>& state, const Segment& segment, int64_t tile_first, int tile_count, const Rows<T>& key,
-            const Rows<T>& value, T* dkey, T* dvalue) {
+  void step(BlockState<T>& state, const KeyTile<T>& tile) {
     constexpr int kN = kLanes<T>;
     const QueryBlock& block = state.block;
+    const Segment& segment = tile.segment;
     const bool ds = plan_.needs.ds(segment);
     const int64_t depth = p_.head_dim, padded = plan_.padded_depth;
 
-    const TileBias<T> bias(block, segment, tile_first, tile_count, bias_);
-    if (bias.count == 0) return;
-    const TilePlan<T> plan(block, segment, bias.first, bias.count);
+    const KeyBias<T> bias(block, segment, tile.first, tile.count, bias_);
+    if (bias.shown.begin >= bias.shown.end) return;
+    const KeyPlan<T> plan(block, segment, tile.first, tile.count, bias.shown);
     if (!state.ready) prepare(state);
-    const int64_t skipped = bias.first - tile_first;
 
-    // P^T from S^T = K Q^T,  dS^T from dP^T = V dO^T
     const uint32_t threshold = p_.dropout_threshold;
-    if (threshold > 0) dropout_bits(block, segment, bias.first, bias.count, bits_);
-    const Scores<T> scores(block, segment, plan, bias, scores_, capped_);
-    Probabilities<T> probabilities{scores, state.lse, bits_, ds ? 0 : threshold};
-    ScoreGradients<T> gradients{scores_, dp_, state.delta, p_.softcap > 0 ? capped_ : nullptr, bits_, threshold};
+    if (threshold > 0) dropout_bits_of_rows(block, segment, tile.first, tile.count, bits_, kKeyStride);
+    const T cap = static_cast<T>(p_.softcap);
+    Probabilities<T> probabilities{plan, bias, probabilities_, cap, capped_, state.lse, bits_, ds ? 0 : threshold};
+    ScoreGradients<T> gradients{probabilities_, ds_, state.delta, cap > 0 ? capped_ : nullptr, bits_, threshold};
     for (int g = 0; g < plan.num_groups; ++g) {
-      const auto& group = plan.groups[g];
-      const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
-      const int64_t row = skipped + group.row_begin;
-      probabilities.first_row = gradients.first_row = group.row_begin;
-      probabilities.first_column = gradients.first_column = group.vector_begin * kN;
-      gemm<ALayout::kRowMajor, T>(rows, columns, depth, key.data + row * key.stride, key.stride,
-                                  state.query + group.vector_begin * kN, kBlockQ, prefetcher_, probabilities);
-      if (ds)
-        gemm<ALayout::kRowMajor, T>(rows, columns, depth, value.data + row * value.stride, value.stride,
-                                    state.dout + group.vector_begin * kN, kBlockQ, prefetcher_, gradients);
-    }
+      const auto& group = probabilities.group = gradients.group = plan.groups[g];
+      const int rows = group.row_end - group.row_begin, key = group.vector_begin * kN;
+      const int lanes = (group.vector_end - group.vector_begin) * kN;
+      const int keys = lanes < tile.count - key ? lanes : tile.count - key;
+      const T* const query = state.query.data + group.row_begin * state.query.stride;
+      const T* const dout = state.dout.data + group.row_begin * state.dout.stride;
+      const int64_t at = group.row_begin * kKeyStride + key;
 
-    // dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-    for (int g = 0; g < plan.num_groups; ++g) {
-      const auto& group = plan.groups[g];
-      const int rows = group.row_end - group.row_begin, columns = (group.vector_end - group.vector_begin) * kN;
-      const int64_t row = skipped + group.row_begin, at = group.row_begin * kBlockQ + group.vector_begin * kN;
-      const int lane = group.vector_begin * kN;
-      const int lane_end = group.vector_end * kN < block.count ? group.vector_end * kN : block.count;
-      if (dvalue != nullptr)
-        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, scores_ + at, kBlockQ,
-                                    state.dout_rows + lane * padded, padded, prefetcher_,
-                                    AddTo<T>{dvalue + row * padded, padded});
-      if (dkey != nullptr)
-        gemm<ALayout::kRowMajor, T>(rows, padded, lane_end - lane, dp_ + at, kBlockQ, state.query_rows + lane * padded,
-                                    padded, prefetcher_, AddTo<T>{dkey + row * padded, padded});
+      gemm<ALayout::kRowMajor, T>(rows, lanes, depth, query, state.query.stride, tile.key_lanes + key, kKeyStride,
+                                  prefetcher_, probabilities);
+      if (ds)
+        gemm<ALayout::kRowMajor, T>(rows, lanes, depth, dout, state.dout.stride, tile.value_lanes + key, kKeyStride,
+                                    prefetcher_, gradients);
+      if (tile.dvalue != nullptr)
+        gemm<ALayout::kTransposed, T>(keys, padded, rows, probabilities_ + at, kKeyStride, dout, state.dout.stride,
+                                      prefetcher_, AddTo<T>{tile.dvalue + key * padded, padded});
+      if (tile.dkey != nullptr)
+        gemm<ALayout::kTransposed, T>(keys, padded, rows, ds_ + at, kKeyStride, query, state.query.stride, prefetcher_,
+                                      AddTo<T>{tile.dkey + key * padded, padded});
       if (plan_.needs.dquery)
-        gemm<ALayout::kTransposed, T>(depth, columns, rows, key.data + row * key.stride, key.stride, dp_ + at, kBlockQ,
-                                      prefetcher_, AddTo<T>{state.dquery + lane, kBlockQ});
+        gemm<ALayout::kRowMajor, T>(rows, padded, keys, ds_ + at, kKeyStride, tile.key.data + key * tile.key.stride,
+                                    tile.key.stride, prefetcher_,
+                                    AddTo<T>{state.dquery + group.row_begin * padded, padded});
     }
   }
 
   void write_dquery() {
-    T factor[kBlockQ];
-    for (int l = 0; l < kBlockQ; ++l) factor[l] = static_cast<T>(p_.scale);
+    const Operand& gradient = plan_.params.gradients[kDQuery];
+    const bool past_caches = streams<T>(gradient, p_.batch * p_.q_heads * p_.q_len, p_.head_dim);
     for (int64_t i = 0; i < blocks_; ++i)
-      unpack_queries<T>(plan_.params.gradients[kDQuery], states_[i].block, factor, states_[i].dquery);
+      for (int l = 0; l < states_[i].block.count; ++l)
+        write_gradient_row<T>(gradient, lane_offset(gradient, states_[i].block, l), p_.head_dim,
+                              static_cast<T>(p_.scale), states_[i].dquery + l * plan_.padded_depth, past_caches);
   }
 
   void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
     const Operand head = head_of(gradient, task.batch, task.kv_head);
     const bool past_caches = streams<T>(gradient, p_.batch * p_.kv_heads * p_.k_len, p_.head_dim);
     for (int r = 0; r < count; ++r)
-      write_gradient_row<T>(head, first + r, p_.head_dim, factor, sums + r * plan_.padded_depth, past_caches);
+      write_gradient_row<T>(head, (first + r) * head.row_stride, p_.head_dim, factor, sums + r * plan_.padded_depth,
+                            past_caches);
   }
 
   const BackwardPlan<T>& plan_;
@@ -275,8 +270,10 @@ class BackwardTask {
   int64_t blocks_ = 0;
   const Task* task_ = nullptr;
   const Task* next_ = nullptr;
-  T *scores_, *dp_, *bias_, *capped_, *key_, *value_, *dkey_, *dvalue_;
-  uint16_t* bits_;
+  T *probabilities_, *ds_, *bias_, *capped_;  // [kBlockQ][kKeyStride]
+  T *key_lanes_, *value_lanes_;               // [head_dim][kKeyStride]
+  T *key_, *dkey_, *dvalue_;
+  uint16_t* bits_;  // [kBlockQ][kKeyStride]
 };
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -65,7 +65,7 @@ void sum_prefix(const BackwardPlan<T>& plan, int64_t pair, const Operand& gradie
       const T* row = partial.data() + tile * plan.prefix_tile_size() + r * depth;
       for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
     }
-    write_gradient_row<T>(head, r, p.head_dim, factor, sum, false);
+    write_gradient_row<T>(head, r * head.row_stride, p.head_dim, factor, sum, false);
   }
 }
 
@@ -82,7 +82,7 @@ void sum_sequence(const BackwardPlan<T>& plan, int64_t index, const Operand& gra
       const T* row = partial.data() + plan.sequence_offset({index % p.kv_heads, index / p.kv_heads, split}) + r * depth;
       for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
     }
-    write_gradient_row<T>(head, r, p.head_dim, factor, sum, false);
+    write_gradient_row<T>(head, r * head.row_stride, p.head_dim, factor, sum, false);
   }
 }
 

@@ -113,7 +113,7 @@ struct BackwardPlan {
   int64_t max_pass_blocks() const {
     constexpr int64_t kMaxBlocks = 128, kCachedBytes = int64_t{512} << 10;
     if (needs.visits_sequence()) return kMaxBlocks;
-    const int64_t block_bytes = 4 * kBlockQ * padded_depth * static_cast<int64_t>(sizeof(T));
+    const int64_t block_bytes = 2 * kBlockQ * padded_depth * static_cast<int64_t>(sizeof(T));
     return clamp_to(kCachedBytes / block_bytes, 1, kMaxBlocks);
   }
 

@@ -53,12 +53,6 @@ struct ForwardScratch {
   }
 };
 
-// The factor on Q that makes Q K^T the argument of tanh, or a score.
-template <class T>
-T query_factor(const AttentionParams& p) {
-  return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
-}
-
 // One block against the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given.
 template <class T>
 void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t tile_first, int tile_count,
@@ -73,7 +67,7 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
 
   const bool dropout = p.dropout_threshold > 0;
   if (dropout) dropout_bits(block, segment, bias.first, bias.count, scratch.bits);
-  const Scores<T> scores(block, segment, plan, bias, scratch.scores, nullptr);
+  const Scores<T> scores(block, segment, plan, bias, scratch.scores);
   fill_zero(scratch.tile_sum, kBlockQ);
   OnlineSoftmax<T> softmax{scores,    state.reference, state.sum,    scratch.tile_sum,
                            state.out, p.head_dim,      scratch.bits, p.dropout_threshold};
@@ -122,14 +116,6 @@ void finish_block(const ForwardState<T>& state) {
   unpack_queries<T>(p.out, block, factor, state.out);
 }
 
-inline KeyRange intersection(const KeyRange& a, const KeyRange& b) {
-  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-}
-
-inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
-  return a.begin < end && a.end > begin && a.begin < a.end;
-}
-
 // The tiles of the rows `range` of one segment over the blocks of a task. `prefetch_next` names what is wanted then.
 template <class T, class F>
 void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t head_dim,
@@ -149,8 +135,8 @@ void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t
     const int count = static_cast<int>(left < kBlockK ? left : kBlockK);
     const Rows<T> key = rows_spread_in_cache<T>(segment.key)
                             ? rows_in_place<T>(segment.key, first)
-                            : segment_rows<T>(segment.key, first, count, head_dim, scratch.key);
-    const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, scratch.value);
+                            : segment_rows<T>(segment.key, first, count, head_dim, head_dim, scratch.key);
+    const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, head_dim, scratch.value);
     prefetcher.clear();
     if (left > kBlockK) {
       const int64_t rows = left - kBlockK < kBlockK ? left - kBlockK : kBlockK;

@@ -32,8 +32,8 @@ inline constexpr int kMaxBlockVectors = 2;
 #endif
 
 template <class T, ALayout kLayout, int kRows, int kVectors, class Finish>
-void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t row, int64_t column,
-                const Finish& finish) {
+__attribute__((noinline)) void gemm_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                                          int64_t row, int64_t column, const Finish& finish) {
   constexpr int kN = kLanes<T>;
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 16

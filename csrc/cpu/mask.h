@@ -90,7 +90,7 @@ struct TileBias {
   void fill_full(RowOf row_of, int lanes, int64_t stride) {
     const int64_t padded = whole_vectors<T>(lanes);
     if (stride == 1) {
-      pack_lanes<T, Src>(lanes, count, T(1), row_of, data);
+      pack_lanes<T, Src>(lanes, count, T(1), row_of, data, kBlockQ);
     } else {
       for (int l = 0; l < padded; ++l)
         for (int r = 0; r < count; ++r)

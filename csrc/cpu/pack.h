@@ -1,5 +1,5 @@
-// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][kBlockQ]
-// with queries in the lanes.
+// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][lanes] with
+// queries or keys in the lanes.
 #pragma once
 
 #include <type_traits>
@@ -8,10 +8,9 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// dst[d][lane] = factor * row_of(lane)[d]; the lanes up to the next whole vector become 0. dst has kBlockQ columns.
-// Where `copy` is not null, also copy[lane][d] = row_of(lane)[d], in rows of copy_stride that end in zeros.
+// dst[d][lane] = factor * row_of(lane)[d], in rows of `stride`; the lanes up to the next whole vector become 0.
 template <class T, class Src, class RowOf>
-void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, T* copy = nullptr, int64_t copy_stride = 0) {
+void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, int64_t stride) {
   constexpr int kN = kLanes<T>;
   for (int l0 = 0; l0 < count; l0 += kN) {
     const Src* row[kN];
@@ -21,21 +20,19 @@ void pack_lanes(int count, int64_t depth, T factor, RowOf row_of, T* dst, T* cop
     for (; d + kN <= depth; d += kN) {
       Vec<T> tile[kN];
       for (int l = 0; l < kN; ++l) tile[l] = full || row[l] != nullptr ? load_as<T, Src>(row[l] + d) : Vec<T>{};
-      if (copy != nullptr)
-        for (int l = 0; l < kN; ++l) store(copy + (l0 + l) * copy_stride + d, tile[l]);
       transpose<T>(tile);
-      for (int i = 0; i < kN; ++i) store(dst + (d + i) * kBlockQ + l0, tile[i] * factor);
+      for (int i = 0; i < kN; ++i) store(dst + (d + i) * stride + l0, tile[i] * factor);
     }
-    for (int l = 0; l < kN; ++l) {
-      for (int64_t e = d; e < depth; ++e) {
-        const T x = row[l] != nullptr ? static_cast<T>(to_float(row[l][e])) : T(0);
-        dst[e * kBlockQ + l0 + l] = x * factor;
-        if (copy != nullptr) copy[(l0 + l) * copy_stride + e] = x;
-      }
-      if (copy != nullptr)
-        for (int64_t e = depth; e < copy_stride; ++e) copy[(l0 + l) * copy_stride + e] = 0;
-    }
+    for (; d < depth; ++d)
+      for (int l = 0; l < kN; ++l)
+        dst[d * stride + l0 + l] = row[l] != nullptr ? static_cast<T>(to_float(row[l][d])) * factor : T(0);
   }
+}
+
+// The factor on Q or K that makes Q K^T the argument of tanh, or a score.
+template <class T>
+T query_factor(const AttentionParams& p) {
+  return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
 
 // Whether the rows of a result of `rows` rows are written past the caches: whole lines, of a tensor that the caches of
@@ -92,13 +89,23 @@ PREFIX_KERNELS_INLINE U* lane_row(const Operand& x, const QueryBlock& block, int
   return static_cast<U*>(x.data) + lane_offset(x, block, lane);
 }
 
+// dst[d][lane] = factor * x of the block's lanes, in rows of kBlockQ.
 template <class T>
-void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst, T* copy = nullptr,
-                  int64_t copy_stride = 0) {
+void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst) {
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return static_cast<const Src*>(lane_row<Src>(x, block, lane)); };
-    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst, copy, copy_stride);
+    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst, kBlockQ);
+  });
+}
+
+// dst[d][lane] = factor * row first + lane of one head, in rows of `stride`.
+template <class T>
+void pack_rows(const Operand& x, int64_t first, int count, int64_t depth, T factor, T* dst, int64_t stride) {
+  dispatch_dtype(x.dtype, [&](auto* tag) {
+    using Src = std::remove_pointer_t<decltype(tag)>;
+    const auto row_of = [&](int lane) { return static_cast<const Src*>(x.data) + (first + lane) * x.row_stride; };
+    pack_lanes<T, Src>(count, depth, factor, row_of, dst, stride);
   });
 }
 
@@ -155,14 +162,14 @@ bool rows_spread_in_cache(const Operand& x) {
   return x.dtype == kComputeDType<T> && x.row_stride * static_cast<int64_t>(sizeof(T)) % kSetsBytes != 0;
 }
 
-// Rows [first, first + count) of a segment's keys or values: in place where they are dense, else copied to scratch.
-// Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and would share a few sets of
-// the cache.
+// Rows [first, first + count) of a segment's keys or values, `padded` apart: in place where they are dense, else copied
+// to scratch, ending in zeros. Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and
+// would share a few sets of the cache.
 template <class T>
-Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, T* scratch) {
-  if (x.dtype == kComputeDType<T> && x.row_stride == depth) return rows_in_place<T>(x, first);
-  copy_rows<T>(x, first, count, depth, scratch, depth);
-  return {scratch, depth};
+Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, int64_t padded, T* scratch) {
+  if (x.dtype == kComputeDType<T> && x.row_stride == padded && depth == padded) return rows_in_place<T>(x, first);
+  copy_rows<T>(x, first, count, depth, scratch, padded);
+  return {scratch, padded};
 }
 
 // copy[lane][d] = x, in rows of copy_stride that end in zeros.
@@ -186,12 +193,21 @@ void scale_row(const T* src, int64_t depth, T factor, Dst* dst) {
   for (; d < depth; ++d) dst[d] = from_float<Dst>(src[d] * factor);
 }
 
-// Row `row` of a gradient = factor * sum, converted.
+// What the rows of a block's queries are in: in place where they are dense, else copied to scratch as by copy_queries.
 template <class T>
-void write_gradient_row(const Operand& gradient, int64_t row, int64_t depth, T factor, const T* sum, bool past_caches) {
+Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded, T* scratch) {
+  if (x.dtype == kComputeDType<T> && x.row_stride == padded && block.params->head_dim == padded && block.one_head)
+    return {lane_row<const T>(x, block, 0), padded};
+  copy_queries<T>(x, block, scratch, padded);
+  return {scratch, padded};
+}
+
+// The row of a gradient that begins at element `at` = factor * sum, converted.
+template <class T>
+void write_gradient_row(const Operand& gradient, int64_t at, int64_t depth, T factor, const T* sum, bool past_caches) {
   dispatch_dtype(gradient.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
-    Dst* dst = static_cast<Dst*>(gradient.data) + row * gradient.row_stride;
+    Dst* dst = static_cast<Dst*>(gradient.data) + at;
     const auto scale = past_caches ? scale_row<T, Dst, true> : scale_row<T, Dst, false>;
     scale(sum, depth, factor, dst);
   });

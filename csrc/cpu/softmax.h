@@ -1,6 +1,6 @@
-// What becomes of scores while they are still in the registers of the matrix product: scores -> probabilities, and
-// their gradients -> dS. Tiles are [kBlockK][kBlockQ],
-// queries in the lanes; a block is a Vec<T>[rows][vectors] at (row, column) of its tile.
+// What becomes of the forward pass's scores while they are still in the registers of the matrix product: scores ->
+// probabilities. Tiles are [kBlockK][kBlockQ], queries in the lanes; a block is a Vec<T>[rows][vectors] at (row,
+// column) of its tile.
 #pragma once
 
 #include "dropout.h"
@@ -9,24 +9,15 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// One vector of the random bits as a lane mask: all ones where kept.
-template <class T>
-PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
-  using Wide = Int<T>;
-  const Wide x = __builtin_convertvector(load_bits<typename SimdTypes<T>::Packed>(bits), Wide);
-  return x >= static_cast<int>(threshold);
-}
-
 // The scores of one step, as the products leave them -> capped, biased, and -infinity where a lane does not see the
-// key. `capped` keeps tanh for the backward pass; null in the forward pass.
+// key.
 template <class T>
 class Scores {
  public:
   T* const tile;
 
-  Scores(const QueryBlock& block, const Segment& segment, const TilePlan<T>& plan, const TileBias<T>& bias, T* tile,
-         T* capped)
-      : tile(tile), plan_(plan), bias_(bias), cap_(static_cast<T>(block.params->softcap)), capped_(capped) {
+  Scores(const QueryBlock& block, const Segment& segment, const TilePlan<T>& plan, const TileBias<T>& bias, T* tile)
+      : tile(tile), plan_(plan), bias_(bias), cap_(static_cast<T>(block.params->softcap)) {
     for (int v = 0; v < plan.vectors; ++v)
       ranged_ = ranged_ || plan.rows[v].core_begin > plan.rows[v].begin || plan.rows[v].core_end < plan.rows[v].end;
     if (ranged_) block.tile_ranges(segment, bias.first, begin_, end_);
@@ -96,11 +87,7 @@ class Scores {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = r * kBlockQ + column + v * kLanes<T>;
         Vec<T> s = load(tile + at);
-        if (cap_ > 0) {
-          const Vec<T> t = tanh<T>(s);
-          if (capped_ != nullptr) store(capped_ + at, t);
-          s = t * cap_;
-        }
+        if (cap_ > 0) s = tanh<T>(s) * cap_;
         if (bias_.kind == TileBias<T>::kFull) s += load(bias_.data + at);
         store(tile + at, s);
       }
@@ -110,7 +97,6 @@ class Scores {
   const TilePlan<T>& plan_;
   const TileBias<T>& bias_;
   T cap_;
-  T* capped_;
   bool ranged_ = false;
   alignas(64) Index begin_[kBlockQ];  // rows of the tile that each lane sees; only where ranged_
   alignas(64) Index end_[kBlockQ];
@@ -194,75 +180,6 @@ struct OnlineSoftmax {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = r * kBlockQ + column + v * kLanes<T>;
         store(scores.tile + at, kept<T>(bits + at, threshold) ? load(scores.tile + at) : Vec<T>{});
-      }
-    }
-  }
-};
-
-// The backward pass: scores -> p = e^(scores - lse). With dropout and no dS to come, the dropped p become 0.
-template <class T>
-struct Probabilities {
-  const Scores<T>& scores;
-  const T* lse;  // [kBlockQ]
-  const uint16_t* bits;
-  uint32_t threshold;  // 0: keep all
-  int64_t first_row = 0, first_column = 0;
-
-  template <int kRows, int kVectors>
-  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
-    constexpr int kN = kLanes<T>;
-    row += first_row;
-    column += first_column;
-    scores.finish(s, row, column);
-    const int64_t at = row * kBlockQ + column;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<T> normaliser = load(lse + column + v * kN);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        Vec<T> p = exp<T>(s[m][v] - normaliser);
-        if (threshold > 0) p = kept<T>(bits + at + m * kBlockQ + v * kN, threshold) ? p : Vec<T>{};
-        store(scores.tile + at + m * kBlockQ + v * kN, p);
-      }
-    }
-  }
-};
-
-// The backward pass: dp -> ds = p (dp - delta), with dp scaled by 1/(1 - r) where there is dropout. Then the dropped dp
-// count as 0, and p, which dV' = p^T dout is still to read, becomes 0 there.
-template <class T>
-struct ScoreGradients {
-  T* probabilities;  // [kBlockK][kBlockQ]
-  T* ds;             // [kBlockK][kBlockQ]
-  const T* delta;    // [kBlockQ]
-  const T* capped;   // tanh of the scores; null without softcap
-  const uint16_t* bits;
-  uint32_t threshold;
-  int64_t first_row = 0, first_column = 0;
-
-  template <int kRows, int kVectors>
-  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&dp)[kRows][kVectors], int64_t row, int64_t column) const {
-    constexpr int kN = kLanes<T>;
-    const int64_t origin = (row + first_row) * kBlockQ + column + first_column;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<T> center = load(delta + column + first_column + v * kN);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const int64_t at = origin + m * kBlockQ + v * kN;
-        const Vec<T> p = load(probabilities + at);
-        Vec<T> d = dp[m][v];
-        if (threshold > 0) {
-          const Int<T> keep = kept<T>(bits + at, threshold);
-          d = keep ? d : Vec<T>{};
-          store(probabilities + at, keep ? p : Vec<T>{});
-        }
-        d = p * (d - center);
-        if (capped != nullptr) {
-          const Vec<T> t = load(capped + at);
-          d *= 1 - t * t;
-        }
-        store(ds + at, d);
       }
     }
   }

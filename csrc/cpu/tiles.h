@@ -81,6 +81,14 @@ inline Segment make_segment(const AttentionParams& p, int64_t b, int64_t kv_head
   return segment;
 }
 
+inline KeyRange intersection(const KeyRange& a, const KeyRange& b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
+inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
+  return a.begin < end && a.end > begin && a.begin < a.end;
+}
+
 // ---- query blocks ------------------------------------------------------------------------------------------------
 
 // How the queries of one (batch row, kv head) fall into blocks. Short queries of a group's heads share a block, so that

@@ -1,0 +1,134 @@
+// What becomes of a backward step's products while they are still in registers: scores -> probabilities, and their
+// gradients -> dS. Tiles are [kBlockQ][kKeyStride], keys in the lanes; a block is a Vec<T>[rows][vectors] at (row,
+// column) of its group.
+#pragma once
+
+#include "dropout.h"
+#include "gemm.h"
+#include "key_lanes.h"
+#include "softmax.h"
+
+namespace prefix_kernels::PREFIX_KERNELS_ISA {
+
+// Scores -> p = e^(scores - lse), once they are capped, biased, and -infinity where a query does not see the key. With
+// dropout and no dS to come, the dropped p become 0.
+template <class T>
+struct Probabilities {
+  const KeyPlan<T>& plan;
+  const KeyBias<T>& bias;
+  T* tile;
+  T cap;      // 0: none
+  T* capped;  // tanh of the scores, for ScoreGradients; where there is a cap
+  const T* lse;
+  const uint16_t* bits;
+  uint32_t threshold;  // 0: keep all
+  typename KeyPlan<T>::Group group{};
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    row += group.row_begin;
+    column += group.vector_begin * kN;
+    const int64_t at = row * kKeyStride + column;
+    if (__builtin_expect(cap > 0 || bias.kind != KeyBias<T>::kNone || !group.whole, false)) {
+      store_block(s, tile + at);
+      adjust(row, kRows, column, kVectors);
+      load_block(s, tile + at);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> normaliser = broadcast<T>(lse[row + m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t element = at + m * kKeyStride + v * kN;
+        Vec<T> p = exp<T>(s[m][v] - normaliser);
+        if (threshold > 0) p = kept<T>(bits + element, threshold) ? p : Vec<T>{};
+        store(tile + element, p);
+      }
+    }
+  }
+
+ private:
+  template <int kRows, int kVectors>
+  static PREFIX_KERNELS_INLINE void store_block(const Vec<T> (&s)[kRows][kVectors], T* at) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(at + m * kKeyStride + v * kLanes<T>, s[m][v]);
+  }
+
+  template <int kRows, int kVectors>
+  static PREFIX_KERNELS_INLINE void load_block(Vec<T> (&s)[kRows][kVectors], const T* at) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) s[m][v] = load(at + m * kKeyStride + v * kLanes<T>);
+  }
+
+  // In the tile: what only some steps need.
+  __attribute__((noinline)) void adjust(int64_t first_row, int rows, int64_t first_column, int vectors) const {
+    constexpr int kN = kLanes<T>;
+    const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
+    const int64_t bias_stride = bias.kind == KeyBias<T>::kFull ? kKeyStride : 0;
+    Int<T> first_lane;
+    for (int l = 0; l < kN; ++l) first_lane[l] = static_cast<LaneIndex<T>>(first_column + l);
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      Int<T> lane = first_lane;
+      for (int v = 0; v < vectors; ++v, lane += kN) {
+        const int64_t column = first_column + v * kN, at = row * kKeyStride + column;
+        Vec<T> s = load(tile + at);
+        if (cap > 0) {
+          const Vec<T> t = tanh<T>(s);
+          store(capped + at, t);
+          s = t * cap;
+        }
+        if (bias.kind != KeyBias<T>::kNone) s += load(bias.data + row * bias_stride + column);
+        if (!group.whole) s = (lane >= plan.begin[row]) & (lane < plan.end[row]) ? s : hidden;
+        store(tile + at, s);
+      }
+    }
+  }
+};
+
+// dp -> ds = p (dp - delta), with dp scaled by 1/(1 - r) where there is dropout. Then the dropped dp count as 0, and p,
+// which dV' = p^T dout is still to read, becomes 0 there.
+template <class T>
+struct ScoreGradients {
+  T* probabilities;
+  T* ds;
+  const T* delta;   // [kBlockQ]
+  const T* capped;  // tanh of the scores; null without softcap
+  const uint16_t* bits;
+  uint32_t threshold;
+  typename KeyPlan<T>::Group group{};
+
+  template <int kRows, int kVectors>
+  PREFIX_KERNELS_INLINE void operator()(Vec<T> (&dp)[kRows][kVectors], int64_t row, int64_t column) const {
+    constexpr int kN = kLanes<T>;
+    row += group.row_begin;
+    column += group.vector_begin * kN;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> center = broadcast<T>(delta[row + m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = (row + m) * kKeyStride + column + v * kN;
+        const Vec<T> p = load(probabilities + at);
+        Vec<T> d = dp[m][v];
+        if (threshold > 0) {
+          const Int<T> keep = kept<T>(bits + at, threshold);
+          d = keep ? d : Vec<T>{};
+          store(probabilities + at, keep ? p : Vec<T>{});
+        }
+        d = p * (d - center);
+        if (capped != nullptr) {
+          const Vec<T> t = load(capped + at);
+          d *= 1 - t * t;
+        }
+        store(ds + at, d);
+      }
+    }
+  }
+};
+
+}  // namespace prefix_kernels::PREFIX_KERNELS_ISA
