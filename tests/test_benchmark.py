@@ -16,6 +16,7 @@ from contenders import make_dout, make_inputs, prepare
 from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
 from cpu_cells import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
 from goals import judge
+from instruction_counts import read_profile, row_of
 from roofline import Ceilings, last_level_cache, measure_ceilings
 
 # Every pass with grouped heads, with a short and a long prefix; decoding; dropout and padding.
@@ -245,3 +246,32 @@ def test_goals_are_judged_by_their_own_cells():
     assert [line for line in judge([costly]) if line.startswith("MISSED")] == [
         "MISSED float32 forward_backward, highest times the time without dropout: 1.13, goal 1.12 (1 cells)"
     ]
+
+
+PROFILE = """\
+events: Ir
+
+fl=???
+fn=void prefix_kernels::avx2::gemm_block<float, (prefix_kernels::avx2::ALayout)0, 6, 2, AddTo<float> >(long)
+0 100
+0 20
+
+fn=prefix_kernels::avx2::forward_step(prefix_kernels::avx2::Prefetcher&)
+0 7
+cfn=void prefix_kernels::avx2::gemm_block<float, (prefix_kernels::avx2::ALayout)0, 6, 2, AddTo<float> >(long)
+calls=3 0
+0 120
+
+fn=prefix_kernels::avx2::Prefetcher::advance()
+0 5
+
+totals: 132
+"""
+
+
+def test_instructions_are_counted_once_and_by_what_a_function_is_for():
+    counts = read_profile(PROFILE)
+    assert counts == {"products and softmax": 120, "the rest": 7, "prefetches": 5}
+    row = row_of(Cell(1, 1, 1, 8, 4, 5, 0, False, "forward", "float32"), counts)
+    assert row["multiply_adds"] == 4 * 4 * 5 * 8 // 2 // 8
+    assert row["all"] == round(132 / 40, 3) and row["prefetches"] == round(5 / 40, 3)
