@@ -2,10 +2,11 @@
 
     python benchmarks/instruction_counts.py [--where COLUMN=VALUE[,VALUE...]] [--output FILE]
 
-Every cell of ``cpu_cells.py`` runs once, on one thread, cut down to one batch row and one key head. Valgrind knows no
-AVX-512, so it is the AVX2 kernels that are counted. What a cell needs at least are its FLOPs as multiply-adds of eight
-lanes; the table sets beside them all instructions of the kernels, by what they are for. A register block of the matrix
-product has two instructions for each multiply-add that it needs: its loads, broadcasts and the loop come on top.
+Every cell of ``cpu_cells.py`` runs once, on one thread, cut down to one batch row and one key head; those that are long
+even so are left out. Valgrind knows no AVX-512, so it is the AVX2 kernels that are counted. What a cell needs at least
+are its FLOPs as multiply-adds of eight lanes; the table sets beside them all instructions of the kernels, by what they
+are for. A register block of the matrix product has two instructions for each multiply-add that it needs: its loads,
+broadcasts and the loop come on top.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from table import Row, Table
 
 RESULTS = Path(__file__).parent / "results"
 _LANES = 8  # of AVX2, in float32
+_MOST_FLOPS = 2**29  # of a cell that is cut down: valgrind takes a few seconds for as many
 
 # The first that is found in a function's name.
 KINDS = {
@@ -45,9 +47,12 @@ KINDS = {
 OTHER = "the rest"
 
 
-def cut_down(cell: Cell) -> Cell:
-    """One batch row and one key head of the cell."""
-    return replace(cell, batch=1, q_heads=cell.q_heads // cell.kv_heads, kv_heads=1)
+def cells_of(wishes: list[str]) -> list[Cell]:
+    """One batch row and one key head of every cell that fulfils the wishes and is short then."""
+    cells = [
+        replace(cell, batch=1, q_heads=cell.q_heads // cell.kv_heads, kv_heads=1) for cell in select(plan(), wishes)
+    ]
+    return [cell for cell in dict.fromkeys(cells) if cell.flops() <= _MOST_FLOPS]
 
 
 def kind_of(function: str) -> str:
@@ -93,14 +98,14 @@ def run_cells(cells: list[Cell], library: str) -> None:
 
 
 def count(wishes: list[str]) -> list[tuple[Cell, Counter[str]]]:
-    """The instructions of every cell that fulfils the wishes, by kind.
+    """The instructions of every cell of `cells_of`, by kind.
 
     Raises:
         RuntimeError: there is no valgrind, or it failed.
     """
     if shutil.which("valgrind") is None:
         raise RuntimeError("valgrind is not installed: apt-get install valgrind")
-    cells = [cut_down(cell) for cell in select(plan(), wishes)]
+    cells = cells_of(wishes)
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile"
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}"]
@@ -129,7 +134,7 @@ def main() -> None:
     parser.add_argument("--run", metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        run_cells([cut_down(cell) for cell in select(plan(), arguments.where)], arguments.run)
+        run_cells(cells_of(arguments.where), arguments.run)
         return
     with Table(arguments.output) as table:
         for cell, counts in count(arguments.where):

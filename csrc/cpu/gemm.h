@@ -108,6 +108,22 @@ int64_t gemm_blocks(int64_t rows, int64_t columns) {
   return rows / block_rows<kMaxBlockVectors>() * ceil_div(columns, kMaxBlockVectors * kLanes<T>);
 }
 
+template <class T, int kRows, int kVectors>
+PREFIX_KERNELS_INLINE void store_block(const Vec<T> (&block)[kRows][kVectors], T* at, int64_t stride) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(at + m * stride + v * kLanes<T>, block[m][v]);
+}
+
+template <class T, int kRows, int kVectors>
+PREFIX_KERNELS_INLINE void load_block(Vec<T> (&block)[kRows][kVectors], const T* at, int64_t stride) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) block[m][v] = load(at + m * stride + v * kLanes<T>);
+}
+
 // C += the block. What C holds is added last: sums over many calls then round once a call and not once a term.
 template <class T>
 struct AddTo {

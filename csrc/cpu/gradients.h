@@ -31,9 +31,9 @@ struct Probabilities {
     column += group.vector_begin * kN;
     const int64_t at = row * kKeyStride + column;
     if (__builtin_expect(cap > 0 || bias.kind != KeyBias<T>::kNone || !group.whole, false)) {
-      store_block(s, tile + at);
+      store_block(s, tile + at, kKeyStride);
       adjust(row, kRows, column, kVectors);
-      load_block(s, tile + at);
+      load_block(s, tile + at, kKeyStride);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
@@ -49,22 +49,6 @@ struct Probabilities {
   }
 
  private:
-  template <int kRows, int kVectors>
-  static PREFIX_KERNELS_INLINE void store_block(const Vec<T> (&s)[kRows][kVectors], T* at) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(at + m * kKeyStride + v * kLanes<T>, s[m][v]);
-  }
-
-  template <int kRows, int kVectors>
-  static PREFIX_KERNELS_INLINE void load_block(Vec<T> (&s)[kRows][kVectors], const T* at) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) s[m][v] = load(at + m * kKeyStride + v * kLanes<T>);
-  }
-
   // In the tile: what only some steps need.
   __attribute__((noinline)) void adjust(int64_t first_row, int rows, int64_t first_column, int vectors) const {
     constexpr int kN = kLanes<T>;

@@ -213,21 +213,24 @@ void write_gradient_row(const Operand& gradient, int64_t at, int64_t depth, T fa
   });
 }
 
-// sum[lane] = sum_d x[lane][d] * y[lane][d]
+// sum[lane] = sum_d x[lane][d] * y[lane][d], of whole vectors of lanes: 0 behind the last.
 template <class T>
 void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum) {
+  constexpr int kN = kLanes<T>;
   const int64_t depth = block.params->head_dim;
   dispatch_dtype(x.dtype, [&](auto* x_tag) {
     using X = std::remove_pointer_t<decltype(x_tag)>;  // out and dout share the query's dtype
-    for (int l = 0; l < block.count; ++l) {
-      const X* a = lane_row<X>(x, block, l);
-      const X* b = lane_row<X>(y, block, l);
-      Vec<T> acc{};
-      int64_t d = 0;
-      for (; d + kLanes<T> <= depth; d += kLanes<T>) acc += load_as<T, X>(a + d) * load_as<T, X>(b + d);
-      T total = horizontal_sum<T>(acc);
-      for (; d < depth; ++d) total += static_cast<T>(to_float(a[d])) * static_cast<T>(to_float(b[d]));
-      sum[l] = total;
+    for (int first = 0; first < block.count; first += kN) {
+      Vec<T> products[kN] = {};
+      T rest[kN] = {};
+      for (int i = 0; i < kN && first + i < block.count; ++i) {
+        const X* a = lane_row<X>(x, block, first + i);
+        const X* b = lane_row<X>(y, block, first + i);
+        int64_t d = 0;
+        for (; d + kN <= depth; d += kN) products[i] += load_as<T, X>(a + d) * load_as<T, X>(b + d);
+        for (; d < depth; ++d) rest[i] += static_cast<T>(to_float(a[d])) * static_cast<T>(to_float(b[d]));
+      }
+      store(sum + first, lane_sums<T>(products) + load(rest));
     }
   });
 }

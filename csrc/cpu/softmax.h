@@ -29,9 +29,9 @@ class Scores {
   PREFIX_KERNELS_INLINE void finish(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
     constexpr int kN = kLanes<T>;
     if (cap_ > 0 || bias_.kind == TileBias<T>::kFull) {
-      store_block(s, tile + row * kBlockQ + column);
+      store_block(s, tile + row * kBlockQ + column, kBlockQ);
       cap_and_bias(row, kRows, column, kVectors);
-      load_block(s, tile + row * kBlockQ + column);
+      load_block(s, tile + row * kBlockQ + column, kBlockQ);
     }
     if (bias_.kind == TileBias<T>::kPerKey) {
 #pragma GCC unroll 16
@@ -51,22 +51,6 @@ class Scores {
         }
       }
     }
-  }
-
-  template <int kRows, int kVectors>
-  static PREFIX_KERNELS_INLINE void store_block(const Vec<T> (&s)[kRows][kVectors], T* at) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(at + m * kBlockQ + v * kLanes<T>, s[m][v]);
-  }
-
-  template <int kRows, int kVectors>
-  static PREFIX_KERNELS_INLINE void load_block(Vec<T> (&s)[kRows][kVectors], const T* at) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) s[m][v] = load(at + m * kBlockQ + v * kLanes<T>);
   }
 
  private:
