@@ -226,8 +226,10 @@ void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum
       for (int i = 0; i < kN && first + i < block.count; ++i) {
         const X* a = lane_row<X>(x, block, first + i);
         const X* b = lane_row<X>(y, block, first + i);
+        Vec<T> product{};
         int64_t d = 0;
-        for (; d + kN <= depth; d += kN) products[i] += load_as<T, X>(a + d) * load_as<T, X>(b + d);
+        for (; d + kN <= depth; d += kN) product += load_as<T, X>(a + d) * load_as<T, X>(b + d);
+        products[i] = product;
         for (; d < depth; ++d) rest[i] += static_cast<T>(to_float(a[d])) * static_cast<T>(to_float(b[d]));
       }
       store(sum + first, lane_sums<T>(products) + load(rest));
