@@ -126,14 +126,15 @@ __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entr
   return min(found, per_block);
 }
 
-// The columns of a prefix that padding leaves to some of the rows that share it.
-__device__ __forceinline__ Span shown_to_any(const AttentionParams& p, const int* entries, int count) {
-  const int slots = static_cast<int>(p.prefix_slots), most = p.mask.prefix_columns > 0 ? count : 1;
-  Span any = shown_prefix(p, entries[0] / slots, entries[0] % slots);
+// The columns of a prefix of `length` that padding leaves to some of the rows that share it.
+__device__ __forceinline__ Span shown_to_any(const AttentionParams& p, const int* entries, int count, int length) {
+  if (p.mask.prefix_columns == 0) return {0, length};
+  const int slots = static_cast<int>(p.prefix_slots);
+  Span any{length, 0};
 #pragma unroll 1
-  for (int i = 1; i < most; ++i) {
-    const Span shown = shown_prefix(p, entries[i] / slots, entries[i] % slots);
-    any = {min(any.begin, shown.begin), max(any.end, shown.end)};
+  for (int i = 0; i < count; ++i) {
+    const Span shown = shown_prefix(p, entries[i] / slots, entries[i] % slots).within({0, length});
+    if (shown.begin < shown.end) any = {min(any.begin, shown.begin), max(any.end, shown.end)};
   }
   return any;
 }
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
   Span columns;  // all parts together
   if (is_prefix) {
-    columns = shown_to_any(p, entries, entries_here).within({0, static_cast<int>(prefix_length(p, owner))});
+    columns = shown_to_any(p, entries, entries_here, static_cast<int>(prefix_length(p, owner)));
   } else {
     const int64_t first = row_query_offset(p, batch);
     columns =
