@@ -236,8 +236,12 @@ def test_decoding_reads_a_shared_prefix_for_bunches_of_rows(group, q_len, batch,
         check_forward(**shape, num_prefixes=prefixes, prefix_ids=ids, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("batch, group, q_len", [(3, 2, 1), (32, 1, 1), (5, 4, 1), (2, 8, 2)])
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize(
+    "batch, group, q_len, head_dim",
+    [(*shape, head_dim) for shape in [(3, 2, 1), (32, 1, 1), (5, 4, 1), (2, 8, 2)] for head_dim in (64, 128, 256)]
+    + [(3, 2, 9, 128)],  # more rows than always decode: here because they share most of what they read
+)
 def test_decoding_reads_each_row_of_keys_and_values_once_per_batch(batch, group, q_len, head_dim):
     k_len, prefix_len, kv_heads = 90, 600, 2
     shape = dict(batch=batch, q_heads=group * kv_heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len)

@@ -6,7 +6,6 @@
 #include "dropout.h"
 #include "gemm.h"
 #include "key_lanes.h"
-#include "softmax.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
