@@ -240,7 +240,10 @@ def test_decoding_reads_a_shared_prefix_for_bunches_of_rows(group, q_len, batch,
 @pytest.mark.parametrize(
     "batch, group, q_len, head_dim",
     [(*shape, head_dim) for shape in [(3, 2, 1), (32, 1, 1), (5, 4, 1), (2, 8, 2)] for head_dim in (64, 128, 256)]
-    + [(3, 2, 9, 128)],  # more rows than always decode: here because they share most of what they read
+    + [(3, 2, 9, 128)]  # more rows than always decode: here because they share most of what they read
+    # more rows than a narrow block has
+    + [(32, 4, 1, head_dim) for head_dim in (32, 64, 96, 128)]
+    + [(4, 16, 1, 192), (12, 5, 1, 256), (3, 3, 14, 128)],
 )
 def test_decoding_reads_each_row_of_keys_and_values_once_per_batch(batch, group, q_len, head_dim):
     k_len, prefix_len, kv_heads = 90, 600, 2
@@ -409,8 +412,14 @@ CHECKED = {
     "decode, shared prefix": dict(
         batch=17, q_heads=2, kv_heads=1, q_len=1, k_len=20, prefix_len=300, attn_mask=some(17, 2, 1, 320) < 0.8
     ),
+    "decode, shared prefix of a wide block": dict(
+        batch=21, q_heads=5, kv_heads=1, q_len=1, k_len=20, prefix_len=300, attn_mask=some(21, 5, 1, 320) < 0.8
+    ),
     "decode, shared prefix in float32, head dim 256": dict(
         batch=9, q_heads=3, kv_heads=1, q_len=1, k_len=5, prefix_len=90, head_dim=256, prefix_dtype=torch.float32
+    ),
+    "decode, shared prefix of a wide block in float32, head dim 256": dict(
+        batch=9, q_heads=5, kv_heads=1, q_len=1, k_len=5, prefix_len=90, head_dim=256, prefix_dtype=torch.float32
     ),
     "decode, no keys at all": dict(q_len=1, k_len=0, prefix_len=None),
     "decode, head dim 256": dict(q_len=2, k_len=90, head_dim=256, attn_mask=some(90)),

@@ -281,6 +281,12 @@ MEMORY = [
         "decode of a shared prefix",
     ),
     _decode(
+        "tiles of rows that do not divide the warps",
+        "tiles * kCell < row_count) tiles *= 2;",
+        "tiles * kCell < row_count) tiles += 1;",
+        "decode of a shared prefix",
+    ),
+    _decode(
         "a warp takes the cells of one ring alone",
         "ring = cell_lane; ring < kWarps; ring += cell_lanes",
         "ring = cell_lane; ring < kWarps; ring += kWarps",

@@ -7,7 +7,7 @@
 //   of a part of a sequence: that batch row alone;
 //   of a part of a prefix: up to kRows / (queries * group) of the (batch row, slot) pairs that name it. Of all that do,
 //   in order, the first of each such bunch has a block; the others' blocks have nothing to do. A prefix that the rows
-//   of a batch share is thus read once for as many of them as fill a block.
+//   of a batch share is thus read once for as many of them as fill a block: 128 rows, or 64 above head dim 128.
 //
 // A part is cut into cells of 16 columns; each of the block's warps has its own ring of cells in flight. The rows are
 // cut into tiles of 16, one to a warp: where there are fewer tiles than warps, the warps of one tile divide the cells
@@ -62,15 +62,17 @@ struct DecodeRow {
   Span seen;    // columns of the segment
 };
 
-template <typename Element, int kHeadDim_>
+// Wide blocks, of twice the rows, are for prefixes that more rows share than fill a narrow one.
+template <typename Element, int kHeadDim_, bool kWide_>
 struct DecodeTraits {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr bool kWide = kWide_;
+  static constexpr int kWarps = (kHeadDim <= 128 ? 4 : 2) * (kWide ? 2 : 1);
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = kWarps * kCell;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
-  static constexpr int kBlocksPerSM = kHeadDim <= 64 ? 3 : 2;  // as many as the host code plans for
+  static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : 2;
+  static constexpr int kBlocksPerSM = kWide ? 1 : kHeadDim <= 64 ? 3 : 2;  // as many as the host code plans for
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
@@ -86,7 +88,8 @@ struct DecodeTraits {
   static constexpr int kSharesBytes = kRows * sizeof(Share);
   static_assert(sizeof(int) <= sizeof(Share), "the entries, at most one a row, fit where the shares go");
   static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
-  static_assert(kSharedGap > 0 || 2 * (kSharedBytes + 1024) <= 164 * 1024, "sm_80 holds two blocks, with its share");
+  static_assert(kSharedGap > 0 || (kWide ? 1 : 2) * (kSharedBytes + 1024) <= 164 * 1024,
+                "sm_80, with its share of each");
   // The warps' results take the place of the cells.
   static constexpr int kOutBytes = kRows * kHeadDim * sizeof(float);
   static_assert(kOutBytes <= kRingBytes, "the warps' results fit where the cells were");
@@ -172,7 +175,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   __syncthreads();
   const int row_count = min(kRows, entries_here * params.rows_per_entry - first_row);
   // This warp has a tile of rows, and its share of the cells: all of one warp's ring in `cell_lanes`.
-  const int tiles = row_count <= kCell ? 1 : row_count <= 2 * kCell ? 2 : kWarps, cell_lanes = kWarps / tiles;
+  int tiles = 1;
+  while (tiles * kCell < row_count) tiles *= 2;
+  const int cell_lanes = kWarps / tiles;
   const int tile = warp % tiles, cell_lane = warp / tiles;
 
   const int batch = is_prefix ? entry / slots : entry;
@@ -413,10 +418,9 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
   }
 }
 
-template <DType kDType, int kHeadDim>
-void decode(const AttentionParams& p, const Context& context) {
-  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
-  using Traits = DecodeTraits<T, kHeadDim>;
+template <typename Traits>
+void decode_by(const AttentionParams& p, const Context& context) {
+  constexpr int kHeadDim = Traits::kHeadDim;
   DecodeParams params{};
   params.attention = p;
   params.scale = static_cast<float>(p.scale);
@@ -455,6 +459,18 @@ void decode(const AttentionParams& p, const Context& context) {
   constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
   launch(merge_kernel<Traits>, grid_of((rows + kMergeRows - 1) / kMergeRows), dim3(kMergeThreads), 0, context.stream,
          params);
+}
+
+template <DType kDType, int kHeadDim>
+void decode(const AttentionParams& p, const Context& context) {
+  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
+  using Narrow = DecodeTraits<T, kHeadDim, false>;
+  const int64_t entries = p.batch * p.prefix_slots;
+  const bool shares = p.prefix_len > 0 && p.num_prefixes < entries;
+  if (shares && entries * p.q_len * (p.q_heads / p.kv_heads) > Narrow::kRows)
+    decode_by<DecodeTraits<T, kHeadDim, true>>(p, context);
+  else
+    decode_by<Narrow>(p, context);
 }
 
 }  // namespace prefix_kernels::cuda::sm80
