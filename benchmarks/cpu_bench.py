@@ -1,10 +1,10 @@
 """``bench_attention.py`` on a CPU: our kernels and every baseline over the cells of ``cpu_cells.py``.
 
 A row of the CSV is written as soon as its cell is measured. It names the work that the cell is at least, FLOPs of the
-visible pairs and bytes, the floor of its time on this machine (``roofline.py`` says how) and the fraction of it that we
-reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``, ``alternative`` the fastest of the other ways in
-plain PyTorch. A decode pass begins with empty caches: what it reads comes from DRAM. A baseline that takes seconds is
-timed once, by the call that compares its result with ours.
+visible pairs and bytes, the floor of its time on this machine (``roofline.py`` says how; it takes its turns with the
+contenders) and the fraction of it that we reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``,
+``alternative`` the fastest of the other ways in plain PyTorch. A decode pass begins with empty caches: what it reads
+comes from DRAM. A baseline that takes seconds is timed once, by the call that compares its result with ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contenders import Call, Contender, difference, make_dout, make_inputs, prep
 from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
 from cpu_cells import one_of_each, plan
 from goals import judge
-from roofline import CacheFlush, Ceilings, measure_ceilings
+from roofline import CacheFlush, CeilingLoops, measure_ceilings
 from table import Row, Table, ratios_to_ours, summary
 
 LEAST_ROUNDS = 3
@@ -88,21 +88,22 @@ def prepare_all(cell: Cell) -> tuple[dict[str, Call], dict[str, float]]:
     return calls, first
 
 
-def row_of(cell: Cell, times: dict[str, list[float]], ceilings: Ceilings) -> Row:
+def row_of(cell: Cell, times: dict[str, list[float]]) -> Row:
     """The CSV's row without what all rows share."""
     milliseconds, ratios = statistics.median(times["ours"]), ratios_to_ours(times)
-    floor = ceilings.floor_ms(cell.flops(), cell.bytes(), cell.dtype, is_cold(cell))
+    floors = [max(both) for both in zip(times["floor_flops"], times["floor_bytes"], strict=True)]
+    of_floor = statistics.median(floor / own for floor, own in zip(floors, times["ours"], strict=True))
     row: Row = {
         **cell.columns(),
         "flops": cell.flops(),
         "bytes": cell.bytes(),
         "cold": int(is_cold(cell)),
-        "floor_ms": f"{floor:.4f}",
+        "floor_ms": f"{statistics.median(floors):.4f}",
         "rounds": len(times["ours"]),
         "ours_ms": f"{milliseconds:.4f}",
         "ours_gflops": f"{cell.flops() / milliseconds / 1e6:.1f}",
         "ours_gbps": f"{cell.bytes() / milliseconds / 1e6:.1f}",
-        "of_floor": f"{floor / milliseconds:.3f}",
+        "of_floor": f"{of_floor:.3f}",
     }
     for title, names in (("cat", CAT), ("alternative", ALTERNATIVES)):
         best = min((name for name in names if name in times), key=ratios.__getitem__, default="")
@@ -130,9 +131,10 @@ def line_of(row: Row) -> str:
     return f"{shape:26}{kind:7}{row['pass']:17}{work}  {speed}  {others}{dropout}"
 
 
-def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, ceilings: Ceilings) -> Row:
+def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, loops: CeilingLoops) -> Row:
     """One row, of as many rounds as fit into ``seconds``, at least three."""
     calls, first = prepare_all(cell)
+    calls |= loops.floors(cell.flops(), cell.bytes(), cell.dtype)
     slow = [name for name in calls if name in BASELINES and first[name] > SLOW_MS]
     quick = {name: call for name, call in calls.items() if name not in slow}
     begin = time.perf_counter()
@@ -140,10 +142,10 @@ def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, ceilings:
     rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / (time.perf_counter() - begin))))
     for name, others in timer(quick, rounds - 1).items():
         times[name] += others
-    return row_of(cell, {**times, **{name: [first[name]] * rounds for name in slow}}, ceilings)
+    return row_of(cell, {**times, **{name: [first[name]] * rounds for name in slow}})
 
 
-def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceilings: Ceilings | None = None) -> list[Row]:
+def run(arguments: argparse.Namespace, shared: Row, output: Path | None) -> list[Row]:
     """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
 
     Raises:
@@ -156,8 +158,8 @@ def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceiling
         raise SystemExit(str(error)) from None
     if arguments.quick:
         cells = one_of_each(cells)
-    if ceilings is None:
-        ceilings = measure_ceilings(torch.get_num_threads(), 4 if arguments.quick else 40)
+    loops = CeilingLoops(torch.get_num_threads())
+    ceilings = measure_ceilings(loops, 4 if arguments.quick else 40)
     print(f"ceilings: {ceilings}", flush=True)
     if ceilings.matmul_gflops > ceilings.fma_gflops:
         print("torch.mm went beyond that: the processors are busy, or it has instructions that our kernels do not use.")
@@ -169,7 +171,7 @@ def run(arguments: argparse.Namespace, shared: Row, output: Path | None, ceiling
                 print(f"stopped by --time-limit after {done} of {len(cells)} cells")
                 break
             timer = cold if is_cold(cell) else warm
-            row = measure(cell, timer, arguments.rounds, 0.0 if arguments.quick else arguments.cell_seconds, ceilings)
+            row = measure(cell, timer, arguments.rounds, 0.0 if arguments.quick else arguments.cell_seconds, loops)
             rows.append({**row, **ceilings.columns(), **shared})
             table.add(rows[-1])
             print(line_of(row), flush=True)

@@ -109,21 +109,32 @@ def _name(row: Row) -> str:
 
 
 def judge(rows: Iterable[Row]) -> Iterator[str]:
-    """A line for every goal and dtype that the rows are about, and one for every cell that keeps it from being met."""
+    """A line for every goal and dtype that the rows are about, and one for every cell that keeps it from being met.
+
+    Beside a ratio that misses its goal stands what it would be if ours took no longer than the floor.
+    """
     rows = list(rows)
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for goal in GOALS:
             chosen = [row for row in rows if row["dtype"] == dtype and goal.concerns(row)]
             if not chosen:
                 continue
+            combine = {"mean": geometric_mean, "lowest": min, "highest": max}[goal.how]
             values = [float(row[goal.column]) for row in chosen]
-            value = {"mean": geometric_mean, "lowest": min, "highest": max}[goal.how](values)
-            verdict = "met" if goal.holds(value) else "MISSED"
-            yield f"{verdict:7}{dtype} {goal}: {value:.2f}, goal {goal.target:g} ({len(chosen)} cells)"
-            if not goal.holds(value):
-                below = sorted((v, _name(row)) for v, row in zip(values, chosen, strict=True) if not goal.holds(v))
-                for v, name in below:
-                    yield f"         {v:6.2f}  {name}"
+            verdict = f"{dtype} {goal}: {combine(values):.2f}, goal {goal.target:g} ({len(chosen)} cells)"
+            if goal.holds(combine(values)):
+                yield f"met    {verdict}"
+                continue
+            at_floor = [""] * len(chosen)
+            if goal.column.endswith("_ratio"):
+                best = [value / float(row["of_floor"]) for value, row in zip(values, chosen, strict=True)]
+                verdict += f"; at the floor {combine(best):.2f}"
+                at_floor = [f"; at the floor {value:.2f}" for value in best]
+            yield f"MISSED {verdict}"
+            below = zip(values, map(_name, chosen), at_floor, strict=True)
+            for value, name, best_text in sorted(below):
+                if not goal.holds(value):
+                    yield f"         {value:6.2f}  {name}{best_text}"
 
 
 def main() -> None:

@@ -4,11 +4,11 @@
 
 ``ceilings.cpp`` is compiled for the instruction set that the kernels use and run on the same OpenMP threads: chains of
 float32 multiply-adds, dot products of bfloat16 where the processor has them, reading and copying. A ceiling is the best
-of many short runs; even so, processors that others use too lower it.
+of many short runs.
 
-The floor of a computation is the longer of two times: its FLOPs at the peak, and the bytes that it must move at the
-bandwidth of reading from where they lie. That is DRAM when the caches were flushed before, or when the bytes fill more
-than half of the last-level cache; else it is that cache.
+The floor of a computation is the longer of two times: of its FLOPs in such chains, and of reading the bytes that it
+must move, from DRAM when the caches were flushed before, else from where the last reading left them. Other tenants of
+the machine slow it down as they do what is measured, so it is run, in turns with the contenders.
 """
 
 from __future__ import annotations
@@ -86,20 +86,6 @@ class Ceilings:
     cache_gbps: float  # read from the last-level cache
     cache_bytes: int
 
-    def peak_gflops(self, dtype: str) -> float:
-        """Of the instructions that may compute with ``dtype``; float16 is converted to float32."""
-        if dtype == "bfloat16" and self.bfloat16_dot_gflops is not None:
-            return self.bfloat16_dot_gflops
-        return self.fma_gflops / 2 if dtype == "float64" else self.fma_gflops
-
-    def bandwidth_gbps(self, moved: int, is_cold: bool) -> float:
-        """At which ``moved`` bytes can come; ``is_cold``: nothing of them is in a cache."""
-        return self.read_gbps if is_cold or moved > self.cache_bytes / 2 else self.cache_gbps
-
-    def floor_ms(self, flops: int, moved: int, dtype: str, is_cold: bool) -> float:
-        compute = flops / self.peak_gflops(dtype)
-        return max(compute, moved / self.bandwidth_gbps(moved, is_cold)) / 1e6
-
     def columns(self) -> dict[str, object]:
         """What the table calls them."""
         numbers = asdict(self)
@@ -126,30 +112,68 @@ def _best(work: Callable[[], float], repeats: int) -> float:
     return best
 
 
-def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
-    """Takes about five seconds with the default; the last-level cache is read from a quarter of its size."""
-    isa = torch.ops.prefix_kernels.cpu_isa()
-    has_dot = has_bfloat16_dot(isa)
-    library = build(isa, has_dot)
-    steps = ctypes.c_long(200_000)  # some milliseconds
+class CeilingLoops:
+    """The loops of ``ceilings.cpp`` on ``threads`` threads; each returns how much it did, FLOPs or bytes."""
 
-    # Sizes in floats, multiples of what ceilings.cpp asks for.
-    unit = 64 * threads
-    cache = last_level_cache()
-    in_cache, in_memory = (size // 4 // unit * unit for size in (cache // 4, max(4 * cache, 2**28)))
-    source = torch.ones(in_memory)
-    target = torch.ones(in_memory)
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.isa = torch.ops.prefix_kernels.cpu_isa()
+        self.has_bfloat16_dot = has_bfloat16_dot(self.isa)
+        self.cache_bytes = last_level_cache()
+        self.ahead = _PREFETCH[0]  # floats by which reads are prefetched
+        self._library = build(self.isa, self.has_bfloat16_dot)
+        # ceilings.cpp asks for multiples of this many floats.
+        self._unit = 64 * threads
+        self._source = torch.ones(max(4 * self.cache_bytes, 2**28) // 4 // self._unit * self._unit)
+        self._target = torch.ones_like(self._source)
 
-    def read(count: int, ahead: int) -> float:
-        pointer = ctypes.c_void_p(source.data_ptr())
-        return library.read_memory(threads, pointer, ctypes.c_ssize_t(count), ctypes.c_ssize_t(ahead))
+    def multiply_add(self, steps: int) -> float:
+        return self._library.multiply_add(self.threads, ctypes.c_long(steps))
 
-    def read_gbps(count: int, repeats: int) -> float:
-        return max(_best(lambda ahead=ahead: read(count, ahead), repeats) for ahead in _PREFETCH)
+    def bfloat16_dot(self, steps: int) -> float:
+        return self._library.bfloat16_dot(self.threads, ctypes.c_long(steps))
 
-    def copy() -> float:
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (target, source))
-        return library.copy_memory(threads, *pointers, ctypes.c_ssize_t(in_memory))
+    def read(self, size: int) -> float:
+        """About ``size`` bytes."""
+        done, units = 0.0, max(1, round(size / 4 / self._unit))
+        while units > 0:
+            count = min(units * self._unit, self._source.numel())
+            pointer = ctypes.c_void_p(self._source.data_ptr())
+            done += self._library.read_memory(
+                self.threads, pointer, ctypes.c_ssize_t(count), ctypes.c_ssize_t(self.ahead)
+            )
+            units -= count // self._unit
+        return done
+
+    def read_memory(self) -> float:
+        return self.read(self._source.numel() * 4)
+
+    def copy_memory(self) -> float:
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (self._target, self._source))
+        return self._library.copy_memory(self.threads, *pointers, ctypes.c_ssize_t(self._source.numel()))
+
+    def floors(self, flops: int, moved: int, dtype: str) -> dict[str, Callable[[], float]]:
+        """Calls that compute ``flops``, and read ``moved`` bytes, and do nothing else.
+
+        float16 is converted to float32, as is bfloat16 where the processor does not multiply it.
+        """
+        uses_dot = dtype == "bfloat16" and self.has_bfloat16_dot
+        loop = self.bfloat16_dot if uses_dot else self.multiply_add
+        steps = max(1, round(flops * (2 if dtype == "float64" else 1) / loop(1)))
+        return {"floor_flops": lambda: loop(steps), "floor_bytes": lambda: self.read(moved)}
+
+
+def measure_ceilings(loops: CeilingLoops, repeats: int = 40) -> Ceilings:
+    """Takes about five seconds with the default; the last-level cache is read from a quarter of its size.
+
+    ``loops`` prefetch from then on as far ahead as was best.
+    """
+    steps = 200_000  # some milliseconds
+    few = max(2, repeats // 4)
+    rates = {}
+    for loops.ahead in _PREFETCH:
+        rates[loops.ahead] = _best(loops.read_memory, few)
+    loops.ahead = max(rates, key=rates.__getitem__)
 
     size = 2048
     a, b, product = (torch.ones(size, size) for _ in range(3))
@@ -158,17 +182,16 @@ def measure_ceilings(threads: int, repeats: int = 40) -> Ceilings:
         torch.mm(a, b, out=product)
         return 2.0 * size**3
 
-    few = max(2, repeats // 4)
     return Ceilings(
-        isa=isa,
-        threads=threads,
-        fma_gflops=_best(lambda: library.multiply_add(threads, steps), repeats),
-        bfloat16_dot_gflops=_best(lambda: library.bfloat16_dot(threads, steps), repeats) if has_dot else None,
+        isa=loops.isa,
+        threads=loops.threads,
+        fma_gflops=_best(lambda: loops.multiply_add(steps), repeats),
+        bfloat16_dot_gflops=_best(lambda: loops.bfloat16_dot(steps), repeats) if loops.has_bfloat16_dot else None,
         matmul_gflops=_best(multiply, few),
-        read_gbps=read_gbps(in_memory, few),
-        copy_gbps=_best(copy, few),
-        cache_gbps=read_gbps(in_cache, repeats),
-        cache_bytes=cache,
+        read_gbps=rates[loops.ahead],
+        copy_gbps=_best(loops.copy_memory, few),
+        cache_gbps=_best(lambda: loops.read(loops.cache_bytes // 4), repeats),
+        cache_bytes=loops.cache_bytes,
     )
 
 
@@ -188,7 +211,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(measure_ceilings(arguments.threads, arguments.repeats))
+    print(measure_ceilings(CeilingLoops(arguments.threads), arguments.repeats))
 
 
 if __name__ == "__main__":
