@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import make_call, run
+from helpers import check, make_call, run
 from torch.utils.data import DataLoader, Dataset
 
 from prefix_kernels import prefix_attention
 
+SEED = torch.tensor([7])
+SHOWN = torch.rand(1, 1, 9, 640 + 513, generator=torch.Generator().manual_seed(0)) < 0.8
 linux_only = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are looked up in Linux's /proc")
 
 
@@ -54,17 +56,44 @@ def test_calls_from_several_threads_at_once_are_those_of_one_thread():
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads_gives_the_right_result(threads):
-    from helpers import check
-
     torch.set_num_threads(threads)
     check(make_call(batch=1, q_heads=1, q_len=200, k_len=210, prefix_len=40, head_dim=32))
     check(make_call(batch=3, q_heads=6, kv_heads=2, q_len=65, k_len=70, prefix_len=130, head_dim=32, is_causal=True))
     check(make_call(batch=5, q_heads=4, kv_heads=1, q_len=1, k_len=70, prefix_len=300, head_dim=32, is_causal=True))
 
 
-def test_more_threads_than_work():
-    from helpers import check
+FEW_QUERIES = {
+    "causal": dict(batch=1, q_heads=1, q_len=70, k_len=900, prefix_len=300, is_causal=True),
+    "window": dict(batch=1, q_heads=2, kv_heads=1, q_len=33, k_len=700, prefix_len=530, window_size=(300, 10)),
+    "dropout": dict(
+        batch=1, q_heads=2, kv_heads=1, q_len=60, k_len=600, prefix_len=129, dropout_p=0.3, dropout_seed=SEED
+    ),
+    "mask": dict(batch=1, q_heads=1, q_len=9, k_len=513, prefix_len=640, attn_mask=SHOWN),
+    "bank": dict(
+        batch=3,
+        q_heads=1,
+        q_len=9,
+        k_len=30,
+        prefix_len=700,
+        num_prefixes=3,
+        prefix_ids=torch.tensor([[2, 0], [-1, 1], [1, 1]]),
+        prefix_lens=torch.tensor([700, 3, 555]),
+    ),
+}
 
+
+@pytest.mark.parametrize("threads", [2, 7, 16])
+@pytest.mark.parametrize("needs", [None, ("prefix_key", "prefix_value"), ("query",), ("key", "prefix_value")], ids=str)
+@pytest.mark.parametrize("shape", FEW_QUERIES.values(), ids=FEW_QUERIES)
+def test_keys_are_divided_where_blocks_of_queries_are_few(shape, needs, threads):
+    torch.set_num_threads(threads)
+    call = make_call(head_dim=40, **shape)
+    first = check(call, needs=needs).tensors()
+    for name, tensor in run(call, needs=needs).tensors().items():
+        assert torch.equal(tensor, first[name]), name
+
+
+def test_more_threads_than_work():
     torch.set_num_threads(16)
     check(make_call(batch=1, q_heads=1, q_len=1, k_len=1, prefix_len=1, head_dim=8))
     check(make_call(batch=1, q_heads=1, q_len=3, k_len=0, prefix_len=2, head_dim=8))

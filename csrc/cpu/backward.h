@@ -85,6 +85,9 @@ class BackwardTask {
       BlockState<T>& state = states_[i];
       new (&state.block) QueryBlock(p_, plan_.partition, task.batch, task.kv_head, range.begin + i);
       state.ready = false;
+      if (plan_.needs.dquery && plan_.parts > 1)
+        state.dquery = plan_.part_dquery(
+            task.part, (task.batch * p_.kv_heads + task.kv_head) * plan_.partition.count + range.begin + i);
       if (plan_.needs.dquery) fill_zero(state.dquery, kBlockQ * plan_.padded_depth);
     }
     int64_t prefix_start = 0;
@@ -92,12 +95,13 @@ class BackwardTask {
       const Segment segment = make_segment(p_, task.batch, task.kv_head, s, prefix_start);
       if (segment.is_prefix()) prefix_start += segment.length;
       if (!plan_.needs.visits(segment)) continue;
-      for (int64_t first = 0; first < segment.length; first += kBlockK) {
-        const int64_t left = segment.length - first;
+      const KeyRange rows = plan_.part_rows(segment.length, task.part);
+      for (int64_t first = rows.begin; first < rows.end; first += kBlockK) {
+        const int64_t left = rows.end - first;
         run_tile(chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
       }
     }
-    if (plan_.needs.dquery) write_dquery();
+    if (plan_.needs.dquery && plan_.parts == 1) write_dquery();
   }
 
   void prefetch_block(const QueryBlock& block) {
@@ -120,7 +124,8 @@ class BackwardTask {
     const int64_t block = plan_.blocks(task->split, same_task ? pass_ + 1 : 0).begin;
     prefetch_block(QueryBlock(p_, plan_.partition, task->batch, task->kv_head, block));
     if (plan_.needs.visits_sequence())
-      prefetch_tile(make_segment(p_, task->batch, task->kv_head, p_.prefix_slots, 0), 0);
+      prefetch_tile(make_segment(p_, task->batch, task->kv_head, p_.prefix_slots, 0),
+                    plan_.part_rows(p_.k_len, task->part).begin);
   }
 
   // Asks for what follows the step of block i with a tile: the next block that was not met yet, and in the last step of
@@ -131,7 +136,7 @@ class BackwardTask {
     const bool last_block = i + 1 == blocks_;
     if (!last_block) {
       if (!states_[i + 1].ready) prefetch_block(states_[i + 1].block);
-    } else if (tile.first + kBlockK < segment.length) {
+    } else if (tile.first + kBlockK < plan_.part_rows(segment.length, task_->part).end) {
       prefetch_tile(segment, tile.first + kBlockK);
     } else if (segment.is_prefix() != plan_.needs.visits_sequence()) {
       prefetch_following();
@@ -165,7 +170,7 @@ class BackwardTask {
     const int64_t depth = plan_.padded_depth;
     if (segment.is_prefix())
       return prefix.data() + plan_.prefix_tile(chunk, task.kv_head, segment.prefix) * plan_.prefix_tile_size() +
-             first * depth;
+             (first - plan_.part_rows(segment.length, task.part).begin) * depth;
     T* target = scratch;
     if (plan_.splits > 1) target = sequence.data() + plan_.sequence_offset(task);
     if (plan_.splits > 1 || plan_.passes > 1) target += first * depth;

@@ -5,9 +5,9 @@
 // order, so that the result does not depend on which thread ran what.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 
+#include "column_parts.h"
 #include "decode.h"
 #include "kernels.h"
 
@@ -34,7 +34,7 @@ struct ForwardJob {
     const int64_t heads = p.batch * p.kv_heads;
     task_blocks = clamp_to(heads * partition.count / (kTasksPerThread * threads), 1, kMaxTaskBlocks);
     tasks_per_head = ceil_div(partition.count, task_blocks);
-    splits = splits_for(heads * tasks_per_head, threads);
+    splits = column_parts(heads * tasks_per_head, threads, p.prefix_slots * p.prefix_len + p.k_len);
     tasks = heads * tasks_per_head * splits;
     if (splits > 1) {
       partial_out.allocate(blocks() * splits * p.head_dim * kBlockQ);
@@ -56,15 +56,6 @@ struct ForwardJob {
       return row == segment.length ? row : row - row % kBlockK;  // tiles stay whole
     };
     return {bound(split), bound(split + 1)};
-  }
-
- private:
-  int64_t splits_for(int64_t unsplit, int threads) const {
-    constexpr int64_t kPartsPerThread = 4;  // of different cost, causal or by padding
-    constexpr int64_t kLeastColumns = 256;  // of a part
-    if (threads == 1 || unsplit == 0 || unsplit >= 2 * threads) return 1;
-    const int64_t columns = params.prefix_slots * params.prefix_len + params.k_len;
-    return clamp_to(ceil_div(kPartsPerThread * threads, unsplit), 1, std::max<int64_t>(columns / kLeastColumns, 1));
   }
 };
 
