@@ -34,7 +34,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 _CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-DNDEBUG"]
-CUDA_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Xptxas", "-v"]
 _TORCH_FLAGS = ["-O2", "-DTORCH_EXTENSION_NAME=_C", "-D_GLIBCXX_USE_CXX11_ABI=1"]
 # Results must not depend on -march=native: the flags name what each ISA has, tuned for no particular processor.
 _KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -67,11 +67,15 @@ class KernelExtension(Extension):
 
 @dataclass(frozen=True)
 class Unit:
-    """One compiler call."""
+    """One compiler call. Beside the object it leaves the command and what the compiler said."""
 
     source: str
     object: Path
     command: tuple[str, ...]
+
+    @property
+    def report(self) -> Path:
+        return self.object.with_suffix(".log")
 
     def is_current(self) -> bool:
         """Whether the object was made by this very command after every file it was made from had its last change."""
@@ -96,6 +100,7 @@ class Unit:
         if run.returncode != 0:
             stop.set()
             raise BuildError(f"{self.command[0]} could not compile {self.source} (its messages stand above).")
+        self.report.write_text(run.stdout)
         self.object.with_suffix(".cmd").write_text(shlex.join(self.command))
 
 

@@ -1,5 +1,7 @@
 """nvcc compiles every kernel for sm_80 and sm_90: no register spills, and the instructions that make the kernels fast.
 
+What a build of the extension left in ``build`` is looked at where it is current; else the kernels are compiled here.
+
 The number of tensor core, ``ldmatrix`` and ``cp.async`` instructions of each file is compared with
 ``sass_instructions.json``; after a change that is meant, ``python tests/test_cuda_build.py`` writes that file anew, all
 or the files with a word in their path. It needs cuobjdump, from the CUDA toolkit or from triton's wheel.
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +27,7 @@ CHECKOUT = Path(__file__).parent.parent
 sys.path.insert(0, str(CHECKOUT / "csrc"))
 
 from build_environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
+from build_extension import CUDA_FLAGS, Unit  # noqa: E402
 
 FIGURES = Path(__file__).with_name("sass_instructions.json")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -53,19 +58,31 @@ def find_cuobjdump(toolkit: CudaToolkit) -> str:
     return found
 
 
+def kernel_flags() -> list[str]:
+    """nvcc's, as a build of the extension for both architectures has them."""
+    architectures = [architecture.removeprefix("sm_") for architecture in ARCHITECTURES]
+    return [*CUDA_FLAGS, *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures)]
+
+
 def compile_kernels(toolkit: CudaToolkit, source: str, target: Path) -> str:
     """Compile one file for both architectures with the flags of the build; what ptxas says of the kernels."""
-    from build_extension import CUDA_FLAGS
-
-    architectures = [architecture.removeprefix("sm_") for architecture in ARCHITECTURES]
-    gencode = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
-    compiler = ["-ccbin", find_compiler()[0]]
-    command = [str(toolkit.home / "bin" / "nvcc"), *compiler, *CUDA_FLAGS, *gencode, "-Xptxas", "-v"]
+    command = [str(toolkit.home / "bin" / "nvcc"), "-ccbin", find_compiler()[0], *kernel_flags()]
     run = subprocess.run(
         [*command, "-c", source, "-o", str(target)], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     return run.stderr
+
+
+def find_built(source: str, folder: Path) -> Unit | None:
+    """The file's object in ``folder``, where builds of the extension leave theirs, if it is current and for both."""
+    name = source.removeprefix("csrc/").replace("/", "_") + ".o"
+    for target in folder.glob(f"temp.*/cuda/{name}"):
+        record = target.with_suffix(".cmd")
+        unit = Unit(source, target, tuple(shlex.split(record.read_text())) if record.is_file() else ())
+        if unit.is_current() and unit.report.is_file() and set(kernel_flags()) <= set(unit.command):
+            return unit
+    return None
 
 
 def spilling_kernels(report: str) -> dict[str, int]:
@@ -107,9 +124,13 @@ def toolkit() -> CudaToolkit:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
-def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path):
-    target = tmp_path / "kernels.o"
-    report = compile_kernels(toolkit, source, target)
+def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(CHECKOUT)  # what a build notes down is relative to it
+    if (built := find_built(source, Path("build"))) is not None:
+        target, report = built.object, built.report.read_text()
+    else:
+        target = tmp_path / "kernels.o"
+        report = compile_kernels(toolkit, source, target)
     assert report.count("Compiling entry function") >= len(ARCHITECTURES)
     assert not {name: size for name, size in spilling_kernels(report).items() if not may_spill(name, size)}
 
@@ -133,6 +154,31 @@ def test_a_spill_is_seen(toolkit, tmp_path):
         "#pragma unroll\n  for (int i = 0; i < 1000; ++i) x[i] = y[999 - i] * y[i];\n}\n"
     )
     assert spilling_kernels(compile_kernels(toolkit, str(source), tmp_path / "spills.o"))
+
+
+def test_a_build_is_looked_at_while_it_is_current(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, header, target = Path("kernels.cu"), Path("header.cuh"), Path("temp.x/cuda/kernels.cu.o")
+    target.parent.mkdir(parents=True)
+    for path in (source, header, target, target.with_suffix(".log")):
+        path.touch()
+
+    def leave(*flags: str) -> None:
+        target.with_suffix(".d").write_text(f"{target}: {source} \\\n {header}")
+        target.with_suffix(".cmd").write_text(shlex.join(["nvcc", *flags, "-c", str(source)]))
+
+    def found() -> bool:
+        return find_built(str(source), Path()) is not None
+
+    assert not found()
+    leave(*kernel_flags(), "-gencode=arch=compute_90,code=compute_90")
+    assert found()
+    os.utime(header, (target.stat().st_mtime + 10,) * 2)
+    assert not found()
+    os.utime(header, (target.stat().st_mtime,) * 2)
+    assert found()
+    leave(*kernel_flags()[:-1])
+    assert not found()
 
 
 def test_every_kernel_has_its_figures():
