@@ -93,6 +93,8 @@ class Unit:
     def compile(self, stop: threading.Event) -> None:
         if stop.is_set() or self.is_current():
             return
+        record = self.object.with_suffix(".cmd")
+        record.unlink(missing_ok=True)
         self.object.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         run = subprocess.run(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -101,7 +103,7 @@ class Unit:
             stop.set()
             raise BuildError(f"{self.command[0]} could not compile {self.source} (its messages stand above).")
         self.report.write_text(run.stdout)
-        self.object.with_suffix(".cmd").write_text(shlex.join(self.command))
+        record.write_text(shlex.join(self.command))
 
 
 def define(name: str, text: str) -> str:

@@ -201,7 +201,7 @@ def test_the_script_writes_a_table_that_the_plots_and_goals_read(tmp_path, monke
     for row, cell in zip(rows, SMALL, strict=True):
         assert {name: row[name] for name in cell.columns()} == {k: str(v) for k, v in cell.columns().items()}
         assert (int(row["flops"]), int(row["bytes"])) == (cell.flops(), cell.bytes())
-        assert 0 < float(row["of_floor"]) < 2
+        assert float(row["of_floor"]) > 0
         assert float(row["cat_ratio"]) == min(float(row[f"{name}_ratio"]) for name in CAT if row[f"{name}_ratio"])
         assert bool(row["dropout_cost"]) == bool(cell.dropout_p) == (row["alternative"] == "")
         assert row["cold"] == str(int(cell.pass_ == "decode"))

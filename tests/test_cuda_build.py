@@ -66,7 +66,7 @@ def kernel_flags() -> list[str]:
 
 def compile_kernels(toolkit: CudaToolkit, source: str, target: Path) -> str:
     """Compile one file for both architectures with the flags of the build; what ptxas says of the kernels."""
-    command = [str(toolkit.home / "bin" / "nvcc"), "-ccbin", find_compiler()[0], *kernel_flags()]
+    command = [nvcc_of(toolkit), "-ccbin", find_compiler()[0], *kernel_flags()]
     run = subprocess.run(
         [*command, "-c", source, "-o", str(target)], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
@@ -74,13 +74,17 @@ def compile_kernels(toolkit: CudaToolkit, source: str, target: Path) -> str:
     return run.stderr
 
 
-def find_built(source: str, folder: Path) -> Unit | None:
+def nvcc_of(toolkit: CudaToolkit) -> str:
+    return str(toolkit.home / "bin" / "nvcc")
+
+
+def find_built(toolkit: CudaToolkit, source: str, folder: Path) -> Unit | None:
     """The file's object in ``folder``, where builds of the extension leave theirs, if it is current and for both."""
     name = source.removeprefix("csrc/").replace("/", "_") + ".o"
     for target in folder.glob(f"temp.*/cuda/{name}"):
         record = target.with_suffix(".cmd")
         unit = Unit(source, target, tuple(shlex.split(record.read_text())) if record.is_file() else ())
-        if unit.is_current() and unit.report.is_file() and set(kernel_flags()) <= set(unit.command):
+        if unit.is_current() and unit.report.is_file() and {nvcc_of(toolkit), *kernel_flags()} <= set(unit.command):
             return unit
     return None
 
@@ -126,7 +130,7 @@ def toolkit() -> CudaToolkit:
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
 def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)  # what a build notes down is relative to it
-    if (built := find_built(source, Path("build"))) is not None:
+    if (built := find_built(toolkit, source, Path("build"))) is not None:
         target, report = built.object, built.report.read_text()
     else:
         target = tmp_path / "kernels.o"
@@ -156,7 +160,7 @@ def test_a_spill_is_seen(toolkit, tmp_path):
     assert spilling_kernels(compile_kernels(toolkit, str(source), tmp_path / "spills.o"))
 
 
-def test_a_build_is_looked_at_while_it_is_current(tmp_path, monkeypatch):
+def test_a_build_is_looked_at_while_it_is_current(toolkit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source, header, target = Path("kernels.cu"), Path("header.cuh"), Path("temp.x/cuda/kernels.cu.o")
     target.parent.mkdir(parents=True)
@@ -165,19 +169,22 @@ def test_a_build_is_looked_at_while_it_is_current(tmp_path, monkeypatch):
 
     def leave(*flags: str) -> None:
         target.with_suffix(".d").write_text(f"{target}: {source} \\\n {header}")
-        target.with_suffix(".cmd").write_text(shlex.join(["nvcc", *flags, "-c", str(source)]))
+        target.with_suffix(".cmd").write_text(shlex.join([*flags, "-c", str(source)]))
 
     def found() -> bool:
-        return find_built(str(source), Path()) is not None
+        return find_built(toolkit, str(source), Path()) is not None
 
+    flags = [nvcc_of(toolkit), *kernel_flags()]
     assert not found()
-    leave(*kernel_flags(), "-gencode=arch=compute_90,code=compute_90")
+    leave(*flags, "-gencode=arch=compute_90,code=compute_90")
     assert found()
     os.utime(header, (target.stat().st_mtime + 10,) * 2)
     assert not found()
     os.utime(header, (target.stat().st_mtime,) * 2)
     assert found()
-    leave(*kernel_flags()[:-1])
+    leave(*flags[:-1])
+    assert not found()
+    leave("another/nvcc", *kernel_flags())
     assert not found()
 
 

@@ -31,7 +31,7 @@ def usual_device():
     load().device(80, MANY)
 
 
-@pytest.fixture(params=[FEW, MANY], ids=["few multiprocessors", "many multiprocessors"])
+@pytest.fixture(params=[FEW, MANY], ids=["sm1", "sm1000"])
 def multiprocessors(usual_device, request):
     load().device(80, request.param)
 
@@ -246,11 +246,24 @@ def test_decoding_reads_a_shared_prefix_for_bunches_of_rows(group, q_len, batch,
     + [(4, 16, 1, 192), (12, 5, 1, 256), (3, 3, 14, 128)],
 )
 def test_decoding_reads_each_row_of_keys_and_values_once_per_batch(batch, group, q_len, head_dim):
+    reads_once_per_batch(batch, group, q_len, head_dim)
+
+
+def test_decoding_with_less_shared_memory_reads_a_prefix_twice_for_many_rows():
+    load().device(80, FEW)
+    reads_once_per_batch(32, 4, 1, 128)
+    load().device(86, FEW)
+    reads_once_per_batch(32, 4, 1, 64)
+    reads_once_per_batch(32, 4, 1, 128, times=2)
+
+
+def reads_once_per_batch(batch, group, q_len, head_dim, times=1):
+    """``times``: how often the prefix is read."""
     k_len, prefix_len, kv_heads = 90, 600, 2
     shape = dict(batch=batch, q_heads=group * kv_heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len)
     load().take_copied_bytes()
     check_forward(**shape, prefix_len=prefix_len, head_dim=head_dim)
-    keys_and_values = 2 * (prefix_len + batch * k_len) * kv_heads * head_dim * 2
+    keys_and_values = 2 * (times * prefix_len + batch * k_len) * kv_heads * head_dim * 2
     parts = 4  # each reads the queries
     queries = batch * group * kv_heads * q_len * head_dim * 2
     assert 0 < load().take_copied_bytes() - keys_and_values <= (parts + 1) * queries

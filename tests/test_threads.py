@@ -68,6 +68,8 @@ FEW_QUERIES = {
     "dropout": dict(
         batch=1, q_heads=2, kv_heads=1, q_len=60, k_len=600, prefix_len=129, dropout_p=0.3, dropout_seed=SEED
     ),
+    # so long that there are few chunks
+    "long prefix": dict(batch=1, q_heads=16, q_len=3, k_len=5, prefix_len=4200, head_dim=128),
     "mask": dict(batch=1, q_heads=1, q_len=9, k_len=513, prefix_len=640, attn_mask=SHOWN),
     "bank": dict(
         batch=3,
@@ -87,7 +89,7 @@ FEW_QUERIES = {
 @pytest.mark.parametrize("shape", FEW_QUERIES.values(), ids=FEW_QUERIES)
 def test_keys_are_divided_where_blocks_of_queries_are_few(shape, needs, threads):
     torch.set_num_threads(threads)
-    call = make_call(head_dim=40, **shape)
+    call = make_call(**{"head_dim": 40} | shape)
     first = check(call, needs=needs).tensors()
     for name, tensor in run(call, needs=needs).tensors().items():
         assert torch.equal(tensor, first[name]), name

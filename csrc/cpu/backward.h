@@ -3,8 +3,9 @@
 //   delta = rowsum(dout * out) - dlse      P = exp(S - lse)      dS = P * (dout V'^T - delta)
 //   dV' = P^T dout        dK' = scale dS^T Q        dQ = scale dS K'
 //
-// One task walks the tiles of keys of one head; a tile's dK', dV' stay in cache while the blocks of queries pass. Keys
-// stand in the lanes: of a tile K and V are transposed once, while Q, dO and the gradients stay as they are in memory.
+// One task walks the tiles of keys of one head, or of a part of them; a tile's dK', dV' stay in cache while the blocks
+// of queries pass. Keys stand in the lanes: of a tile K and V are transposed once, while Q, dO and the gradients stay
+// as they are in memory.
 //   S = Q K^T,  dP = dO V^T       [queries][keys], with the factors of S and dP folded into K^T and V^T
 //   dV += P^T dO,  dK += dS^T Q   [keys][head_dim]
 //   dQ += dS K                    [queries][head_dim], kept for the whole range of queries

@@ -1,4 +1,4 @@
-// Runs the tasks of the backward pass on the threads, then sums their partial tiles in a fixed order.
+// Runs the tasks of the backward pass on the threads, then adds their partial sums in a fixed order.
 #pragma once
 
 #include <atomic>

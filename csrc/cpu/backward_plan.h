@@ -1,11 +1,11 @@
 // How the backward pass is divided, and where its partial sums live.
 //
-// A task is one (kv head, batch row, range of query blocks); tasks in this order are cut into chunks, which threads
-// take as they become free. A chunk adds the prefix gradients of its tasks into partial tiles of its own, one per
-// (prefix, kv head) that it meets: heads change slowest, so that most partial tiles have one owner and no copy per
-// batch row exists. Where even single blocks are fewer than keep the threads busy, the keys of each segment fall into
-// parts too, each with tasks of its own; they sum dquery apart. A second pass adds the partial sums in the order of the
-// chunks and parts, so the result does not depend on which thread ran what.
+// A task is one (part of the keys, kv head, batch row, range of query blocks), mostly with one part; tasks in this
+// order are cut into chunks, which threads take as they become free. A chunk adds the prefix gradients of its tasks
+// into partial tiles of its own, one per (prefix, kv head) that it meets: heads change slowest, so that most partial
+// tiles have one owner and no copy per batch row exists. Where even single blocks are fewer than keep the threads busy,
+// the keys of each segment fall into parts too, each with tasks of its own; they sum dquery apart. A second pass adds
+// the partial sums in the order of the chunks and parts, so the result does not depend on which thread ran what.
 #pragma once
 
 #include "column_parts.h"
@@ -74,14 +74,15 @@ struct BackwardPlan {
     if (splits > partition.count) splits = partition.count;
     passes = ceil_div(ceil_div(partition.count, splits), max_pass_blocks());
     if (splits == partition.count) {
-      const int64_t visited = p.prefix_slots * p.prefix_len + (needs.visits_sequence() ? p.k_len : 0);
+      const int64_t visited = (needs.dquery || needs.prefix() ? p.prefix_slots * p.prefix_len : 0) +
+                              (needs.visits_sequence() ? p.k_len : 0);
       parts = column_parts(heads * splits, threads, visited);
     }
     tasks = heads * splits * parts;
     chunks = parts * clamp_to(wanted / parts, 1, tasks / parts);  // none has tasks of two parts
     if (needs.prefix()) {
       assign_prefix_tiles();
-      const int64_t least_chunks = parts > 1 ? parts : threads;
+      const int64_t least_chunks = parts * clamp_to(ceil_div(threads, parts), 1, tasks / parts);
       if (prefix_tiles * prefix_tile_size() * static_cast<int64_t>(sizeof(T)) > kPartialBytes &&
           chunks > least_chunks) {
         chunks = least_chunks;

@@ -12,6 +12,7 @@ using Stream = CUstream_st*;  // a cudaStream_t
 struct Context {
   int architecture = 0;  // 80, 86, 90, ...: the compute capability without its dot
   int sm_count = 0;      // streaming multiprocessors
+  int shared_bytes = 0;  // shared memory that one block may have
   Stream stream = nullptr;
 
   // Device memory, 256-byte aligned and not initialised, for kernels launched on `stream` until the operator returns.

@@ -28,8 +28,12 @@ Device::Device(const at::Tensor& tensor) : guard_(std::make_unique<Guard>(tensor
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
   check_architecture(PREFIX_KERNELS_CUDA_ARCHITECTURES, major, minor, tensor.device().str());
-  context_ = {10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
-              c10::cuda::getCurrentCUDAStream(device).stream(), &Device::allocate, this};
+  context_ = {10 * major + minor,
+              attribute(cudaDevAttrMultiProcessorCount, device),
+              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+              c10::cuda::getCurrentCUDAStream(device).stream(),
+              &Device::allocate,
+              this};
 }
 
 Device::~Device() = default;

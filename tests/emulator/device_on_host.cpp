@@ -10,6 +10,13 @@ namespace {
 int architecture = 80;
 int sm_count = 4;
 
+// What one block may have, and room for the gaps that the emulator leaves between arrays.
+int shared_bytes() {
+  constexpr int kGaps = 4;
+  const int kib = architecture == 80 || architecture == 87 ? 163 : architecture / 10 == 8 ? 99 : 227;
+  return (kib + kGaps) * 1024;
+}
+
 }  // namespace
 
 // Which GPU the emulator is: its compute capability without the dot, and its number of multiprocessors.
@@ -36,7 +43,7 @@ struct Device::Guard {};
 
 Device::Device(const at::Tensor& tensor) : like_(tensor) {
   check_architecture("8.0;9.0+PTX", architecture / 10, architecture % 10, "the emulated GPU");
-  context_ = {architecture, sm_count, nullptr, &Device::allocate, this};
+  context_ = {architecture, sm_count, shared_bytes(), nullptr, &Device::allocate, this};
   emulator::clear_globals();
 }
 

@@ -62,7 +62,8 @@ struct DecodeRow {
   Span seen;    // columns of the segment
 };
 
-// Wide blocks, of twice the rows, are for prefixes that more rows share than fill a narrow one.
+// Wide blocks, of twice the rows, are for prefixes that more rows share than fill a narrow one, on GPUs that give a
+// block the shared memory.
 template <typename Element, int kHeadDim_, bool kWide_>
 struct DecodeTraits {
   using T = Element;
@@ -72,7 +73,8 @@ struct DecodeTraits {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = kWarps * kCell;
   static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : 2;
-  static constexpr int kBlocksPerSM = kWide ? 1 : kHeadDim <= 64 ? 3 : 2;  // as many as the host code plans for
+  // As many as the host code plans for.
+  static constexpr int kBlocksPerSM = kHeadDim <= 64 ? (kWide ? 2 : 3) : (kWide ? 1 : 2);
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
@@ -90,6 +92,7 @@ struct DecodeTraits {
   static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
   static_assert(kSharedGap > 0 || (kWide ? 1 : 2) * (kSharedBytes + 1024) <= 164 * 1024,
                 "sm_80, with its share of each");
+  static_assert(kSharedGap > 0 || kWide || kSharedBytes <= 99 * 1024, "8.6 and 8.9 give a block no more");
   // The warps' results take the place of the cells.
   static constexpr int kOutBytes = kRows * kHeadDim * sizeof(float);
   static_assert(kOutBytes <= kRingBytes, "the warps' results fit where the cells were");
@@ -435,7 +438,7 @@ void decode_by(const AttentionParams& p, const Context& context) {
   params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
 
   // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
-  constexpr int64_t kLeastColumns = Traits::kWarps * 4 * kCell;
+  constexpr int64_t kLeastColumns = kHeadDim <= 128 ? 256 : 128;
   const auto parts = [&](int64_t columns, int64_t owners) {
     const int64_t wanted = (int64_t{context.sm_count} * Traits::kBlocksPerSM + owners - 1) / owners;
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
@@ -465,10 +468,12 @@ template <DType kDType, int kHeadDim>
 void decode(const AttentionParams& p, const Context& context) {
   using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
   using Narrow = DecodeTraits<T, kHeadDim, false>;
-  const int64_t entries = p.batch * p.prefix_slots;
-  const bool shares = p.prefix_len > 0 && p.num_prefixes < entries;
-  if (shares && entries * p.q_len * (p.q_heads / p.kv_heads) > Narrow::kRows)
-    decode_by<DecodeTraits<T, kHeadDim, true>>(p, context);
+  using Wide = DecodeTraits<T, kHeadDim, true>;
+  // Rows that share a prefix, on average over the bank.
+  const int64_t entries = p.prefix_len > 0 ? p.batch * p.prefix_slots : 0;
+  const int64_t sharing = entries / std::max<int64_t>(p.num_prefixes, 1) * p.q_len * (p.q_heads / p.kv_heads);
+  if (entries > p.num_prefixes && sharing > Narrow::kRows && Wide::kSharedBytes <= context.shared_bytes)
+    decode_by<Wide>(p, context);
   else
     decode_by<Narrow>(p, context);
 }
