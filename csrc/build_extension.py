@@ -84,8 +84,9 @@ class Unit:
             if record.read_text() != shlex.join(self.command):
                 return False
             made = self.object.stat().st_mtime
-            # A make rule: "object: source header header", long lines continued by a backslash.
-            files = shlex.split(dependencies.read_text().replace("\\\n", " "))[1:]
+            # A make rule: "object: source header header", long lines continued by a backslash; nvcc writes "object :".
+            rule = dependencies.read_text().replace("\\\n", " ")
+            files = shlex.split(rule.partition(": ")[2])
             return all(Path(file).stat().st_mtime <= made for file in files)
         except OSError:
             return False

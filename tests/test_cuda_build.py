@@ -160,7 +160,8 @@ def test_a_spill_is_seen(toolkit, tmp_path):
     assert spilling_kernels(compile_kernels(toolkit, str(source), tmp_path / "spills.o"))
 
 
-def test_a_build_is_looked_at_while_it_is_current(toolkit, tmp_path, monkeypatch):
+@pytest.mark.parametrize("colon", [":", " :"], ids=["g++", "nvcc"])
+def test_a_build_is_looked_at_while_it_is_current(toolkit, tmp_path, monkeypatch, colon):
     monkeypatch.chdir(tmp_path)
     source, header, target = Path("kernels.cu"), Path("header.cuh"), Path("temp.x/cuda/kernels.cu.o")
     target.parent.mkdir(parents=True)
@@ -168,7 +169,7 @@ def test_a_build_is_looked_at_while_it_is_current(toolkit, tmp_path, monkeypatch
         path.touch()
 
     def leave(*flags: str) -> None:
-        target.with_suffix(".d").write_text(f"{target}: {source} \\\n {header}")
+        target.with_suffix(".d").write_text(f"{target}{colon} {source} \\\n {header}")
         target.with_suffix(".cmd").write_text(shlex.join([*flags, "-c", str(source)]))
 
     def found() -> bool:
