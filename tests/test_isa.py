@@ -38,6 +38,25 @@ for length in [0, 1, 15, 16, 17, 127, 128, 129]:
     check(make_call(q_len=40, k_len=40, prefix_len=length, head_dim=32, is_causal=True))
 """
 
+# Two keys with scores 0 and -x: the ratio of their weights is e^-x.
+EXPONENTIALS = """
+import torch
+from prefix_kernels import prefix_attention
+
+for dtype, least_normal in ((torch.float32, 87.3), (torch.float64, 708.3)):
+    x = torch.cat([torch.linspace(0, 1, 10001, dtype=dtype), torch.linspace(1, least_normal, 10001, dtype=dtype)[:-1]])
+    beyond = torch.tensor([1.01 * least_normal, 1e4], dtype=dtype)
+    query, key = torch.zeros(1, 1, len(x) + 2, 8, dtype=dtype), torch.zeros(1, 1, 2, 8, dtype=dtype)
+    query[..., 0], key[..., 1, 0] = torch.cat([x, beyond]), -1
+    value, nothing = torch.eye(2, 8, dtype=dtype)[None, None], torch.zeros(1, 0, 8, dtype=dtype)
+    weights = prefix_attention(query, key, value, nothing, nothing, scale=1.0)[0, 0, :, :2].double()
+    error = (weights[: len(x), 1] / weights[: len(x), 0] / (-x.double()).exp() - 1).abs()
+    # Some last bits of e^-x, and as many of x.
+    worst = (error / (1 + x)).max().item() / torch.finfo(dtype).eps
+    assert worst < 1.5, (dtype, worst)
+    assert (weights[len(x) :, 1] == 0).all(), weights[len(x) :]
+"""
+
 
 def run_in_process(script: str, isa: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PREFIX_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
@@ -48,6 +67,12 @@ def run_in_process(script: str, isa: str, *arguments: str) -> subprocess.Complet
 @pytest.mark.parametrize("isa", LEVELS[:AVAILABLE])
 def test_kernels_of_every_instruction_set_match_the_oracle(isa):
     done = run_in_process(CHECKS, isa, isa)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", LEVELS[:AVAILABLE])
+def test_exponentials_are_right_to_the_last_bits_and_zero_where_they_would_be_subnormal(isa):
+    done = run_in_process(EXPONENTIALS, isa)
     assert done.returncode == 0, done.stderr
 
 

@@ -392,6 +392,25 @@ PREFIX_KERNELS_INLINE Vec<T> exp(Vec<T> x) {
   return x < SimdTypes<T>::kMinExp ? Vec<T>{} : reinterpret_cast<Vec<T>>(scaled);
 }
 
+#if defined(__AVX512DQ__)
+// e^x = 2^floor(y) 2^f with y = x log2(e) and 0 <= f < 1; f and the scaling are an instruction each.
+template <>
+PREFIX_KERNELS_INLINE Vec<float> exp<float>(Vec<float> x) {
+  constexpr float kLog2e = 1.4426950408889634073599246810f;
+  constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  // 2^f as in Exp2Series, but for [0, 1); the largest relative error is again 2e-9.
+  constexpr float kCoefficients[] = {
+      0x1.c4456ep-13f, 0x1.47373ap-10f, 0x1.3cfd82p-7f, 0x1.c68af6p-5f, 0x1.ebfd3ap-3f, 0x1.62e42cp-1f, 1.0f};
+  const Vec<float> y = x * kLog2e;
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)y, kFloor);
+  Vec<float> p = broadcast(kCoefficients[0]);
+#pragma GCC unroll 6
+  for (int k = 1; k < 7; ++k) p = p * f + kCoefficients[k];
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(SimdTypes<float>::kMinExp), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)y);
+}
+#endif
+
 // The natural logarithm of x, at least the least normal number; infinity and NaN stay. With x = 2^n m and
 // t = (m - 1) / (m + 1), log m = 2 (t + t^3/3 + t^5/5 + ...), |t| < 0.172.
 template <class T>
