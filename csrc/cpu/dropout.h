@@ -14,10 +14,16 @@ struct MultiplyLanes {
   }
 };
 
-typedef uint16_t NarrowWide __attribute__((vector_size(kVectorBytes / 4)));
+inline constexpr int kCalls = kVectorBytes / sizeof(uint64_t);  // of Philox at once, a divisor of 8
 
-// The low 16 bits of each lane. Without the mask, gcc 12 takes some vectors apart.
-PREFIX_KERNELS_INLINE NarrowWide low_bits(Wide x) { return __builtin_convertvector(x & 0xffffu, NarrowWide); }
+// Element i of the result is element source(i) of a and b, one behind the other.
+template <class Element, class Source>
+PREFIX_KERNELS_INLINE auto pick(Wide a, Wide b, Source source) {
+  typedef Element Elements __attribute__((vector_size(kVectorBytes)));
+  Elements index;
+  for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(Element)); ++i) index[i] = static_cast<Element>(source(i));
+  return __builtin_shuffle(reinterpret_cast<Elements>(a), reinterpret_cast<Elements>(b), index);
+}
 
 // One vector of the random bits as a lane mask: all ones where kept.
 template <class T>
@@ -31,7 +37,6 @@ PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
 // of their axis, so that the tile is made of whole Philox cells. The block holds one head.
 inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_t first, int count, uint16_t* bits) {
   const AttentionParams& p = *block.params;
-  constexpr int kCalls = kVectorBytes / sizeof(uint64_t);  // at once, a divisor of 8
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));
   const uint32_t row_group = static_cast<uint32_t>(block.query(0) / 2);
   const int groups = (block.count + kCell - 1) / kCell * (kCell / 2);  // one call serves lanes r and r + 8 of a cell
@@ -44,12 +49,16 @@ inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_
                         Wide{} + static_cast<uint32_t>(segment.id)};
         philox_rounds(p.dropout_seed, word, MultiplyLanes{});
         const int lane = g / 8 * kCell + g % 8;
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          uint16_t* row = bits + (cell + (i & 1) * 8 + 2 * t) * kBlockQ + (i >> 1) * 8 + lane;
-          const NarrowWide low = low_bits(word[i]), high = low_bits(word[i] >> 16);
-          std::memcpy(row, &low, sizeof(low));
-          std::memcpy(row + kBlockQ, &high, sizeof(high));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          // [key 2t, 2t + 1][query r, r + 8][call]
+          const auto row_of =
+              pick<uint16_t>(word[i], word[i + 2], [](int n) { return n % (2 * kCalls) * 4 + n / (2 * kCalls); });
+          uint16_t* const row = bits + (cell + i * 8 + 2 * t) * kBlockQ + lane;
+          constexpr int kRun = kCalls == 8 ? 16 : kCalls;
+          for (int n = 0; n < 4 * kCalls; n += kRun)
+            std::memcpy(row + n / (2 * kCalls) * kBlockQ + n % (2 * kCalls) / kCalls * 8,
+                        reinterpret_cast<const uint16_t*>(&row_of) + n, kRun * sizeof(uint16_t));
         }
       }
     }
@@ -61,8 +70,7 @@ inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_
 inline void dropout_bits_of_rows(const QueryBlock& block, const Segment& segment, int64_t first, int count,
                                  uint16_t* bits, int64_t stride) {
   const AttentionParams& p = *block.params;
-  constexpr int kCalls = kVectorBytes / sizeof(uint64_t), kAdjacent = kCalls < 4 ? kCalls : 4;  // calls of one cell
-  typedef uint32_t Words __attribute__((vector_size(kVectorBytes / 2)));
+  constexpr int kAdjacent = kCalls < 4 ? kCalls : 4;  // calls of one cell
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));
   const uint32_t row_group = static_cast<uint32_t>(block.query(0) / 2);
   const int row_groups = (block.count + kCell - 1) / kCell * (kCell / 2), groups = (count + kCell - 1) / kCell * 4;
@@ -74,15 +82,17 @@ inline void dropout_bits_of_rows(const QueryBlock& block, const Segment& segment
       Wide word[4] = {Wide{} + (row_group + g), call + static_cast<uint32_t>(first / 4 + t), Wide{} + head,
                       Wide{} + static_cast<uint32_t>(segment.id)};
       philox_rounds(p.dropout_seed, word, MultiplyLanes{});
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        // The halves of a word are two adjacent keys.
-        const Words pairs = __builtin_convertvector(word[i] & 0xffffffffu, Words);
-        uint32_t pair[kCalls];
-        std::memcpy(pair, &pairs, sizeof(pairs));
-        for (int c = 0; c < kCalls; c += kAdjacent)
-          std::memcpy(row + (i >> 1) * 8 * stride + (t + c) / 4 * kCell + (i & 1) * 8 + (t + c) % 4 * 2, pair + c,
-                      kAdjacent * sizeof(uint32_t));
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        // [cell][keys 2t, 2t + 8][call], two adjacent keys each
+        const auto pairs = pick<uint32_t>(word[2 * i], word[2 * i + 1], [](int n) {
+          return (n / (2 * kAdjacent) * kAdjacent + n % kAdjacent) * 2 + n / kAdjacent % 2 * 2 * kCalls;
+        });
+        uint16_t* const first_key = row + i * 8 * stride + t / 4 * kCell + t % 4 * 2;
+        constexpr int kRun = kAdjacent == 4 ? 2 * kCalls : kAdjacent;
+        for (int n = 0; n < 2 * kCalls; n += kRun)
+          std::memcpy(first_key + n / kAdjacent * 8, reinterpret_cast<const uint32_t*>(&pairs) + n,
+                      kRun * sizeof(uint32_t));
       }
     }
   }
