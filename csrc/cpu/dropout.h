@@ -25,12 +25,31 @@ PREFIX_KERNELS_INLINE auto pick(Wide a, Wide b, Source source) {
   return __builtin_shuffle(reinterpret_cast<Elements>(a), reinterpret_cast<Elements>(b), index);
 }
 
-// One vector of the random bits as a lane mask: all ones where kept.
+// x where the random bits of its lanes keep them, else 0; threshold is at least 1.
 template <class T>
-PREFIX_KERNELS_INLINE Int<T> kept(const uint16_t* bits, uint32_t threshold) {
-  using Wide = Int<T>;
-  const Wide x = __builtin_convertvector(load_bits<typename SimdTypes<T>::Packed>(bits), Wide);
-  return x >= static_cast<int>(threshold);
+PREFIX_KERNELS_INLINE Vec<T> keep(Vec<T> x, const uint16_t* bits, uint32_t threshold) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const short below = static_cast<short>(threshold - 1);  // 65536 drops all, and has 17 bits
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 kept = _mm256_cmpgt_epu16_mask(_mm256_loadu_si256((const __m256i*)bits), _mm256_set1_epi16(below));
+    return (Vec<T>)_mm512_maskz_mov_ps(kept, (__m512)x);
+  } else {
+    const __mmask8 kept = _mm_cmpgt_epu16_mask(_mm_loadu_si128((const __m128i*)bits), _mm_set1_epi16(below));
+    return (Vec<T>)_mm512_maskz_mov_pd(kept, (__m512d)x);
+  }
+#else
+  const Int<T> lane_bits = __builtin_convertvector(load_bits<typename SimdTypes<T>::Packed>(bits), Int<T>);
+  return lane_bits >= static_cast<int>(threshold) ? x : Vec<T>{};
+#endif
+}
+
+template <class T, int kRows, int kVectors>
+PREFIX_KERNELS_INLINE void keep_block(Vec<T> (&block)[kRows][kVectors], const uint16_t* bits, int64_t stride,
+                                      uint32_t threshold) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) block[m][v] = keep<T>(block[m][v], bits + m * stride + v * kLanes<T>, threshold);
 }
 
 // [keys][kBlockQ]: rows [first, first + count) of the segment against the block's lanes; both start at multiples of 16

@@ -134,13 +134,11 @@ struct AddTo {
   template <int kRows, int kVectors>
   PREFIX_KERNELS_INLINE void operator()(Vec<T> (&acc)[kRows][kVectors], int64_t row, int64_t column) const {
     T* at = c + row * stride + column;
+    const int64_t step = stride;  // a copy: stores might change the member, for all that the compiler knows
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m, at += step)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        T* p = at + m * stride + v * kLanes<T>;
-        store(p, load(p) + acc[m][v]);
-      }
+      for (int v = 0; v < kVectors; ++v) store(at + v * kLanes<T>, load(at + v * kLanes<T>) + acc[m][v]);
   }
 };
 

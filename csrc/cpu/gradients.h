@@ -38,13 +38,10 @@ struct Probabilities {
     for (int m = 0; m < kRows; ++m) {
       const Vec<T> normaliser = broadcast<T>(lse[row + m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t element = at + m * kKeyStride + v * kN;
-        Vec<T> p = exp<T>(s[m][v] - normaliser);
-        if (threshold > 0) p = kept<T>(bits + element, threshold) ? p : Vec<T>{};
-        store(tile + element, p);
-      }
+      for (int v = 0; v < kVectors; ++v) s[m][v] = exp<T>(s[m][v] - normaliser);
     }
+    if (threshold > 0) keep_block<T>(s, bits + at, kKeyStride, threshold);
+    store_block(s, tile + at, kKeyStride);
   }
 
  private:
@@ -90,25 +87,32 @@ struct ScoreGradients {
     constexpr int kN = kLanes<T>;
     row += group.row_begin;
     column += group.vector_begin * kN;
+    const int64_t at = row * kKeyStride + column;
+    T* const p = probabilities + at;
+    if (threshold > 0) keep_block<T>(dp, bits + at, kKeyStride, threshold);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const Vec<T> center = broadcast<T>(delta[row + m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = (row + m) * kKeyStride + column + v * kN;
-        const Vec<T> p = load(probabilities + at);
-        Vec<T> d = dp[m][v];
-        if (threshold > 0) {
-          const Int<T> keep = kept<T>(bits + at, threshold);
-          d = keep ? d : Vec<T>{};
-          store(probabilities + at, keep ? p : Vec<T>{});
-        }
-        d = p * (d - center);
-        if (capped != nullptr) {
-          const Vec<T> t = load(capped + at);
-          d *= 1 - t * t;
-        }
-        store(ds + at, d);
+      for (int v = 0; v < kVectors; ++v) dp[m][v] = load(p + m * kKeyStride + v * kN) * (dp[m][v] - center);
+    }
+    store_block(dp, ds + at, kKeyStride);
+    if (threshold > 0) {
+      load_block(dp, p, kKeyStride);
+      keep_block<T>(dp, bits + at, kKeyStride, threshold);
+      store_block(dp, p, kKeyStride);
+    }
+    if (__builtin_expect(capped != nullptr, false)) differentiate_cap(at, kRows, kVectors);
+  }
+
+ private:
+  // ds of the capped scores -> ds of the scores, in the tile.
+  __attribute__((noinline)) void differentiate_cap(int64_t at, int rows, int vectors) const {
+    for (int m = 0; m < rows; ++m) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t element = at + m * kKeyStride + v * kLanes<T>;
+        const Vec<T> t = load(capped + element);
+        store(ds + element, load(ds + element) * (1 - t * t));
       }
     }
   }

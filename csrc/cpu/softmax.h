@@ -163,7 +163,7 @@ struct OnlineSoftmax {
     for (int64_t r = row; r < row + rows; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = r * kBlockQ + column + v * kLanes<T>;
-        store(scores.tile + at, kept<T>(bits + at, threshold) ? load(scores.tile + at) : Vec<T>{});
+        store(scores.tile + at, keep<T>(load(scores.tile + at), bits + at, threshold));
       }
     }
   }
