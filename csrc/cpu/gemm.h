@@ -40,7 +40,7 @@ __attribute__((noinline)) void gemm_block(int64_t depth, const T* a, int64_t a_s
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec<T>{};
-#pragma GCC unroll 2  // more of them and a product no longer fits into the cache of decoded instructions
+#pragma GCC unroll 2  // measured: one is slower by some percent, four no faster, sixteen slower
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bv[kVectors];
 #pragma GCC unroll 4
