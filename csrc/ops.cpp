@@ -41,20 +41,19 @@ std::tuple<at::Tensor, at::Tensor> forward_on(const at::Tensor& query, const at:
 }
 
 template <auto kBackward>
-std::vector<at::Tensor> backward_on(const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query,
-                                    const OptionalTensor& key, const OptionalTensor& value,
-                                    const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
-                                    const OptionalTensor& out, const at::Tensor& lse, const OptionalTensor& attn_mask,
-                                    const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
-                                    const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed,
-                                    double dropout_p, bool is_causal, std::optional<double> scale,
-                                    std::optional<int64_t> query_offset, int64_t window_left, int64_t window_right,
-                                    bool window_includes_prefix, double softcap, int64_t key_len,
-                                    std::array<bool, kNumGradients> needs) {
-  return kBackward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_on(
+    const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query, const OptionalTensor& key,
+    const OptionalTensor& value, const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
+    const OptionalTensor& out, const at::Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& prefix_ids,
+    const OptionalTensor& prefix_lens, const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed,
+    double dropout_p, bool is_causal, std::optional<double> scale, std::optional<int64_t> query_offset,
+    int64_t window_left, int64_t window_right, bool window_includes_prefix, double softcap, int64_t key_len,
+    std::array<bool, kNumGradients> needs) {
+  const Gradients gradients = kBackward(
       {query, key, value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens, query_offsets, dropout_seed,
        dropout_p, is_causal, scale, query_offset, window_left, window_right, window_includes_prefix, softcap},
       dout, dlse, out, lse, key_len, needs);
+  return std::tuple_cat(gradients);
 }
 
 }  // namespace
@@ -71,7 +70,8 @@ PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
   m.def(
       "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor? key, Tensor? value, Tensor? prefix_key, "
       "Tensor? prefix_value, Tensor? out, Tensor lse, " PREFIX_KERNELS_OPTIONS
-      ", SymInt key_len, bool[5] needs) -> Tensor[]");
+      ", SymInt key_len, bool[5] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dprefix_key, "
+      "Tensor dprefix_value)");
 #if !defined(PREFIX_KERNELS_EMULATED)
   m.def("cpu_isa() -> str", &cpu::isa);
 #endif

@@ -27,22 +27,24 @@ std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, Attent
   return {out, lse};
 }
 
-std::vector<at::Tensor> empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs,
-                                        BackwardParams& b) {
+Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b) {
   const at::Tensor* inputs[kNumGradients] = {
       &args.query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
       args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
   // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
   // twin.
   const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
-  std::vector<at::Tensor> gradients;
+  Gradients gradients;
   for (int i = 0; i < kNumGradients; ++i) {
-    if (!needs[i]) continue;
+    if (!needs[i]) {
+      gradients[i] = at::empty({0}, args.query.options());
+      continue;
+    }
     const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
     TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
-    gradients.push_back(empty_gradient(*like));
-    b.gradients[i] = make_operand(gradients.back());
-    if (b.forward.batch == 0 || b.forward.q_len == 0) gradients.back().zero_();
+    gradients[i] = empty_gradient(*like);
+    b.gradients[i] = make_operand(gradients[i]);
+    if (b.forward.batch == 0 || b.forward.q_len == 0) gradients[i].zero_();
   }
   return gradients;
 }
@@ -51,7 +53,10 @@ ArrivingGradients::ArrivingGradients(const at::Tensor& dout, const std::optional
                                      const std::optional<at::Tensor>& out, const at::Tensor& lse, BackwardParams& b)
     : dout(with_unit_stride(dout)), lse(lse.contiguous()) {
   b.dout = make_operand(this->dout);
-  if (out.has_value()) b.forward.out = make_operand(*out);
+  if (out.has_value()) {
+    this->out = with_unit_stride(*out);  // a saved-tensor hook may have returned it with other strides
+    b.forward.out = make_operand(this->out);
+  }
   b.forward.lse = const_cast<void*>(this->lse.const_data_ptr());
   if (dlse.has_value()) {
     this->dlse = dlse->to(lse.scalar_type()).contiguous();

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <tuple>
-#include <vector>
 
 #include "validate.h"
 
@@ -15,14 +14,15 @@ namespace prefix_kernels {
 // afterwards is free; lse is float, or double for double queries.
 std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, AttentionParams& p);
 
-// The gradients asked for, in the order of the operator's list, and b's view of them: not yet written, or zero where
-// there is no query.
-std::vector<at::Tensor> empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs,
-                                        BackwardParams& b);
+// dquery, dkey, dvalue, dprefix_key, dprefix_value; [0] where a gradient is not asked for.
+using Gradients = std::array<at::Tensor, kNumGradients>;
+
+// The gradients asked for and b's view of them: not yet written, or zero where there is no query.
+Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b);
 
 // What arrives at the backward pass, in the layout that the kernels read. Keep it as long as b is used.
 struct ArrivingGradients {
-  at::Tensor dout, lse, dlse;
+  at::Tensor dout, out, lse, dlse;
 
   ArrivingGradients(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
                     const at::Tensor& lse, BackwardParams& b);

@@ -46,9 +46,13 @@ void check_query(const at::Tensor& query) {
   TORCH_CHECK_VALUE(query.size(1) >= 1, "query: expected at least 1 head, got shape ", query.sizes());
 }
 
-void check_sequence(const AttentionArguments& args, const at::Tensor& key, const at::Tensor& value) {
+// The backward pass leaves out key or value where its gradients need neither.
+void check_sequence(const AttentionArguments& args) {
   const at::Tensor& query = args.query;
-  for (const auto& [name, x] : {std::pair<const char*, const at::Tensor&>{"key", key}, {"value", value}}) {
+  for (const auto& [name, given] :
+       {std::pair<const char*, const OptionalTensor&>{"key", args.key}, {"value", args.value}}) {
+    if (!given.has_value()) continue;
+    const at::Tensor& x = *given;
     TORCH_CHECK_VALUE(x.dim() == 4, name, ": expected 4 dimensions [B, Hkv, Sk, D], got shape ", x.sizes());
     check_operand(name, x, query);
     TORCH_CHECK_TYPE(x.scalar_type() == query.scalar_type(), name, ": expected ", query.scalar_type(),
@@ -58,29 +62,39 @@ void check_sequence(const AttentionArguments& args, const at::Tensor& key, const
     TORCH_CHECK_VALUE(x.size(3) == query.size(3), name, ": expected head dim ", query.size(3),
                       " like query, got shape ", x.sizes());
   }
-  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "value: expected shape ", key.sizes(), " like key, got ",
-                    value.sizes());
-  TORCH_CHECK_VALUE(key.size(1) >= 1 && query.size(1) % key.size(1) == 0,
-                    "key: expected a number of heads that divides query's ", query.size(1), ", got shape ",
-                    key.sizes());
+  if (args.key.has_value() && args.value.has_value()) {
+    TORCH_CHECK_VALUE(args.value->sizes() == args.key->sizes(), "value: expected shape ", args.key->sizes(),
+                      " like key, got ", args.value->sizes());
+  }
+  if (args.key.has_value()) {
+    TORCH_CHECK_VALUE(args.key->size(1) >= 1 && query.size(1) % args.key->size(1) == 0,
+                      "key: expected a number of heads that divides query's ", query.size(1), ", got shape ",
+                      args.key->sizes());
+  }
 }
 
+// The backward pass leaves out prefix_value, or both, where its gradients need neither.
 void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
   const at::Tensor& query = args.query;
-  const at::Tensor& key = *args.prefix_key;
-  const at::Tensor& value = *args.prefix_value;
   const int64_t head_dim = query.size(3);
-  for (const auto& [name, x] :
-       {std::pair<const char*, const at::Tensor&>{"prefix_key", key}, {"prefix_value", value}}) {
+  for (const auto& [name, given] : {std::pair<const char*, const OptionalTensor&>{"prefix_key", args.prefix_key},
+                                    {"prefix_value", args.prefix_value}}) {
+    if (!given.has_value()) continue;
+    const at::Tensor& x = *given;
     TORCH_CHECK_VALUE((x.dim() == 3 || x.dim() == 4) && x.size(-3) == kv_heads && x.size(-1) == head_dim, name,
                       ": expected [", kv_heads, ", P, ", head_dim, "] or [N, ", kv_heads, ", P, ", head_dim, "], got ",
                       x.sizes());
     check_operand(name, x, query);
   }
-  TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "prefix_value: expected shape ", key.sizes(),
-                    " like prefix_key, got ", value.sizes());
-  TORCH_CHECK_TYPE(value.scalar_type() == key.scalar_type(), "prefix_value: expected ", key.scalar_type(),
-                   " like prefix_key, got ", value.scalar_type());
+  if (!args.prefix_key.has_value()) return;
+  const at::Tensor& key = *args.prefix_key;
+  if (args.prefix_value.has_value()) {
+    const at::Tensor& value = *args.prefix_value;
+    TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "prefix_value: expected shape ", key.sizes(),
+                      " like prefix_key, got ", value.sizes());
+    TORCH_CHECK_TYPE(value.scalar_type() == key.scalar_type(), "prefix_value: expected ", key.scalar_type(),
+                     " like prefix_key, got ", value.scalar_type());
+  }
   if (key.dim() == 4 && !args.prefix_ids.has_value()) {
     TORCH_CHECK_VALUE(key.size(0) == query.size(0), "prefix_key: expected one prefix per batch row, [", query.size(0),
                       ", ", kv_heads, ", P, ", head_dim, "], or prefix_ids that name them, got ", key.sizes());
@@ -89,23 +103,22 @@ void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
 
 int64_t prefix_count(const at::Tensor& prefix_key) { return prefix_key.dim() == 3 ? 1 : prefix_key.size(0); }
 
+// The backward pass has a selection without a prefix where no gradient asked for needs the prefix.
 void check_prefix_selection(const AttentionArguments& args) {
   const at::Tensor& query = args.query;
   const int64_t batch = query.size(0);
+  const bool no_prefix = !args.prefix_key.has_value();
   if (args.prefix_ids.has_value()) {
     const at::Tensor& ids = *args.prefix_ids;
-    TORCH_CHECK_VALUE(args.prefix_key.has_value(), "prefix_ids: expected None without prefix_key, got shape ",
-                      ids.sizes());
     TORCH_CHECK_VALUE((ids.dim() == 1 || ids.dim() == 2) && ids.size(0) == batch, "prefix_ids: expected [", batch,
                       "] or [", batch, ", M], got ", ids.sizes());
     check_integers("prefix_ids", ids, query);
   }
   if (args.prefix_lens.has_value()) {
     const at::Tensor& lens = *args.prefix_lens;
-    TORCH_CHECK_VALUE(args.prefix_key.has_value(), "prefix_lens: expected None without prefix_key, got shape ",
-                      lens.sizes());
-    TORCH_CHECK_VALUE(lens.dim() == 1 && lens.size(0) == prefix_count(*args.prefix_key), "prefix_lens: expected [",
-                      prefix_count(*args.prefix_key), "], a length for each prefix, got ", lens.sizes());
+    TORCH_CHECK_VALUE(lens.dim() == 1 && (no_prefix || lens.size(0) == prefix_count(*args.prefix_key)),
+                      "prefix_lens: expected [", no_prefix ? lens.size(0) : prefix_count(*args.prefix_key),
+                      "], a length for each prefix, got ", lens.sizes());
     check_integers("prefix_lens", lens, query);
   }
 }
@@ -115,22 +128,28 @@ int64_t prefix_slots(const AttentionArguments& args) {
   return args.prefix_ids.has_value() && args.prefix_ids->dim() == 2 ? args.prefix_ids->size(1) : 1;
 }
 
-void check_mask(const AttentionArguments& args, const at::Tensor& mask) {
+// prefix_columns: those that a mask of prefix and sequence has; -1: any number.
+void check_mask(const AttentionArguments& args, const at::Tensor& mask, int64_t key_len, int64_t prefix_columns) {
   check_device("attn_mask", mask, args.query);
+  TORCH_CHECK_VALUE(mask.layout() == at::kStrided, "attn_mask: expected a dense tensor, got layout ", mask.layout());
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool || is_supported(mask.scalar_type()),
                    "attn_mask: expected bool or a floating dtype, got ", mask.scalar_type());
-  TORCH_CHECK_VALUE(!mask.requires_grad(),
-                    "attn_mask: expected a mask that does not require a gradient, got requires_grad=True; detach it");
-  const int64_t k_len = args.key->size(2);
-  const int64_t columns = k_len + (args.prefix_key.has_value() ? prefix_slots(args) * args.prefix_key->size(-2) : 0);
   bool fits = mask.dim() <= 4;
   for (int64_t i = 0; fits && i < mask.dim(); ++i) {
     const int64_t size = mask.size(mask.dim() - 1 - i);
-    fits = size == 1 || (i == 0 ? size == k_len || size == columns : size == args.query.size(3 - i));
+    if (size == 1) continue;
+    fits = i > 0                ? size == args.query.size(3 - i)
+           : prefix_columns < 0 ? size >= key_len
+                                : size == key_len || size == key_len + prefix_columns;
   }
   const auto leading = args.query.sizes().slice(0, 3);
-  TORCH_CHECK_VALUE(fits, "attn_mask: expected a shape broadcastable to ", leading, " + [", k_len,
-                    "] (the sequence) or + [", columns, "] (prefix and sequence), got ", mask.sizes());
+  TORCH_CHECK_VALUE(fits, "attn_mask: expected a shape broadcastable to ", leading, " + [", key_len,
+                    "] (the sequence) or + [", key_len + std::max<int64_t>(prefix_columns, 0),
+                    "] (prefix and sequence), got ", mask.sizes());
+}
+
+int64_t prefix_columns_of(const AttentionArguments& args) {
+  return args.prefix_key.has_value() ? prefix_slots(args) * args.prefix_key->size(-2) : 0;
 }
 
 void check_scalars(const AttentionArguments& args) {
@@ -138,8 +157,9 @@ void check_scalars(const AttentionArguments& args) {
                     args.dropout_p);
   TORCH_CHECK_VALUE(!args.scale.has_value() || std::isfinite(*args.scale), "scale: expected a finite number, got ",
                     *args.scale);
-  TORCH_CHECK_VALUE(std::isfinite(args.softcap) && args.softcap >= 0,
-                    "softcap: expected 0 (off) or a positive finite number, got ", args.softcap);
+  // Within these bounds neither softcap nor its inverse leaves the range of float32.
+  TORCH_CHECK_VALUE(args.softcap == 0 || (args.softcap >= 1e-30 && args.softcap <= 1e30),
+                    "softcap: expected 0 (off) or a number from 1e-30 to 1e30, got ", args.softcap);
   TORCH_CHECK_VALUE(args.window_left >= -1 && args.window_right >= -1,
                     "window_size: expected two numbers of keys, or -1 for no limit, got (", args.window_left, ", ",
                     args.window_right, ")");
@@ -249,36 +269,75 @@ AttentionParams make_params(const AttentionArguments& args, int64_t key_len) {
 
 void validate_forward(const AttentionArguments& args) {
   check_query(args.query);
-  TORCH_CHECK_VALUE(args.key.has_value() && args.value.has_value(), "key and value: expected tensors, got None");
-  check_sequence(args, *args.key, *args.value);
+  check_sequence(args);
   TORCH_CHECK_VALUE(args.prefix_key.has_value() == args.prefix_value.has_value(),
                     args.prefix_key.has_value() ? "prefix_value: expected a tensor like prefix_key, got None"
                                                 : "prefix_key: expected a tensor like prefix_value, got None");
-  if (args.prefix_key.has_value()) check_prefix(args, args.key->size(1));
+  for (const auto& [name, selection] : {std::pair<const char*, const OptionalTensor&>{"prefix_ids", args.prefix_ids},
+                                        {"prefix_lens", args.prefix_lens}}) {
+    TORCH_CHECK_VALUE(args.prefix_key.has_value() || !selection.has_value(), name,
+                      ": expected None without prefix_key, got shape ", selection->sizes());
+  }
+  check_prefix(args, args.key->size(1));
   check_prefix_selection(args);
   check_scalars(args);
   check_query_offset(args);
   check_dropout_seed(args);
-  if (args.attn_mask.has_value()) check_mask(args, *args.attn_mask);
+  if (args.attn_mask.has_value()) check_mask(args, *args.attn_mask, args.key->size(2), prefix_columns_of(args));
 }
 
 void validate_backward(const AttentionArguments& args, const at::Tensor& dout, const OptionalTensor& dlse,
-                       const OptionalTensor& out, const at::Tensor& lse, int64_t key_len) {
+                       const OptionalTensor& out, const at::Tensor& lse, int64_t key_len,
+                       std::array<bool, kNumGradients> needs) {
   check_query(args.query);
   const at::Tensor& query = args.query;
+  check_sequence(args);
+  check_prefix(args, kv_heads_of(args));
+  TORCH_CHECK_VALUE(query.size(1) % kv_heads_of(args) == 0,
+                    "prefix_key: expected a number of heads that divides query's ", query.size(1), ", got ",
+                    kv_heads_of(args));
+
+  const bool sequence_ds = needs[kDQuery] || needs[kDKey];
+  const bool prefix_ds = args.prefix_key.has_value() && (needs[kDQuery] || needs[kDPrefixKey]);
+  const auto check_given = [](bool needed, const char* name, bool given) {
+    TORCH_CHECK_VALUE(!needed || given, name, ": expected a tensor for the gradients asked for, got None");
+  };
+  check_given(sequence_ds || needs[kDValue], "key", args.key.has_value());
+  check_given(sequence_ds, "value", args.value.has_value());
+  check_given(needs[kDPrefixKey] || needs[kDPrefixValue] || args.prefix_value.has_value(), "prefix_key",
+              args.prefix_key.has_value());
+  check_given(prefix_ds, "prefix_value", args.prefix_value.has_value());
+  check_given(sequence_ds || prefix_ds, "out", out.has_value());
+
   TORCH_CHECK_VALUE(dout.sizes() == query.sizes(), "dout: expected shape ", query.sizes(), ", got ", dout.sizes());
   TORCH_CHECK_TYPE(dout.scalar_type() == query.scalar_type(), "dout: expected ", query.scalar_type(), ", got ",
                    dout.scalar_type());
-  TORCH_CHECK_VALUE(!out.has_value() || out->sizes() == query.sizes(), "out: expected shape ", query.sizes());
+  check_device("dout", dout, query);
+  if (out.has_value()) {
+    TORCH_CHECK_VALUE(out->sizes() == query.sizes(), "out: expected shape ", query.sizes(), ", got ", out->sizes());
+    TORCH_CHECK_TYPE(out->scalar_type() == query.scalar_type(), "out: expected ", query.scalar_type(), ", got ",
+                     out->scalar_type());
+    check_device("out", *out, query);
+  }
   const auto lse_sizes = query.sizes().slice(0, 3);
   const auto lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(lse.sizes() == lse_sizes && lse.scalar_type() == lse_type, "lse: expected shape ", lse_sizes,
                     " and dtype ", lse_type, ", got ", lse.sizes(), " and ", lse.scalar_type());
-  TORCH_CHECK_VALUE(!dlse.has_value() || dlse->sizes() == lse_sizes, "dlse: expected shape ", lse_sizes);
-  TORCH_CHECK_VALUE(!args.key.has_value() || args.key->size(2) == key_len, "key_len: expected key's length, got ",
-                    key_len);
+  check_device("lse", lse, query);
+  if (dlse.has_value()) {
+    TORCH_CHECK_VALUE(dlse->sizes() == lse_sizes, "dlse: expected shape ", lse_sizes, ", got ", dlse->sizes());
+    check_device("dlse", *dlse, query);
+  }
+  TORCH_CHECK_VALUE(key_len >= 0 && (!args.key.has_value() || args.key->size(2) == key_len) &&
+                        (!args.value.has_value() || args.value->size(2) == key_len),
+                    "key_len: expected the length of key and value, got ", key_len);
+  check_prefix_selection(args);
   check_scalars(args);
+  check_query_offset(args);
   check_dropout_seed(args);
+  if (args.attn_mask.has_value()) {
+    check_mask(args, *args.attn_mask, key_len, args.prefix_key.has_value() ? prefix_columns_of(args) : -1);
+  }
 }
 
 }  // namespace prefix_kernels

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from prefix_kernels import ops
+from prefix_kernels import autograd, ops
+
+# The largest head dim that the kernels take: kMaxHeadDim of csrc/attention_params.h.
+MAX_HEAD_DIM = 256
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int, int]:
@@ -14,7 +19,32 @@ def _window(window_size: tuple[int, int]) -> tuple[int, int]:
         left, right = window_size
     except (TypeError, ValueError):
         raise ValueError(f"window_size: expected (left, right), got {window_size!r}") from None
+    _check_number("window_size", left, integer=True)
+    _check_number("window_size", right, integer=True)
     return left, right
+
+
+def _check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
+    """Raise for the first argument that the dispatcher finds no kernel for, in words that name it."""
+    for name, x in (required | {name: x for name, x in optional.items() if x is not None}).items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(
+                f"{name}: expected a dense tensor, got a nested one; pad it and give attn_mask the padding"
+            )
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}; call .to_dense()")
+        if x.is_quantized:
+            raise TypeError(
+                f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}; call .dequantize()"
+            )
+
+
+def _check_number(name: str, x: float | None, *, integer: bool = False) -> None:
+    kinds = (int, numbers.Integral, torch.SymInt) if integer else (float, numbers.Real, torch.SymFloat, torch.SymInt)
+    if not isinstance(x, kinds):
+        raise TypeError(f"{name}: expected {'an integer' if integer else 'a number'}, got {x!r} ({type(x).__name__})")
 
 
 def _refuse_tangents(*inputs: Tensor | None) -> None:
@@ -67,6 +97,8 @@ def prefix_attention(
 
     Gradients flow to whichever of ``query``, ``key``, ``value``, ``prefix_key``, ``prefix_value`` asks for one, and the
     backward pass does the work of that set alone; with prefix gradients only, ``key`` and ``value`` are not kept.
+    Batched gradients (``is_grads_batched``) and the transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``,
+    ``vmap``) work, one element of the batch after another. Double backward and forward mode are refused.
 
     DTensors are taken too, see :func:`prefix_kernels.distributed.sharded_attention`.
 
@@ -81,7 +113,8 @@ def prefix_attention(
         prefix_value: like ``prefix_key``.
         attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to ``[B, Hq, Sq, Sk]``, which
             leaves the prefix visible, or to ``[B, Hq, Sq, M * P + Sk]``. A last dimension of ``Sk`` means the sequence.
-            It combines with ``is_causal``.
+            It combines with ``is_causal``. Added numbers are read as float32 where the query is not float64: one below
+            float32's range hides its key, as -inf does. A mask that requires a gradient is refused.
         dropout_p: probability of dropping an attention weight, rounded to a multiple of 1/65536.
         is_causal: query i sees sequence key j when ``j <= i + query_offset``; the prefix is always visible.
         scale: factor on the scores. Default: ``1 / sqrt(D)``.
@@ -92,7 +125,7 @@ def prefix_attention(
             right``; -1 is no limit. The prefix stays visible.
         query_offset: position of the first query among the sequence keys, an int or int32/int64 ``[B]``. Default:
             ``Sk - Sq``, so that the last query sees the last key.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask; 0 is off.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, from 1e-30 to 1e30; 0 is off.
         return_lse: also return the log-sum-exp of each row's scores.
         window_includes_prefix: the left window counts prefix keys as the positions before the sequence, so that the
             prefix slides out of sight.
@@ -104,8 +137,8 @@ def prefix_attention(
         row that sees no key has ``out = 0`` and ``lse = -inf``.
 
     Raises:
-        ValueError: a shape, stride, device or number is not as described.
-        TypeError: a dtype is not as described.
+        ValueError: a shape, stride, layout, device or number is not as described.
+        TypeError: a type or dtype is not as described.
         IndexError: a value of ``prefix_ids`` or ``prefix_lens`` is out of range.
 
     Reference: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
@@ -133,30 +166,45 @@ def prefix_attention(
             window_includes_prefix=window_includes_prefix,
             dropout_seed=dropout_seed,
         )
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    query_offsets = query_offset if isinstance(query_offset, Tensor) else None
+    _check_number("dropout_p", dropout_p)
+    _check_number("softcap", softcap)
+    if scale is not None:
+        _check_number("scale", scale)
+    if query_offset is not None and not isinstance(query_offset, Tensor):
+        _check_number("query_offset", query_offset, integer=True)
     window_left, window_right = _window(window_size)
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(query, key, value, prefix_key, prefix_value)
-    out, lse = ops.forward(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        attn_mask,
-        prefix_ids,
-        prefix_lens,
-        query_offsets,
-        dropout_seed,
-        dropout_p,
-        is_causal,
-        scale,
-        None if query_offsets is not None else query_offset,
-        window_left,
-        window_right,
-        window_includes_prefix,
-        softcap,
-    )
+    query_offsets = query_offset if isinstance(query_offset, Tensor) else None
+    tensors = {
+        "prefix_key": prefix_key,
+        "prefix_value": prefix_value,
+        "attn_mask": attn_mask,
+        "prefix_ids": prefix_ids,
+        "prefix_lens": prefix_lens,
+        "query_offset": query_offsets,
+        "dropout_seed": dropout_seed,
+    }
+    try:
+        if dropout_p > 0.0 and dropout_seed is None:
+            tensors["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(query, key, value, prefix_key, prefix_value, attn_mask)
+        forward = autograd.forward_under_transform if autograd.under_transform() else ops.forward
+        out, lse = forward(
+            query,
+            key,
+            value,
+            *tensors.values(),
+            dropout_p,
+            is_causal,
+            scale,
+            None if query_offsets is not None else query_offset,
+            window_left,
+            window_right,
+            window_includes_prefix,
+            softcap,
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        # The dispatcher's own words are for those who wrote the operator. Asked beforehand, this would cost every call.
+        _check_tensors({"query": query, "key": key, "value": value}, tensors)
+        raise
     return (out, lse) if return_lse else out

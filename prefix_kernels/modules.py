@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_kernels.functional import prefix_attention
-from prefix_kernels.multihead_attention import PrefixMultiheadAttention, merge_masks, split_heads
+from prefix_kernels.multihead_attention import PrefixMultiheadAttention, check_head_dim, merge_masks, split_heads
 
 __all__ = ["PrefixMultiheadAttention", "PrefixTuningAttention"]
 
@@ -37,7 +37,8 @@ class PrefixTuningAttention(nn.Module):
         prefix: parameter ``[prefix_len, d_model]``, drawn from N(0, 1), the scale of a normalised input.
 
     Raises:
-        ValueError: ``n_heads`` does not divide ``d_model``, ``prefix_len`` is negative, ``dropout`` is no probability.
+        ValueError: ``n_heads`` does not divide ``d_model``, a head has more than 256 features, ``prefix_len`` is
+            negative, ``dropout`` is no probability.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PrefixTuningAttention(nn.Module):
         super().__init__()
         if n_heads < 1 or d_model < 1 or d_model % n_heads:
             raise ValueError(f"n_heads: expected a divisor of d_model={d_model}, got {n_heads}")
+        check_head_dim("d_model", d_model, n_heads)
         if prefix_len < 0:
             raise ValueError(f"prefix_len: expected at least 0, got {prefix_len}")
         if not 0.0 <= dropout <= 1.0:

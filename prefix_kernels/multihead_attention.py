@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_kernels.functional import prefix_attention
+from prefix_kernels.functional import MAX_HEAD_DIM, prefix_attention
 
 _INITIAL_PREFIX_STD = 0.02
 
@@ -40,6 +40,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
       follow in that encoder, evaluate without gradients or set its ``use_nested_tensor`` to False: they refuse nested
       tensors that require gradients.
     - It has no fused inference path: ``nn.TransformerEncoderLayer`` runs its unfused one.
+    - ``torch.jit.script``, which PyTorch has deprecated, does not take it; ``torch.compile`` does.
     - ``torch.fx`` does not take it for a leaf by itself: give torchvision's ``create_feature_extractor``
       ``tracer_kwargs={"leaf_modules": [PrefixMultiheadAttention]}``.
 
@@ -52,7 +53,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None if ``P`` is 0.
 
     Raises:
-        ValueError: ``num_prefix_tokens`` is negative.
+        ValueError: ``num_prefix_tokens`` is negative, or a head has more than 256 features.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
+        check_head_dim("embed_dim", embed_dim, num_heads)
         self._add_prefix(num_prefix_tokens, device, dtype)
 
     def _add_prefix(self, num_prefix_tokens: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -312,8 +314,10 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             )
         if key_padding_mask is not None or attn_mask is not None:
             raise ValueError("attn_mask, key_padding_mask: expected None with a nested query, got a mask")
+        if query.size(0) == 0:
+            raise ValueError(f"query: expected rows [L, {self.embed_dim}], got a nested tensor without any")
         lengths = [row.shape[0] for row in query.unbind()]
-        padded = query.to_padded_tensor(0.0)
+        padded = nn.utils.rnn.pad_sequence(query.unbind(), batch_first=True)
         positions = torch.arange(padded.shape[1], device=padded.device)
         padding = positions >= torch.tensor(lengths, device=padded.device)[:, None]
         out, weights = self.forward(padded, padded, padded, padding, need_weights, None, average_attn_weights)
@@ -322,6 +326,14 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
+def check_head_dim(name: str, width: int, num_heads: int) -> None:
+    """Raise ValueError where heads of ``width / num_heads`` features are more than the kernels take."""
+    if width // num_heads > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name}: expected at most {MAX_HEAD_DIM} features for each of {num_heads} heads, got {width // num_heads}"
+        )
 
 
 def split_heads(x: Tensor, num_heads: int, *, sequence_first: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What Python adds to the operators of ``csrc/ops.cpp``: fake kernels, autograd, autocast and FLOP formulas."""
+"""Fake kernels, autocast and FLOP formulas of the operators of ``csrc/ops.cpp``; see :mod:`prefix_kernels.autograd`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 forward = torch.ops.prefix_kernels.forward
 backward = torch.ops.prefix_kernels.backward
 
-_DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value")
-_TENSOR_OPTIONS = ("attn_mask", "prefix_ids", "prefix_lens", "query_offset", "dropout_seed")
-_NUM_OPTIONS = 13  # that both operators share, the tensors first
+DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value")
+TENSOR_OPTIONS = ("attn_mask", "prefix_ids", "prefix_lens", "query_offset", "dropout_seed")
+NUM_OPTIONS = 13  # that both operators share, the tensors first
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
@@ -21,7 +21,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 @torch.library.register_fake("prefix_kernels::forward")
 def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor]:
     # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
-    for name, x in zip((*_DIFFERENTIABLE[1:], *_TENSOR_OPTIONS), rest, strict=False):
+    for name, x in zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False):
         if x is not None and x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
     batch, heads, q_len, head_dim = query.shape
@@ -39,7 +39,7 @@ def _empty_gradient(like: Tensor) -> Tensor:
 @torch.library.register_fake("prefix_kernels::backward")
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key, value, prefix_key, prefix_value, out, lse: Tensor, *rest
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     needs = rest[-1]
     likes = [
         query,
@@ -48,79 +48,11 @@ def _backward_fake(
         _either(prefix_key, prefix_value),
         _either(prefix_value, prefix_key),
     ]
-    return [_empty_gradient(like) for like, need in zip(likes, needs, strict=True) if need]
+    return tuple(_empty_gradient(like) if need else query.new_empty(0) for like, need in zip(likes, needs, strict=True))
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, prefix_key, prefix_value, *options = inputs
-    out, lse = output
-    needs = list(ctx.needs_input_grad[: len(_DIFFERENTIABLE)])
-    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
-    visits_sequence = dquery or dkey or dvalue
-    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
-    ds = dquery or dkey or dprefix_key
-    ctx.save_for_backward(
-        query,
-        key if visits_sequence else None,
-        value if dquery or dkey else None,
-        prefix_key if visits_prefix else None,
-        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
-        out if ds else None,
-        lse,
-        *options[: len(_TENSOR_OPTIONS)],
-    )
-    ctx.options = options[len(_TENSOR_OPTIONS) :]
-    ctx.key_len = key.shape[2]
-    ctx.needs = needs
-    ctx.uses_dlse = ds
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *, operator=backward):
-    query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * (len(_DIFFERENTIABLE) + _NUM_OPTIONS)
-    if dout is None and dlse is None:
-        return tuple(gradients)
-    if dout is None:
-        dout = torch.zeros_like(query)
-    computed = iter(
-        operator(
-            dout,
-            dlse if ctx.uses_dlse else None,
-            query,
-            key,
-            value,
-            prefix_key,
-            prefix_value,
-            out,
-            lse,
-            *tensor_options,
-            *ctx.options,
-            ctx.key_len,
-            ctx.needs,
-        )
-    )
-    for i, need in enumerate(ctx.needs):
-        if need:
-            gradients[i] = next(computed)
-    return tuple(gradients)
-
-
-torch.library.register_autograd("prefix_kernels::forward", _backward, setup_context=_setup_context)
-
-
-def _refuse_double_backward(ctx, *_gradients):
-    raise NotImplementedError(
-        "prefix_attention: double backward is not implemented; compute higher-order gradients with "
-        "prefix_kernels.reference.prefix_attention_reference"
-    )
-
-
-torch.library.register_autograd("prefix_kernels::backward", _refuse_double_backward)
 
 
 def _register_autocast(device_type: str, dispatch_key: str) -> None:

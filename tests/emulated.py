@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prefix_kernels import functional, ops
+from prefix_kernels import autograd, functional
 
 CHECKOUT = Path(__file__).parent.parent
 EMULATOR = CHECKOUT / "tests" / "emulator"
@@ -247,8 +247,8 @@ def load_library(path: Path, mode: str) -> Library:
     namespace = getattr(torch.ops, NAMESPACES[mode])
     torch.library.register_autograd(
         f"{NAMESPACES[mode]}::forward",
-        functools.partial(ops._backward, operator=namespace.backward),
-        setup_context=ops._setup_context,
+        functools.partial(autograd.gradients_from_saved, operator=namespace.backward),
+        setup_context=autograd.save_for_backward,
     )
     return Library(namespace.forward, namespace.backward, ctypes.CDLL(str(path)))
 

@@ -48,6 +48,7 @@ OPTIONS = {
     "everything dropped": {"dropout_p": 1.0, "dropout_seed": torch.tensor([1])},
     "bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([2, -1]), "prefix_lens": torch.tensor([20, 3, 17])},
     "composed bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 1]], dtype=torch.int32)},
+    "bank without slots": {"num_prefixes": 3, "prefix_ids": torch.zeros(2, 0, dtype=torch.int64)},
     "one prefix for each row": {"num_prefixes": 2},
     "window over composed prefixes": {
         "num_prefixes": 3,

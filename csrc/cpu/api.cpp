@@ -105,10 +105,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
   return results;
 }
 
-std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
-                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
-                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs) {
-  validate_backward(args, dout, dlse, out, lse, key_len);
+Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                   const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
+                   std::array<bool, kNumGradients> needs) {
+  validate_backward(args, dout, dlse, out, lse, key_len, needs);
   const at::Tensor& query = args.query;
   BackwardParams b;
   b.forward = make_params(args, key_len);
@@ -117,7 +117,7 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   integers.attach(args, p);
 
   const ArrivingGradients arriving(dout, dlse, out, lse, b);
-  const std::vector<at::Tensor> gradients = empty_gradients(args, needs, b);
+  const Gradients gradients = empty_gradients(args, needs, b);
   if (p.batch == 0 || p.q_len == 0) return gradients;
   const CpuKernels& kernels = chosen_isa().kernels;
   (is_double(query) ? kernels.backward_double : kernels.backward_float)(b, at::get_num_threads(), run_workers);

@@ -6,8 +6,8 @@
 #include <array>
 #include <string>
 #include <tuple>
-#include <vector>
 
+#include "../results.h"
 #include "../validate.h"
 
 namespace prefix_kernels::cpu {
@@ -18,8 +18,8 @@ std::string isa();
 std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args);
 
 // The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
-std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
-                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
-                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs);
+Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                   const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
+                   std::array<bool, kNumGradients> needs);
 
 }  // namespace prefix_kernels::cpu

@@ -71,16 +71,16 @@ std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
   return results;
 }
 
-std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tensor& dout,
-                                 const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& out,
-                                 const at::Tensor& lse, int64_t key_len, std::array<bool, kNumGradients> needs) {
-  validate_backward(args, dout, dlse, out, lse, key_len);
+Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                   const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
+                   std::array<bool, kNumGradients> needs) {
+  validate_backward(args, dout, dlse, out, lse, key_len, needs);
   BackwardParams b;
   b.forward = make_params(args, key_len);
   check_limits(b.forward);
   Device device(args.query);
   const ArrivingGradients arriving(dout, dlse, out, lse, b);
-  const std::vector<at::Tensor> gradients = empty_gradients(args, needs, b);
+  const Gradients gradients = empty_gradients(args, needs, b);
   if (b.forward.batch == 0 || b.forward.q_len == 0) return gradients;
   DeviceIntegers integers;
   integers.attach(args, b.forward, device);
@@ -88,10 +88,10 @@ std::vector<at::Tensor> backward(const AttentionArguments& args, const at::Tenso
   may_read(device, arriving.dout, "dout");
   may_read(device, arriving.lse, "lse");
   may_read(device, arriving.dlse, "dlse");
-  may_read(device, out, "out");
+  may_read(device, arriving.out, "out");
   const char* names[kNumGradients] = {"dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value"};
-  for (size_t i = 0, given = 0; i < kNumGradients; ++i)
-    if (needs[i]) device.may_write(gradients[given++], names[i]);
+  for (size_t i = 0; i < kNumGradients; ++i)
+    if (needs[i]) device.may_write(gradients[i], names[i]);
   dispatch_backward(b, device.context());
   return gradients;
 }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.functional import MAX_HEAD_DIM
+
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 SELF = "self"
 # The module, in model types that read images beside text, that reads the text. As in PEFT it alone has a prefix: their
@@ -59,7 +61,7 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     Those of images are left out where the model reads text beside them (:data:`LANGUAGE_MODELS`).
 
     Raises:
-        ValueError: there are none, or one is outside every list of layers.
+        ValueError: there are none, one is outside every list of layers, or one has heads that the kernels do not take.
     """
     backbone = model.base_model.get_submodule(LANGUAGE_MODELS.get(model.config.model_type, ""))
     found = {name: module for name, module in backbone.named_modules() if _calls_attention_interface(type(module))}
@@ -69,7 +71,12 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     for name, module in found.items():
         stack_name, layer = _enclosing_layer(backbone, name)
         stack, role = backbone.get_submodule(stack_name), _role(model, stack_name, name)
-        sites.append(AttentionSite(module, layer, stack, role, 0, _num_kv_heads(module), _head_dim(module)))
+        head_dim = _head_dim(module)
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"{type(model).__name__}: {name}: expected a head dim of at most {MAX_HEAD_DIM}, got {head_dim}"
+            )
+        sites.append(AttentionSite(module, layer, stack, role, 0, _num_kv_heads(module), head_dim))
     depths: Counter[str] = Counter()
     numbered = []
     for site in _in_order_of_calls(sites):

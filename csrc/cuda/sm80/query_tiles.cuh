@@ -138,6 +138,7 @@ struct QueryTiles {
   }
 
   __device__ __forceinline__ int count_pairs(const AttentionParams& p) const {
+    if (p.prefix_slots == 0) return 0;  // ids of shape [batch, 0]: no row names a prefix
     if (p.prefix_ids == nullptr) return p.num_prefixes == 1 ? static_cast<int>(p.batch) : 1;
     int count = 0;
     for (int first = 0; first < all_pairs(p); first += kWarpSize) count += __popc(matches(p, first));

@@ -1,0 +1,170 @@
+"""The derivatives of ``prefix_kernels::forward``: for autograd, ``torch.compile`` and the transforms of ``torch.func``.
+
+``torch.library.register_autograd`` serves eager autograd and ``torch.compile``. Function transforms (``grad``, ``vjp``,
+``jacrev``, ``vmap`` and their mixes) need an ``autograd.Function`` with a ``setup_context`` and a batching rule of its
+own; both ways share the formulas. ``torch.autograd.grad`` with ``is_grads_batched=True`` is such a transform too: it
+runs the backward pass under ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_kernels import ops
+
+_NUM_DIFFERENTIABLE = len(ops.DIFFERENTIABLE)
+_NUM_TENSOR_OPTIONS = len(ops.TENSOR_OPTIONS)
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what the gradients asked for need: the ``setup_context`` of ``prefix_kernels::forward``.
+
+    Raises:
+        ValueError: ``attn_mask`` requires a gradient.
+    """
+    if ctx.needs_input_grad[_NUM_DIFFERENTIABLE]:
+        raise ValueError(
+            "attn_mask: expected a mask that does not require a gradient, got requires_grad=True; detach it"
+        )
+    query, key, value, prefix_key, prefix_value, *options = inputs
+    out, lse = output
+    needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
+    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
+    visits_sequence = dquery or dkey or dvalue
+    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
+    ds = dquery or dkey or dprefix_key
+    ctx.save_for_backward(
+        query,
+        key if visits_sequence else None,
+        value if dquery or dkey else None,
+        prefix_key if visits_prefix else None,
+        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
+        out if ds else None,
+        lse,
+        *options[:_NUM_TENSOR_OPTIONS],
+    )
+    ctx.options = options[_NUM_TENSOR_OPTIONS:]
+    ctx.key_len = key.shape[2]
+    ctx.needs = needs
+    ctx.uses_dlse = ds
+    ctx.set_materialize_grads(False)
+
+
+def gradients_from_saved(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *, operator: Callable[..., Sequence[Tensor]] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of ``prefix_kernels::forward``: its ``backward``.
+
+    Args:
+        operator: takes and returns what ``prefix_kernels::backward`` does. Default: that operator.
+    """
+    query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * (_NUM_DIFFERENTIABLE + ops.NUM_OPTIONS)
+    if dout is None and dlse is None:
+        return tuple(gradients)
+    if dout is None:
+        dout = torch.zeros_like(query)
+    if operator is None:
+        operator = _Backward.apply if under_transform() else ops.backward
+    computed = operator(
+        dout,
+        dlse if ctx.uses_dlse else None,
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        out,
+        lse,
+        *tensor_options,
+        *ctx.options,
+        ctx.key_len,
+        ctx.needs,
+    )
+    for i, need in enumerate(ctx.needs):
+        if need:
+            gradients[i] = computed[i]
+    return tuple(gradients)
+
+
+def _refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> None:
+    raise NotImplementedError(
+        "prefix_attention: double backward is not implemented; compute higher-order gradients with "
+        "prefix_kernels.reference.prefix_attention_reference"
+    )
+
+
+torch.library.register_autograd("prefix_kernels::forward", gradients_from_saved, setup_context=save_for_backward)
+torch.library.register_autograd("prefix_kernels::backward", _refuse_double_backward)
+
+
+def under_transform() -> bool:
+    """Return True in a call that a transform of ``torch.func`` makes."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# Dynamo cannot trace an autograd.Function below a transform: code that it compiles runs such a transform eagerly.
+@torch.compiler.disable
+def forward_under_transform(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call ``prefix_kernels::forward`` under any stack of transforms."""
+    return _Forward.apply(*arguments)
+
+
+class _Forward(torch.autograd.Function):
+    """``prefix_kernels::forward`` for transforms."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.forward(*arguments)
+
+    setup_context = staticmethod(save_for_backward)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients_from_saved(ctx, dout, dlse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_Forward.apply, info.batch_size, in_dims, arguments)
+
+
+class _Backward(torch.autograd.Function):
+    """``prefix_kernels::backward`` for transforms."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return ops.backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_refuse_double_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
+
+
+def _one_by_one(
+    operator: Callable[..., Sequence[Tensor]], count: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Call ``operator`` for each element of the batch dimension and stack the results along a new first dimension."""
+
+    def elements(argument: Any, dim: Any) -> Sequence[Any]:
+        if not isinstance(argument, Tensor) or dim is None:
+            return [argument] * count
+        batched = argument.movedim(dim, 0)
+        # The kernels need stride 1 in the last dimension, which a batch dimension behind it takes away.
+        if batched.dim() > 1 and batched.shape[-1] > 1 and batched.stride(-1) != 1:
+            batched = batched.contiguous()
+        return batched.unbind(0)
+
+    columns = [elements(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)]
+    results = [operator(*row) for row in zip(*columns, strict=True)]
+    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
