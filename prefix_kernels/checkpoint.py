@@ -17,20 +17,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefix_kernels import fsdp
+from prefix_kernels._files import open_safetensors, parse_json, replacing
 
 FORMAT_VERSION = 1
 _HEAD_MARK = "trained_with_prefix"
+_EXPECTED_FILE = "a file written by prefix_kernels.save_prefix"
 # Wrappers that put their own name into the names of what they wrap.
 _TRANSPARENT_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -127,6 +130,9 @@ def save_prefix(
 ) -> None:
     """Store the task that ``model`` holds as one safetensors file, replacing ``path`` only once it is written.
 
+    Threads and processes may save to one path at a time: the file is that of one of them. A symbolic link at ``path``
+    stays, and the file that it leads to is replaced.
+
     Sharded parameters (DTensor) are stored whole: all processes must call this then.
 
     Args:
@@ -149,13 +155,8 @@ def save_prefix(
     if reserved := sorted(described.keys() & (metadata or {}).keys()):
         raise ValueError(f"metadata: the names {reserved} are reserved by the file format")
 
-    path = Path(path)
-    unfinished = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         save_file(state, unfinished, metadata=described | dict(metadata or {}))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_prefix_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -166,18 +167,50 @@ def read_prefix_metadata(path: str | os.PathLike) -> dict[str, str]:
         if they differ), ``heads`` (JSON list of qualified names) and whatever was given as ``metadata``.
 
     Raises:
-        ValueError: ``path`` is not such a file, or was written by a newer format.
+        ValueError: ``path`` is not such a file, is damaged, or was written by a newer format; the message has the path,
+            what was expected and what was found.
+        FileNotFoundError: there is nothing at ``path``.
     """
-    with safe_open(path, framework="pt") as file:
+    return read_prefix_file(path).metadata
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixFile:
+    """All of a file of :func:`save_prefix` but its values.
+
+    Attributes:
+        metadata: what :func:`read_prefix_metadata` returns.
+        heads: the qualified names of the heads.
+        shapes: the shapes of the tensors, by name.
+    """
+
+    metadata: dict[str, str]
+    heads: list[str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_prefix_file(path: str | os.PathLike) -> PrefixFile:
+    """Read and check all of a file but the values of its tensors; errors as in :func:`read_prefix_metadata`."""
+    with open_safetensors(path, _EXPECTED_FILE) as file:
         metadata = file.metadata() or {}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     version = metadata.get("prefix_kernels_format")
     if version is None:
-        raise ValueError(
-            f"{path}: expected a file written by prefix_kernels.save_prefix, got safetensors without its mark"
-        )
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ValueError(f"{path}: expected {_EXPECTED_FILE}, got safetensors without its mark")
+    if not re.fullmatch("[0-9]{1,9}", version):
+        raise ValueError(f"{path}: expected {_EXPECTED_FILE}, got one of the format {reprlib.repr(version)}")
+    if int(version) > FORMAT_VERSION:
         raise ValueError(f"{path}: expected format {FORMAT_VERSION} or older, got {version}; update prefix_kernels")
-    return metadata
+    heads = parse_json(metadata.get("heads", "[]"), list, f"{path}: heads")
+    if others := [name for name in heads if not isinstance(name, str)]:
+        raise ValueError(f"{path}: heads: expected names of modules, got {reprlib.repr(others[0])}")
+    return PrefixFile(metadata, heads, shapes)
+
+
+def read_prefix_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a file, by name; errors as in :func:`read_prefix_metadata`."""
+    with open_safetensors(path, _EXPECTED_FILE) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def load_prefix(
@@ -200,7 +233,9 @@ def load_prefix(
         cast: convert to the dtype of the model where it differs from the stored one. Default: refuse.
 
     Raises:
-        ValueError: names, shapes or dtypes do not fit; the message lists all of them.
+        ValueError: names, shapes or dtypes do not fit, and the message lists all of them; or the file is none of
+            :func:`save_prefix`, is damaged, or was written by a newer format.
+        FileNotFoundError: there is nothing at ``source``.
     """
     model = _unwrapped(model)
     heads = marked_heads(model) | _find_heads(model, "also_load", also_load)
@@ -208,25 +243,52 @@ def load_prefix(
         origin, state = "state dict", dict(source)
     else:
         origin = str(source)
-        stored_heads = json.loads(read_prefix_metadata(source).get("heads", "[]"))
+        stored_heads = read_prefix_file(source).heads
         modules = {_canonical(name): module for name, module in model.named_modules()}
         if absent := [name for name in stored_heads if name not in modules]:
             raise ValueError(f"{origin}: it stores the heads {absent}, which the model does not have")
         heads |= {name: modules[name] for name in stored_heads}
-        with safe_open(source, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        state = read_prefix_tensors(source)
 
-    state = _arranged(model, state)
+    state = _arranged(origin, model, state)
     targets, to_fold = _load_targets(model, heads, state)
-    _check_fit(origin, targets, state, cast)
+    problems = _misfits(targets, state, cast)
+    problems += [
+        f"{name}: expected a parameter with storage, got one on the meta device"
+        for name in sorted(targets)
+        if targets[name].is_meta
+    ]
+    if problems:
+        raise ValueError(f"{origin} does not fit the model:\n  " + "\n  ".join(problems))
     for name, holder in to_fold.items():
         holder.fold()
         targets |= _owned(name, holder)
     with torch.no_grad():
+        laid_out = {name: _laid_out_like(target, state[name]) for name, target in targets.items()}
         for name, target in targets.items():
-            target.copy_(_laid_out_like(target, state[name]))
+            target.copy_(laid_out[name])
     for head in heads.values():
         setattr(head, _HEAD_MARK, True)
+
+
+def shape_misfits(origin: str, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """In what stored prefixes of these shapes differ from those of ``model``, heads aside; values are not looked at.
+
+    Args:
+        origin: where the shapes are from, for messages.
+        model: a module that contains prefix modules, which may be on the meta device.
+        shapes: of the stored tensors, by name, none of a size above :data:`prefix_kernels._files.LARGEST_SIZE`.
+
+    Returns:
+        A line for each name and shape that is missing, unexpected or different.
+
+    Raises:
+        ValueError: the tensors of one prefix cannot be parts of one table.
+    """
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    state = _arranged(origin, model, state)
+    targets, _ = _load_targets(model, {}, state)
+    return _misfits(targets, state, cast=True)
 
 
 def _laid_out_like(target: Tensor, stored: Tensor) -> Tensor:
@@ -280,14 +342,21 @@ def _owned(name: str, holder: nn.Module) -> dict[str, Tensor]:
     return {_join(name, _canonical(own)): tensor for own, tensor in owned.items()}
 
 
-def _arranged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _arranged(origin: str, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state``, what belongs to each holder arranged as the holder wants it."""
     arranged = dict(state)
     for name, holder in _holders(model).items():
         if _offers(holder, "arranged_prefix_state"):
             begin = f"{name}." if name else ""
             own = {key.removeprefix(begin): arranged.pop(key) for key in state if key.startswith(begin)}
-            arranged |= {_join(name, key): tensor for key, tensor in holder.arranged_prefix_state(own).items()}
+            try:
+                parts = holder.arranged_prefix_state(own)
+            except (RuntimeError, IndexError) as error:
+                shapes = ", ".join(f"{_join(name, key)} {list(tensor.shape)}" for key, tensor in own.items())
+                raise ValueError(
+                    f"{origin}: expected tensors that are parts of one prefix, got {shapes} ({error})"
+                ) from error
+            arranged |= {_join(name, key): tensor for key, tensor in parts.items()}
     return arranged
 
 
@@ -363,7 +432,8 @@ def _load_targets(
     return targets, to_fold
 
 
-def _check_fit(origin: str, targets: Mapping[str, Tensor], state: Mapping[str, Tensor], cast: bool) -> None:
+def _misfits(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], cast: bool) -> list[str]:
+    """A line for each name, shape and dtype in which ``state`` differs from ``targets``."""
     problems = []
     if missing := sorted(targets.keys() - state.keys()):
         problems.append(f"missing: {', '.join(missing)}")
@@ -375,7 +445,4 @@ def _check_fit(origin: str, targets: Mapping[str, Tensor], state: Mapping[str, T
             problems.append(f"{name}: expected shape {list(target.shape)}, got {list(stored.shape)}")
         elif target.dtype != stored.dtype and not cast:
             problems.append(f"{name}: expected {target.dtype}, got {stored.dtype} (cast=True converts)")
-        elif target.is_meta:
-            problems.append(f"{name}: expected a parameter with storage, got one on the meta device")
-    if problems:
-        raise ValueError(f"{origin} does not fit the model:\n  " + "\n  ".join(problems))
+    return problems

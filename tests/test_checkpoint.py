@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -372,6 +373,47 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
         save_prefix(WithEncoder(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_save_to_one_path_leave_one_whole_file(tmp_path):
+    models = [WithEncoder() for _ in range(6)]
+
+    def save_often(model: nn.Module) -> None:
+        for _ in range(20):
+            save_prefix(model, tmp_path / "task")
+
+    with ThreadPoolExecutor(len(models)) as threads:
+        list(threads.map(save_often, models))
+    assert list(tmp_path.iterdir()) == [tmp_path / "task"]
+    table = load_file(tmp_path / "task")["prefix.table"]
+    assert sum(torch.equal(table, model.prefix.table) for model in models) == 1
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_symbolic_link_stays_and_the_file_that_it_leads_to_is_replaced(exists, tmp_path):
+    (tmp_path / "store").mkdir()
+    if exists:
+        save_prefix(WithEncoder(), tmp_path / "store" / "old")
+    (tmp_path / "between").symlink_to("store/old")
+    (tmp_path / "task").symlink_to(tmp_path / "between")
+    model = WithEncoder()
+    save_prefix(model, tmp_path / "task")
+    assert (tmp_path / "task").is_symlink() and (tmp_path / "between").is_symlink()
+    for path in (tmp_path / "task", tmp_path / "store" / "old"):
+        assert torch.equal(load_file(path)["prefix.table"], model.prefix.table)
+    assert [file.name for file in (tmp_path / "store").iterdir()] == ["old"]
+
+
+def test_links_that_lead_round_in_a_circle_are_refused_and_stay(tmp_path):
+    (tmp_path / "task").symlink_to(tmp_path / "task")
+    with pytest.raises(OSError, match="Too many levels of symbolic links: .*task"):
+        save_prefix(WithEncoder(), tmp_path / "task")
+    assert (tmp_path / "task").is_symlink()
+
+
+def test_a_name_as_long_as_the_system_takes_is_saved_to(tmp_path):
+    save_prefix(WithEncoder(), tmp_path / ("a" * 255))
+    assert read_prefix_metadata(tmp_path / ("a" * 255))["kind"] == "PrefixEncoder"
 
 
 # Wrappers, and holders of other kinds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
@@ -21,6 +22,7 @@ from test_transformers_encoder_decoders import tiny_bart, tiny_t5
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from prefix_kernels.integrations import peft_checkpoint
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.peft_checkpoint import read_peft_checkpoint, save_peft_checkpoint
 from prefix_kernels.integrations.transformers import get_prefix_model, load_prefix_model
@@ -317,3 +319,50 @@ def test_what_peft_cannot_say_or_run_is_not_stored(
 def test_bad_settings_of_a_checkpoint_are_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         save_peft_checkpoint(prepared(tiny_model("bert")), tmp_path, **settings)
+
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_threads_that_save_to_one_folder_leave_two_whole_files(tmp_path: Path) -> None:
+    models = [prepared(tiny_model("bert")) for _ in range(6)]
+
+    def save_often(model: PreTrainedModel) -> None:
+        for _ in range(5):
+            save_peft_checkpoint(model, tmp_path / "task")
+
+    with ThreadPoolExecutor(len(models)) as threads:
+        list(threads.map(save_often, models))
+    assert sorted(file.name for file in (tmp_path / "task").iterdir()) == FILES
+    stored_table = load_prefix_model(tiny_model("bert"), tmp_path / "task").prefix_encoder.table
+    assert sum(torch.equal(stored_table, model.prefix_encoder.table) for model in models) == 1
+
+
+@pytest.mark.parametrize("failing", FILES)
+def test_a_save_that_fails_leaves_the_old_files_and_no_others(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_peft_checkpoint(prepared(tiny_model("bert")), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        next(arg for arg in args if isinstance(arg, Path)).write_bytes(b"half")
+        raise OSError("disk full")
+
+    if failing == FILES[0]:
+        monkeypatch.setattr(Path, "write_text", fail)
+    else:
+        monkeypatch.setattr(peft_checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_peft_checkpoint(prepared(tiny_model("bert")), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_symbolic_links_in_the_folder_stay(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    for name in FILES:
+        (tmp_path / "task" / name).symlink_to(tmp_path / name)
+    save_peft_checkpoint(prepared(tiny_model("bert")), tmp_path / "task")
+    for name in FILES:
+        assert (tmp_path / "task" / name).is_symlink() and not (tmp_path / name).is_symlink()
+    load_prefix_model(tiny_model("bert"), tmp_path / "task")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
+
+from prefix_kernels._files import LARGEST_SIZE, parse_json
 
 POSITION_OFFSETS = ("peft", "none")
 ATTENTIONS = ("prefix_kernels", "torch")
@@ -47,8 +52,10 @@ class PrefixTuningConfig:
             ``scaled_dot_product_attention``, the baseline to compare with.
         inference_mode: nothing is trainable, and the prefix is a table even with ``prefix_projection``.
 
+    The fields hold plain Python, which JSON can store: other integers, sequences and mappings are converted.
+
     Raises:
-        ValueError: a value out of range; the message names it.
+        ValueError: a value of a wrong type (a bool is no number) or out of range; the message names the setting.
     """
 
     num_virtual_tokens: PrefixLengths | Mapping[str, PrefixLengths] = 20
@@ -66,9 +73,7 @@ class PrefixTuningConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        for length in self.prefix_lengths():
-            if length < 1:
-                raise ValueError(f"num_virtual_tokens: expected at least 1, got {length}")
+        self._check_types()
         if not 0 <= self.num_frozen_tokens <= min(self.prefix_lengths()):
             raise ValueError(
                 f"num_frozen_tokens: expected 0 to {min(self.prefix_lengths())}, the length of the shortest prefix, "
@@ -79,29 +84,14 @@ class PrefixTuningConfig:
                 "num_frozen_tokens: expected 0 with prefix_projection=True (every token moves with the MLP that "
                 f"generates it), got {self.num_frozen_tokens}"
             )
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(f"encoder_hidden_size: expected at least 1, got {self.encoder_hidden_size}")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise ValueError(
                 f"encoder_hidden_size: expected None without prefix_projection=True, got {self.encoder_hidden_size}"
             )
         if not 0.0 <= self.prefix_dropout <= 1.0:
             raise ValueError(f"prefix_dropout: expected a probability in [0, 1], got {self.prefix_dropout}")
-        for name in ("modules_to_save", "target_attentions", "layers"):
-            values = getattr(self, name)
-            if isinstance(values, str):
-                raise ValueError(f"{name}: expected a sequence, got the string {values!r}")
-            if name == "layers" and isinstance(values, Mapping):
-                self.layers = {role: list(layers) for role, layers in values.items()}
-            elif values is not None:
-                setattr(self, name, list(values))
-        chosen = list(self.layers.values()) if isinstance(self.layers, Mapping) else [self.layers]
-        for name, values in [("target_attentions", self.target_attentions), *(("layers", one) for one in chosen)]:
-            if values == []:
-                raise ValueError(f"{name}: expected at least one, got none")
-        for layers in chosen:
-            if layers is not None and min(layers) < 0:
-                raise ValueError(f"layers: expected numbers from 0 on, got {min(layers)}")
+        if self.init_std is not None and not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ValueError(f"init_std: expected None or a finite number of at least 0, got {self.init_std}")
         for name, choices in {"position_offset": POSITION_OFFSETS, "attention": ATTENTIONS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
@@ -110,6 +100,27 @@ class PrefixTuningConfig:
                 "position_offset: expected 'none' where prefixes differ in length (there is no one offset to move "
                 "positions by), got 'peft'"
             )
+
+    def _check_types(self) -> None:
+        """Let every field hold plain Python of its type, sizes and numbers of layers in range."""
+        self.num_virtual_tokens = _by_kind("num_virtual_tokens", self.num_virtual_tokens, _lengths)
+        self.num_frozen_tokens = _integer("num_frozen_tokens", self.num_frozen_tokens)
+        if self.encoder_hidden_size is not None:
+            self.encoder_hidden_size = _integer("encoder_hidden_size", self.encoder_hidden_size, 1)
+        self.prefix_dropout = _number("prefix_dropout", self.prefix_dropout, "a probability in [0, 1]")
+        if self.init_std is not None:
+            self.init_std = _number("init_std", self.init_std, "None or a finite number of at least 0")
+        if self.modules_to_save is not None:
+            self.modules_to_save = _list("modules_to_save", self.modules_to_save, _name, may_be_empty=True)
+        if self.target_attentions is not None:
+            self.target_attentions = _list("target_attentions", self.target_attentions, _name)
+        if self.layers is not None:
+            self.layers = _by_kind("layers", self.layers, _layer_numbers)
+        for name in ("prefix_projection", "window_includes_prefix", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {reprlib.repr(getattr(self, name))}")
+        for name in ("position_offset", "attention"):
+            _name(name, getattr(self, name))
 
     def prefix_lengths(self) -> list[int]:
         """All lengths that ``num_virtual_tokens`` names."""
@@ -126,11 +137,11 @@ class PrefixTuningConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a name that is no field.
+            ValueError: a name that is no field, or a value that the class refuses.
         """
         known = [field.name for field in fields(cls)]
-        if unknown := sorted(values.keys() - set(known)):
-            raise ValueError(f"PrefixTuningConfig: expected fields among {known}, got {unknown}")
+        if unknown := sorted(map(str, values.keys() - set(known))):
+            raise ValueError(f"PrefixTuningConfig: expected fields among {known}, got {reprlib.repr(unknown)}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -139,5 +150,71 @@ class PrefixTuningConfig:
 
     @classmethod
     def from_json(cls, text: str) -> PrefixTuningConfig:
-        """The inverse of :meth:`to_json`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: no JSON object, or one that :meth:`from_dict` refuses.
+        """
+        return cls.from_dict(parse_json(text, dict, "PrefixTuningConfig"))
+
+
+def _integer(name: str, value: object, smallest: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected an int, got {reprlib.repr(value)}")
+    if smallest is not None and value < smallest:
+        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+    if value > LARGEST_SIZE:
+        raise ValueError(f"{name}: expected at most {LARGEST_SIZE}, got {reprlib.repr(value)}")
+    return int(value)
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected {expected}, got {reprlib.repr(value)}") from error
+
+
+def _name(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string, got {reprlib.repr(value)}")
+    return value
+
+
+def _list(name: str, values: object, read: Callable[[str, Any], Any], *, may_be_empty: bool = False) -> list:
+    """``values`` as a list, ``read(name, value)`` in place of each."""
+    if isinstance(values, str | bytes):
+        raise ValueError(f"{name}: expected a sequence, got the string {reprlib.repr(values)}")
+    try:
+        given = None if isinstance(values, Mapping) else list(values)
+    except TypeError:  # of numbers, and of tensors and arrays without dimensions
+        given = None
+    if given is None:
+        raise ValueError(f"{name}: expected a sequence, got {reprlib.repr(values)}")
+    if not given and not may_be_empty:
+        raise ValueError(f"{name}: expected at least one, got none")
+    return [read(name, value) for value in given]
+
+
+def _by_kind(name: str, value: object, read: Callable[[str, Any], Any]) -> Any:
+    """``read(name, value)``, or a dict of that for each kind of attention."""
+    if not isinstance(value, Mapping):
+        return read(name, value)
+    if not value:
+        raise ValueError(f"{name}: expected at least one kind of attention, got none")
+    for kind in value:
+        if not isinstance(kind, str):
+            raise ValueError(f"{name}: expected kinds of attention by name, got {reprlib.repr(kind)}")
+    return {kind: read(name, one) for kind, one in value.items()}
+
+
+def _lengths(name: str, value: object) -> int | list[int]:
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return _list(name, value, lambda name, length: _integer(name, length, 1))
+    return _integer(name, value, 1)
+
+
+def _layer_numbers(name: str, value: object) -> list[int]:
+    return _list(name, value, lambda name, layer: _integer(name, layer, 0))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_kernels._files import parse_json
 from prefix_kernels.checkpoint import marked_heads
 
 # What a stored task calls its labels in the metadata of its file.
@@ -47,7 +49,7 @@ class Labels:
         layers = [layer for head in marked_heads(model).values() for layer in head.modules()]
         if not any(getattr(layer, "out_features", None) == len(config.id2label or {}) for layer in layers):
             return None
-        return cls(dict(config.id2label), dict(config.label2id), config.problem_type)
+        return cls(dict(config.id2label), dict(config.label2id or {}), config.problem_type)
 
     @classmethod
     def unnamed(cls, count: int) -> Labels:
@@ -65,14 +67,57 @@ class Labels:
             model.num_labels = len(self.id2label)
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
+        """One line of JSON; names that are no strings become strings."""
+        names = {int(i): str(name) for i, name in self.id2label.items()}
+        numbers = {str(name): int(i) for name, i in self.label2id.items()}
+        return json.dumps({"id2label": names, "label2id": numbers, "problem_type": self.problem_type})
 
     @classmethod
-    def from_json(cls, text: str) -> Labels:
-        """The inverse of :meth:`to_json`."""
-        values = json.loads(text)
-        return cls({int(i): name for i, name in values["id2label"].items()}, values["label2id"], values["problem_type"])
+    def from_json(cls, text: str, origin: str = LABELS_KEY) -> Labels:
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            origin: where the text is from, for messages.
+
+        Raises:
+            ValueError: no JSON, or not of labels.
+        """
+        values = parse_json(text, dict, origin)
+        fields = ["id2label", "label2id", "problem_type"]
+        if sorted(values) != fields:
+            raise ValueError(f"{origin}: expected the fields {fields}, got {reprlib.repr(sorted(values))}")
+        names, numbers, problem_type = (values[field] for field in fields)
+        if not isinstance(names, dict) or not all(
+            i.isascii() and i.isdecimal() and len(i) < 10 and isinstance(name, str) for i, name in names.items()
+        ):
+            raise ValueError(f"{origin}: id2label: expected an object of names by number, got {reprlib.repr(names)}")
+        if not isinstance(numbers, dict) or not all(type(i) is int for i in numbers.values()):
+            raise ValueError(f"{origin}: label2id: expected an object of numbers by name, got {reprlib.repr(numbers)}")
+        if problem_type is not None and not isinstance(problem_type, str):
+            raise ValueError(f"{origin}: problem_type: expected a string or null, got {reprlib.repr(problem_type)}")
+        return cls({int(i): name for i, name in names.items()}, numbers, problem_type)
+
+    def refuse_other_size(self, origin: str, heads: Sequence[str], stored: Shapes) -> None:
+        """Raise where no stored layer of ``heads`` has an output for each label: the loss would fail.
+
+        Args:
+            origin: where labels and heads are from, for the message.
+            heads: the qualified names of the heads.
+            stored: the shapes of the stored tensors, by qualified name.
+
+        Raises:
+            ValueError: the message has the number of labels and the numbers of outputs.
+        """
+        rows = {
+            name: shape[0]
+            for name, shape in stored.items()
+            if shape and any(name.startswith(f"{head}.") for head in heads)
+        }
+        if len(self.id2label) not in rows.values():
+            raise ValueError(
+                f"{origin}: expected a head with an output for each of the {len(self.id2label)} labels, got "
+                f"{', '.join(f'{name} with {count}' for name, count in sorted(rows.items())) or 'none'}"
+            )
 
 
 def fitted_heads(heads: Mapping[str, nn.Module], stored: Shapes) -> dict[str, nn.Module]:
@@ -87,8 +132,8 @@ def fitted_heads(heads: Mapping[str, nn.Module], stored: Shapes) -> dict[str, nn
     """
     fitted = copy.deepcopy(dict(heads))
     for layer_name, layer in _linear_layers(fitted):
-        outputs, inputs = stored.get(f"{layer_name}.weight", layer.weight.shape)
-        if inputs == layer.in_features and outputs != layer.out_features:
+        outputs, *inputs = stored.get(f"{layer_name}.weight") or layer.weight.shape
+        if inputs == [layer.in_features] and outputs != layer.out_features:
             layer.out_features = outputs
             for name, parameter in list(layer.named_parameters()):
                 resized = parameter.new_empty(outputs, *parameter.shape[1:])

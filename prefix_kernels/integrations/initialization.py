@@ -14,17 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
-from prefix_kernels.checkpoint import read_prefix_metadata
 from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.recording import recording
 from prefix_kernels.integrations.sites import DECODER, find_sites
+from prefix_kernels.integrations.stored import read_stored_task
 from prefix_kernels.integrations.tasks import tasks_of
 from prefix_kernels.integrations.tensor_parallel import divided_like
 
@@ -195,20 +193,8 @@ def _pairs_in_model(model: PreTrainedModel) -> dict[tuple[str, int], PrefixPair]
 
 
 def _pairs_in_file(model: PreTrainedModel, path: str | os.PathLike) -> dict[tuple[str, int], PrefixPair]:
-    metadata = read_prefix_metadata(path)
-    if CONFIG_KEY not in metadata:
-        raise ValueError(f"{path}: expected a file of save_prefix_model, got one without a config")
-    config = PrefixTuningConfig.from_json(metadata[CONFIG_KEY])
-    layout = PrefixLayout(find_sites(model), config)
-    encoder = layout.make_encoder(config, model.device).eval()
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith("prefix_encoder.")]  # noqa: SIM118 (no mapping)
-        state = {name.removeprefix("prefix_encoder."): file.get_tensor(name) for name in names}
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected a prefix that fits {type(model).__name__}, got another: {error}") from None
-    return _pairs(layout, encoder)
+    task = read_stored_task(path, model)
+    return _pairs(PrefixLayout(find_sites(model), task.config), task.prefix_encoder(model))
 
 
 def _pairs(layout: PrefixLayout, encoder: nn.Module) -> dict[tuple[str, int], PrefixPair]:

@@ -60,6 +60,7 @@ from prefix_kernels.integrations.layer_prefixes import PREFIX_SITE_ATTRIBUTE
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.peft_layout import pairs_of_layers
+from prefix_kernels.integrations.rollback import unchanged_on_error
 from prefix_kernels.integrations.selection import PREFIX_NAMES
 from prefix_kernels.integrations.sites import DECODER, find_sites
 from prefix_kernels.integrations.tensor_parallel import is_tensor_parallel
@@ -112,7 +113,8 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     adapters = _Adapters(PrefixLayout(find_sites(model), config))
     for name in peft_model.peft_config:
         adapters.check(peft_model, name)
-    adapters.attachment = attach(model, adapters.layout, config, adapters, _AdapterStackHook)
+    with unchanged_on_error(peft_model):
+        adapters.attachment = attach(model, adapters.layout, config, adapters, _AdapterStackHook)
 
     # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
     for name in ("forward", "prepare_inputs_for_generation"):

@@ -11,17 +11,20 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from prefix_kernels import fsdp
+from prefix_kernels._files import LARGEST_SIZE, blaming, check_is_file, open_safetensors, parse_json, replacing
 from prefix_kernels.integrations.caches import CACHE_NAMES
 from prefix_kernels.integrations.config import PrefixTuningConfig
 from prefix_kernels.integrations.families import refuse_unsupported
@@ -72,7 +75,7 @@ class PeftCheckpoint:
 
 def is_peft_checkpoint(path: str | os.PathLike) -> bool:
     """Whether ``path`` is a folder that PEFT wrote."""
-    return (Path(path) / CONFIG_FILE).is_file()
+    return os.path.isfile(Path(path) / CONFIG_FILE)
 
 
 def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> PeftCheckpoint:
@@ -84,8 +87,8 @@ def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> Pef
 
     Raises:
         TypeError: ``model`` is not a Transformers model.
-        ValueError: not such a folder, an adapter of another type, one that does not fit the model, or a model without
-            support.
+        ValueError: not such a folder, a damaged one, an adapter of another type, one that does not fit the model, or a
+            model without support; of a folder, the message has the path, what was expected and what was found.
     """
     path = Path(path)
     refuse_unsupported(model)
@@ -94,9 +97,11 @@ def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> Pef
     if _TABLE not in tensors:
         raise ValueError(f"{path}: expected a tensor {_TABLE!r}, got {sorted(tensors)}")
     prompt = tensors.pop(_TABLE)
+    if not prompt.is_floating_point():
+        raise ValueError(f"{path}: {_TABLE}: expected floating-point numbers, got {prompt.dtype}")
 
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    submodules = settings.get("num_transformer_submodules") or 1 + (settings.get("task_type") == "SEQ_2_SEQ_LM")
+    submodules = settings["num_transformer_submodules"] or 1 + (settings["task_type"] == "SEQ_2_SEQ_LM")
     if submodules != 1 + is_encoder_decoder:
         raise ValueError(
             f"{path}: expected num_transformer_submodules={1 + is_encoder_decoder}, which PEFT uses for models like "
@@ -110,17 +115,23 @@ def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> Pef
             f"{path}: {_TABLE}: expected [P, {width}] (a key and a value of {heads} heads of {head_dim} for each of "
             f"{len(sites)} layers), got {list(prompt.shape)}"
         )
-    table = table_from_peft(prompt, heads, head_dim, len(sites), is_encoder_decoder=is_encoder_decoder)
-
-    state, modules_to_save = _read_heads(path, tensors, model, settings.get("modules_to_save") or ())
-    config = PrefixTuningConfig(
-        num_virtual_tokens=prompt.shape[0],
-        num_frozen_tokens=settings.get("num_frozen_tokens") or 0,
-        modules_to_save=modules_to_save,
-        target_attentions=(DECODER,) if is_encoder_decoder else None,
-        position_offset="peft",
-        window_includes_prefix=True,
-    )
+    length = settings["num_virtual_tokens"]
+    if length not in (None, prompt.shape[0]):
+        raise ValueError(
+            f"{path}: {CONFIG_FILE}: num_virtual_tokens: expected {prompt.shape[0]}, the rows of {_TABLE}, got {length}"
+        )
+    with blaming(path):
+        table = table_from_peft(prompt, heads, head_dim, len(sites), is_encoder_decoder=is_encoder_decoder)
+    state, modules_to_save = _read_heads(path, tensors, model, settings["modules_to_save"] or ())
+    with blaming(path):
+        config = PrefixTuningConfig(
+            num_virtual_tokens=prompt.shape[0],
+            num_frozen_tokens=settings["num_frozen_tokens"] or 0,
+            modules_to_save=modules_to_save,
+            target_attentions=(DECODER,) if is_encoder_decoder else None,
+            position_offset="peft",
+            window_includes_prefix=True,
+        )
     return PeftCheckpoint(config, {"prefix_encoder.table": table.contiguous()} | state)
 
 
@@ -133,7 +144,8 @@ def save_peft_checkpoint(
 ) -> None:
     """Store the task that ``model`` was trained for as PEFT does; ``PeftModel.from_pretrained`` loads it.
 
-    A projection is folded, as PEFT does it too. What only training needs (``prefix_dropout``) is not stored.
+    A projection is folded, as PEFT does it too. What only training needs (``prefix_dropout``) is not stored. Each of
+    the two files replaces an older one only once both are written.
 
     Args:
         model: a model prepared by ``get_prefix_model``.
@@ -192,31 +204,71 @@ def save_peft_checkpoint(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    # The config, by which the folder is known, takes its place last.
+    with replacing(path / CONFIG_FILE) as config_file, replacing(path / WEIGHTS_FILE) as weights_file:
+        save_file(tensors, weights_file, metadata={"format": "pt"})
+        config_file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not (path / CONFIG_FILE).is_file():
+    """The settings that are looked at, None where the file does not have one."""
+    if not is_peft_checkpoint(path):
         raise ValueError(f"{path}: expected a folder of PEFT, with {CONFIG_FILE}, got none")
-    settings = json.loads((path / CONFIG_FILE).read_text())
+    origin = f"{path}: {CONFIG_FILE}"
+    settings = parse_json((path / CONFIG_FILE).read_bytes(), dict, origin)
     if settings.get("peft_type") not in PREFIX_TYPES:
         raise ValueError(
-            f"{path}: expected an adapter of the type {' or '.join(PREFIX_TYPES)}, got {settings.get('peft_type')}"
+            f"{path}: expected an adapter of the type {' or '.join(PREFIX_TYPES)}, got "
+            f"{_excerpt(settings.get('peft_type'))}"
         )
+    for name in ("num_virtual_tokens", "num_frozen_tokens", "num_transformer_submodules"):
+        number = settings.setdefault(name, None)
+        if number is not None and (type(number) is not int or not 0 <= number <= LARGEST_SIZE):
+            raise ValueError(f"{origin}: {name}: expected an int of at least 0, or null, got {_excerpt(number)}")
+    heads = settings.setdefault("modules_to_save", None)
+    if heads is not None and not (isinstance(heads, list) and all(isinstance(name, str) for name in heads)):
+        raise ValueError(f"{origin}: modules_to_save: expected an array of names, or null, got {_excerpt(heads)}")
+    settings.setdefault("task_type", None)
     return settings
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if (path / WEIGHTS_FILE).is_file():
-        return load_file(path / WEIGHTS_FILE)
-    if (path / PICKLED_WEIGHTS_FILE).is_file():
-        return torch.load(path / PICKLED_WEIGHTS_FILE, map_location="cpu", weights_only=True)
+    if os.path.isfile(path / WEIGHTS_FILE):
+        with open_safetensors(path / WEIGHTS_FILE, "the weights of an adapter") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if os.path.isfile(path / PICKLED_WEIGHTS_FILE):
+        return _read_pickled_tensors(path / PICKLED_WEIGHTS_FILE)
     raise ValueError(f"{path}: expected {WEIGHTS_FILE} or {PICKLED_WEIGHTS_FILE} in it, got neither")
 
 
+def _read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    check_is_file(path, "the weights of an adapter")
+    try:
+        # Mapped, so that what a file says of its sizes is not allocated before it is known to be there.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path}: expected tensors by name that torch.load can read, got others ({error})") from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{path}: expected tensors by name, got a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: expected tensors by name, got {_excerpt(name)}: {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
+            raise ValueError(f"{path}: {name}: expected a dense tensor with its values, got another kind")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: {name}: expected {tensor.nbytes} bytes for {list(tensor.shape)}, got "
+                f"{tensor.untyped_storage().nbytes()}"
+            )
+    return dict(tensors)
+
+
+def _excerpt(value: object) -> str:
+    return value if isinstance(value, str) and len(value) < 40 else reprlib.repr(value)
+
+
 def _read_heads(
-    path: Path, tensors: dict[str, Tensor], model: nn.Module, targets: list[str]
+    path: Path, tensors: dict[str, Tensor], model: nn.Module, targets: Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by their names in ``model``, and the modules that they belong to."""
     modules = {name for name, _ in model.named_modules() if any(name.endswith(target) for target in targets)}

@@ -15,7 +15,6 @@ never enters a key/value cache.
 
 from __future__ import annotations
 
-import copy
 import os
 
 from torch import nn
@@ -45,8 +44,9 @@ from prefix_kernels.integrations.named_prefixes import (
     set_prefix,
     use_prefixes,
 )
+from prefix_kernels.integrations.rollback import unchanged_on_error
 from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.stored import read_stored_task
+from prefix_kernels.integrations.stored import checked_config, read_stored_task
 from prefix_kernels.integrations.tasks import PrefixTasks, tasks_of
 from prefix_kernels.integrations.tensor_parallel import split_over_heads
 
@@ -89,27 +89,35 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
         config: default ``PrefixTuningConfig()``.
 
     Returns:
-        ``model``.
+        ``model``. After an error it is as it was before.
 
     Raises:
-        TypeError: ``model`` is not a Transformers model.
+        TypeError: ``model`` is not a Transformers model, or ``config`` no PrefixTuningConfig.
         ValueError: the model is not supported (the message says why), has a prefix already, is sharded by FSDP2
             already, or lacks a module named in ``config.modules_to_save``.
     """
-    config = PrefixTuningConfig() if config is None else config
+    config = PrefixTuningConfig() if config is None else checked_config(config)
     if hasattr(model, _PREPARED):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
+    refuse_unsupported(model)
     if fsdp.units_of(model):
         raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call that later")
-    refuse_unsupported(model)
     layout = PrefixLayout(find_sites(model), config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
     _check_names(model, heads)
+    encoder = layout.make_encoder(config, model.device)
+    split_over_heads(model, encoder, layout)
+    with unchanged_on_error(model):
+        _install(model, config, layout, encoder, heads)
+    return model
 
-    model.prefix_encoder = layout.make_encoder(config, model.device)
-    split_over_heads(model, model.prefix_encoder, layout)
-    model.prefix_encoder.train(model.training)
-    model.prefix_tuning_config = copy.deepcopy(config)
+
+def _install(
+    model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout, encoder: nn.Module, heads: list[str]
+) -> None:
+    """Change ``model`` as :func:`get_prefix_model` does."""
+    model.prefix_encoder = encoder.train(model.training)
+    model.prefix_tuning_config = config
 
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapters = [parameter for parameter in injected_parameters(model) if parameter.requires_grad]
@@ -119,11 +127,10 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     if config.inference_mode:
         model.requires_grad_(False)
 
-    tasks = PrefixTasks(model, model.prefix_tuning_config, layout)
+    tasks = PrefixTasks(model, config, layout)
     hooks = tasks.install()
     attachment = attach(model, layout, config, tasks)
     setattr(model, _PREPARED, {"hooks": hooks, "attachment": attachment, "trainable": trainable})
-    return model
 
 
 def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
@@ -185,21 +192,22 @@ def load_prefix_model(
         config: default: the stored one. Give one to choose another ``attention`` or ``inference_mode``.
 
     Returns:
-        ``model``.
+        ``model``. After an error it is as it was before.
 
     Raises:
+        TypeError: ``model`` is not a Transformers model, or ``config`` no PrefixTuningConfig.
         ValueError: the file was not written by :func:`save_prefix_model`, the folder holds an adapter of another type,
-            or it does not fit the model.
+            one of them is damaged, or it does not fit the model; the message has the path, what was expected and what
+            was found. What a config asks for is compared with the stored tensors before it is allocated.
+        FileNotFoundError: there is nothing at ``path``.
     """
     task = read_stored_task(path, model, config)
-    get_prefix_model(model, task.config)
-    try:
+    with unchanged_on_error(model):
+        get_prefix_model(model, task.config)
+        if task.labels is not None:
+            task.labels.give_to(model)
+        # Last, because what it writes is not taken back; it writes nothing unless all of it fits.
         task.load_into(model)
-    except Exception:
-        remove_prefix(model)
-        raise
-    if task.labels is not None:
-        task.labels.give_to(model)
     return model
 
 
