@@ -274,7 +274,7 @@ def check_tasks_of_divided_heads(folder: Path, base: Callable[..., PreTrainedMod
     for name in ("default", "second"):
         assert_task_gradients_of_one(get_named_prefix(split, name), get_named_prefix(whole, name))
 
-    # Frozen ones lie ready in a bank, until one of them is written to.
+    # Frozen ones are seen as they are after each of them was written to.
     for model in (whole, split):
         for name in ("default", "second"):
             get_named_prefix(model, name).requires_grad_(False)

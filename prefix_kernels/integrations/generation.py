@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.selection import PrefixSelection, RowNames, find_selection, selected
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class GenerateWithPrefixes:
     """``model.generate`` with one more argument, ``prefix_names=``; an object, so that it can be copied and pickled.
 
-    Each row's prefix serves all its beams and returned sequences.
+    It has one entry for each row of the inputs, which serves all beams and returned sequences of that row. The bank is
+    made once, not for every token, unless FSDP2 shards the model.
     """
 
     def __init__(self, model: PreTrainedModel, tasks: PrefixTasks) -> None:
@@ -35,10 +37,30 @@ class GenerateWithPrefixes:
             selection = self.tasks.selection_of(prefix_names)
         if selection is None:
             return generate(self.model, *args, **kwargs)
+        selection = selection.for_rows(_count_rows(self.model, args, kwargs))
         if _drops_rows(self.model, args, kwargs):
             selection = selection.for_any_rows()
-        with torch.no_grad(), selected(replace(selection, may_repeat=True)):
+        with torch.no_grad(), selected(selection.holding()):
             return generate(self.model, *args, **kwargs)
+
+
+def _count_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The number of rows of the inputs of ``generate``, before it expands them; 1 where it begins from nothing."""
+    outputs = kwargs.get("encoder_outputs")
+    candidates = [
+        args[0] if args else kwargs.get("inputs"),
+        kwargs.get(model.main_input_name),
+        kwargs.get("inputs_embeds"),
+        None if outputs is None else outputs[0],
+        # Without any of these, generate goes by the first tensor for the model: decoder_input_ids, a mask.
+        *(value for name, value in kwargs.items() if not _is_setting(model, name)),
+    ]
+    return next((candidate.shape[0] for candidate in candidates if isinstance(candidate, Tensor)), 1)
+
+
+def _is_setting(model: PreTrainedModel, name: str) -> bool:
+    """Whether an argument of ``generate`` is not handed on to the model."""
+    return hasattr(model.generation_config, name) or name in inspect.signature(type(model).generate).parameters
 
 
 def _drops_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -105,7 +105,7 @@ def get_named_prefix(model: PreTrainedModel, name: str) -> PrefixEncoder | nn.Mo
 
 
 def delete_named_prefix(model: PreTrainedModel, name: str) -> None:
-    """Forget a task.
+    """Forget a task. Selections that name it are refused from then on, also once another is loaded under its name.
 
     Raises:
         ValueError: there is no such task, or it is the active one.
@@ -124,22 +124,30 @@ def select_prefixes(model: PreTrainedModel, names: Sequence[RowNames]) -> Prefix
     that differ, in size or in values, are refused. The model below its head (``model.base_model``) takes
     ``prefix_names=`` whatever the heads.
 
-    Good for calls that are repeated, and for compiled ones: another list of names compiles the model anew, another
-    selection does not. Made without gradients, or of frozen prefixes alone, it holds them as they are now.
+    Made without gradients, or of frozen prefixes alone, a selection holds a bank of the prefixes that ``names`` has, as
+    they are now, padded to the longest of them: what is written to them later takes a new selection, and gradients do
+    not reach them. (Not where FSDP2 shards the model.) Given a list of names instead, every call of the model stacks
+    that bank anew, and ``generate`` once for all tokens; so a selection saves time where calls are repeated.
+
+    Compiled code should be given selections: it is compiled anew for another list of names, but not for another
+    selection, save that a bank of one task and banks of several are compiled apart.
 
     Args:
         names: for each row of the batch the name of a task, several names, seen one after another, or None.
 
     Raises:
-        ValueError: there is no such task, or the heads of the tasks differ from those of the active one.
+        ValueError: there is no such task, or the heads of the tasks differ from those of the active one. A
+            later call raises it too if one of the tasks was deleted, or the one that is active then has other heads;
+            compiled code does not look.
     """
-    return tasks_of(model).select(names, for_heads=True)
+    return tasks_of(model).select_for_reuse(names)
 
 
 def use_prefixes(model: PreTrainedModel, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
     """While it is open, calls of ``model`` in this thread see these prefixes as if they were given ``prefix_names=``.
 
     For code that calls the model and cannot be given an argument. A batch may have ``n`` rows for each entry, one
-    after another, as beams are laid out.
+    after another, as beams are laid out; ``generate``, which lays them out itself, wants one entry for each row of its
+    inputs here too.
     """
     return tasks_of(model).using(names)

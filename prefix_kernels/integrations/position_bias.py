@@ -27,12 +27,12 @@ class StackBias:
     Attributes:
         before: the bias ``[1, Hq, Sq, T]`` of the ``T`` positions before the sequence; None is zero.
         columns: which of these positions the prefixes of each row have; None: one prefix of length ``T`` has them all.
-        masks: what :meth:`mask` made, by the length of the prefix, after what it was made from.
+        masks: what :meth:`mask` made last for each length of the prefix, after what it was made from.
     """
 
     before: Tensor | None = None
     columns: BankColumns | None = None
-    masks: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
+    masks: list[tuple[int, Tensor, Tensor | None, Tensor]] = field(default_factory=list)
 
     def mask(
         self, bias: Tensor, attention_mask: Tensor | None, visible: Tensor | None, k_len: int, prefix_len: int
@@ -47,11 +47,14 @@ class StackBias:
             k_len: ``Sk``.
             prefix_len: ``P``, of this layer's prefix or bank; 0 without one.
         """
-        known = self.masks.get(prefix_len)
-        if known is None or known[0] is not bias or known[1] is not attention_mask:
-            known = (bias, attention_mask, biased_mask(bias, visible, k_len, self._prefix_bias(prefix_len)))
-            self.masks[prefix_len] = known
-        return known[2]
+        # Not a dict: looking up a length would compile the model for that length alone.
+        for length, of_bias, of_mask, made in self.masks:
+            if length == prefix_len and of_bias is bias and of_mask is attention_mask:
+                return made
+        made = biased_mask(bias, visible, k_len, self._prefix_bias(prefix_len))
+        others = [known for known in self.masks if known[0] != prefix_len]
+        self.masks = [*others, (prefix_len, bias, attention_mask, made)]
+        return made
 
     def _prefix_bias(self, prefix_len: int) -> Tensor | None:
         """What the columns of a prefix of that length get."""

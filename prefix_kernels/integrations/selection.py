@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefix_kernels import fsdp
 from prefix_kernels.integrations.layout import PrefixPair
 
 # The keyword argument of a prepared model's forward and generate.
@@ -32,6 +33,17 @@ class PrefixBank:
 
     pairs: dict[int, PrefixPair]
     lens: dict[int, Tensor]
+
+    def let_sizes_vary(self) -> None:
+        """Let code that is compiled with this bank take others, of more or longer prefixes, without compiling anew.
+
+        ``torch.compile`` makes code of its own for a size of 1 (one task, or prefixes of one token) nevertheless.
+        """
+        for pair in self.pairs.values():
+            for tensor in pair:
+                torch._dynamo.maybe_mark_dynamic(tensor, (0, 2))
+        for lens in self.lens.values():
+            torch._dynamo.maybe_mark_dynamic(lens, 0)
 
 
 def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
@@ -55,36 +67,98 @@ class PrefixSelection:
 
     Attributes:
         owner: the tasks of the model it was made for.
-        bank_names: the tasks in the bank, in its order.
+        bank_names: the tasks in the bank, in its order: those that a row names, and no others.
+        bank_tasks: what ``owner`` had under these names; each has ``was_deleted``.
+        active: the task whose heads were compared with theirs.
         ids: int64 ``[B]`` or ``[B, M]``, indices into the bank; -1 is none.
         bank_shifts: int64 ``[N]``, by how much each prefix of the bank lets positions begin later: its length, or 0.
         shifts: int64 ``[B]``, by how much the positions of each row begin later (``position_offset="peft"``).
         largest_shift: the largest of them.
         moves: whether that is more than 0.
         may_repeat: a batch may have ``n`` rows for each of these, one after another, as beams are laid out.
-        banks: the bank of each stack if it was made beforehand; otherwise each forward pass makes it, so that gradients
-            reach the prefixes.
+        checked_rows: ``generate`` has compared the number of entries with the rows of its inputs.
+        banks: the bank of each stack if the selection holds them; otherwise each forward pass makes its own from the
+            prefixes as they are then, and gradients reach them.
         was_used: whether a stack has asked for it.
     """
 
     owner: Any
     bank_names: tuple[str, ...]
+    bank_tasks: tuple[Any, ...]
+    active: Any
     ids: Tensor
     bank_shifts: Tensor
     shifts: Tensor
     largest_shift: int
     moves: bool
     may_repeat: bool = False
+    checked_rows: bool = False
     banks: dict[int, PrefixBank] | None = None
     was_used: bool = field(default=False, init=False)
 
     def bank(self, stack: nn.Module) -> PrefixBank:
-        """The bank of the attentions in ``stack``."""
-        if not torch.compiler.is_compiling():
+        """The bank of the attentions in ``stack``.
+
+        Raises:
+            ValueError: one of the tasks was deleted. Compiled code does not see it where the selection holds its banks.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.was_used = True
+        # Compiled code that looked at the names would be compiled anew for others.
+        if self.banks is None or not compiling:
+            self.refuse_deleted()
         if self.banks is not None:
             return self.banks[self.owner.stack_number(stack)]
         return self.owner.make_bank(self.bank_names, stack)
+
+    def holding(self) -> PrefixSelection:
+        """The same with its banks made, from the prefixes as they are now; no gradients reach them.
+
+        Not where FSDP2 shards the model: its parameters are there only while it runs.
+        """
+        if self.banks is not None or fsdp.units_of(self.owner.model):
+            return self
+        self.refuse_deleted()
+        torch._dynamo.maybe_mark_dynamic(self.bank_shifts, 0)
+        return replace(self, banks=self.owner.make_banks(self.bank_names))
+
+    def refuse_deleted(self) -> None:
+        """Raise where one of the tasks is no longer that of its name.
+
+        Raises:
+            ValueError: the message names it.
+        """
+        for name, task in zip(self.bank_names, self.bank_tasks, strict=True):
+            if task.was_deleted:
+                replaced = "; its name is that of another task by now" if name in self.owner.names else ""
+                raise ValueError(
+                    f"prefix_names: expected a selection of tasks that the model still has, got one with {name!r}, "
+                    f"which was deleted after the selection was made{replaced}: make a new selection by "
+                    f"select_prefixes(model, names), of tasks among {self.owner.names}"
+                )
+
+    def refuse_other_owner(self, owner: Any) -> None:
+        """Raise where it was made for another model than that of ``owner``.
+
+        Raises:
+            ValueError: it was.
+        """
+        if self.owner is not owner:
+            raise ValueError("prefix_names: expected a selection made for this model, got one made for another")
+
+    def for_rows(self, count: int) -> PrefixSelection:
+        """The same for inputs of ``generate`` of ``count`` rows, which it may expand to several of each.
+
+        Raises:
+            ValueError: there is not one entry for each row.
+        """
+        if not self.checked_rows and count != self.ids.shape[0]:
+            raise ValueError(
+                f"prefix_names: expected one entry for each of the {count} rows of generate's inputs, got "
+                f"{self.ids.shape[0]}; beams and returned sequences need no entries of their own"
+            )
+        return replace(self, may_repeat=True, checked_rows=True)
 
     def ids_of(self, batch: int) -> Tensor:
         """``ids`` for a batch of that many rows."""
@@ -114,8 +188,8 @@ class PrefixSelection:
             return rows
         if self.may_repeat and count and batch % count == 0:
             return rows.repeat_interleave(batch // count, dim=0)
-        expected = f"a multiple of {batch} rows" if self.may_repeat else f"one entry for each of the {batch} rows"
-        raise ValueError(f"prefix_names: expected {expected} of the batch, got {count}")
+        expected = "one entry for each, or for each equal group," if self.may_repeat else "one entry for each"
+        raise ValueError(f"prefix_names: expected {expected} of the {batch} rows of the batch, got {count}")
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -160,7 +234,10 @@ def _open_selection(owner: Any) -> PrefixSelection | None:
 def find_selection(kwargs: Mapping[str, Any], owner: Any) -> PrefixSelection | None:
     """What a call with ``kwargs`` is to see: what it names itself, else the selection that is open, else None."""
     named = kwargs.get(PREFIX_NAMES)
+    if isinstance(named, PrefixSelection):
+        named.refuse_other_owner(owner)
+        return named
     if named is not None:
-        return named if isinstance(named, PrefixSelection) else owner.select(named)
+        return owner.select(named)
     # Compiled code guards on this number: the graph is broken only if it has to be.
     return _open_selection(owner) if owner.open_selections else None

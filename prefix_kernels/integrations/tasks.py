@@ -7,12 +7,12 @@ its own by index. What users call is in :mod:`prefix_kernels.integrations.named_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -55,7 +55,8 @@ def tasks_of(model: nn.Module) -> PrefixTasks:
 class _Task:
     """``encoder``, ``heads`` and ``labels`` are those of an inactive task; the active one's are in the model.
 
-    No heads tell labels apart where ``labels`` is None then.
+    No heads tell labels apart where ``labels`` is None then. Selections made earlier see by ``was_deleted`` that their
+    task is gone.
     """
 
     config: PrefixTuningConfig
@@ -63,6 +64,7 @@ class _Task:
     encoder: nn.Module | None = None
     heads: dict[str, nn.Module] | None = None
     labels: Labels | None = None
+    was_deleted: bool = False
 
     @property
     def shift(self) -> int:
@@ -83,7 +85,6 @@ class PrefixTasks:
         self.open_selections = 0
         self._tasks = {FIRST_NAME: _Task(config, layout)}
         self._shifts_positions = bool(self.shift)
-        self._kept: tuple[tuple[str, ...], list[tuple[Tensor, int]], dict[int, PrefixBank]] | None = None
 
     def install(self) -> list[RemovableHandle]:
         """Let the model take ``prefix_names=``; the hooks that it needs."""
@@ -102,7 +103,7 @@ class PrefixTasks:
             del self.model.generate
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None, "open_selections": 0}
+        return self.__dict__ | {"open_selections": 0}
 
     @property
     def names(self) -> list[str]:
@@ -166,8 +167,9 @@ class PrefixTasks:
         self._tasks[name] = _Task(config, layout, encoder, fitted, labels)
 
     def remove(self, name: str) -> None:
-        del self._tasks[name]
-        self._kept = None
+        task = self._tasks.pop(name)
+        # A selection keeps the object, but need not keep the memory.
+        task.encoder, task.heads, task.was_deleted = None, None, True
 
     def activate(self, name: str) -> None:
         """Exchange the modules and labels of the active task for those of ``name``."""
@@ -203,51 +205,67 @@ class PrefixTasks:
         return next(number for number, one in enumerate(self.layout.stacks) if one is stack)
 
     def make_bank(self, names: Sequence[str], stack: nn.Module) -> PrefixBank:
-        """The bank of these tasks for ``stack``, as they are now."""
+        """The bank of these tasks for ``stack``, as they are now; of no tasks, one with an entry that no row sees."""
         device = next(self.model.prefix_encoder.parameters()).device
         prefixes = []
         for name in names:
             pairs = self._tasks[name].layout.pairs(self.encoder(name), stack)
             prefixes.append({site: (key.to(device), value.to(device)) for site, (key, value) in pairs.items()})
+        if not prefixes:
+            prefixes = [{site: (key[:, :1], value[:, :1]) for site, (key, value) in self.pairs(stack).items()}]
         return stack_prefixes(prefixes)
 
+    def make_banks(self, names: Sequence[str]) -> dict[int, PrefixBank]:
+        """The bank of these tasks for each stack, to be held: without gradients, but fit for calls that need them."""
+        with _ordinary_tensors(), torch.no_grad():
+            banks = {number: self.make_bank(names, stack) for number, stack in enumerate(self.layout.stacks)}
+        for bank in banks.values():
+            bank.let_sizes_vary()
+        return banks
+
     def select(self, names: Sequence[RowNames], *, for_heads: bool = False) -> PrefixSelection:
-        """What the rows of a batch see; with ``for_heads`` it is checked that the active heads suit all of them."""
+        """What the rows of a batch see; with ``for_heads`` it is checked that the active heads suit all of them.
+
+        It holds no banks: each call of the model makes them of the prefixes as they are then.
+        """
         rows = self._rows(names)
-        used = list(dict.fromkeys(name for row in rows for name in row))
+        used = tuple(dict.fromkeys(name for row in rows for name in row))
         if for_heads:
             self._check_heads(used)
-        frozen = [] if torch.compiler.is_compiling() else [name for name in self._tasks if self._is_frozen(name)]
-        # All that are frozen, so that other names find the same bank; or else no more than what is seen.
-        keeps = bool(frozen) and all(name in frozen for name in used)
-        bank_names = tuple(frozen if keeps else used or [self.active])
-        banks = None
-        if keeps:
-            banks = self._kept_banks(bank_names)
-        elif not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            banks = self._make_banks(bank_names)
-
-        slots = max([0, *(len(row) for row in rows)])
-        ids = [[bank_names.index(name) for name in row] + [-1] * (max(slots, 1) - len(row)) for row in rows]
+        slots = max([1, *(len(row) for row in rows)])
+        ids = [[used.index(name) for name in row] + [-1] * (slots - len(row)) for row in rows]
         shifts = [sum(self._tasks[name].shift for name in row) for row in rows]
         device = next(self.model.prefix_encoder.parameters()).device
-        return PrefixSelection(
-            self,
-            bank_names,
-            torch.tensor(ids if slots > 1 else [one for (one,) in ids], dtype=torch.int64, device=device),
-            torch.tensor([self._tasks[name].shift for name in bank_names], dtype=torch.int64, device=device),
-            torch.tensor(shifts, dtype=torch.int64, device=device),
-            max([0, *shifts]),
-            any(shifts),
-            banks=banks,
-        )
+        with _ordinary_tensors():
+            return PrefixSelection(
+                self,
+                used,
+                tuple(self._tasks[name] for name in used),
+                self._tasks[self.active],
+                torch.tensor(ids if slots > 1 else [one for (one,) in ids], dtype=torch.int64, device=device),
+                torch.tensor([self._tasks[name].shift for name in used] or [0], dtype=torch.int64, device=device),
+                torch.tensor(shifts, dtype=torch.int64, device=device),
+                max([0, *shifts]),
+                any(shifts),
+            )
+
+    def select_for_reuse(self, names: Sequence[RowNames]) -> PrefixSelection:
+        """Like :meth:`select` for a call of the model, and holding its banks where no gradients are to reach them."""
+        selection = self.select(names, for_heads=True)
+        if torch.compiler.is_compiling():
+            return selection
+        if torch.is_grad_enabled() and not all(self._is_frozen(name) for name in selection.bank_names):
+            return selection
+        return selection.holding()
 
     def selection_of(self, names: Sequence[RowNames] | PrefixSelection) -> PrefixSelection:
         """What a call of the model with ``prefix_names=names`` is to see."""
         if not isinstance(names, PrefixSelection):
             return self.select(names, for_heads=True)
-        if names.owner is not self:
-            raise ValueError("prefix_names: expected a selection made for this model, got one made for another")
+        names.refuse_other_owner(self)
+        if not torch.compiler.is_compiling() and names.active is not self._tasks[self.active]:
+            names.refuse_deleted()
+            self._check_heads(names.bank_names)
         return names
 
     def using(self, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
@@ -284,18 +302,6 @@ class PrefixTasks:
         drops = any(isinstance(m, PrefixEncoder) and m.training and m.dropout for m in encoder.modules())
         return not drops and not any(parameter.requires_grad for parameter in encoder.parameters())
 
-    def _make_banks(self, names: Sequence[str]) -> dict[int, PrefixBank]:
-        return {number: self.make_bank(names, stack) for number, stack in enumerate(self.layout.stacks)}
-
-    def _kept_banks(self, names: tuple[str, ...]) -> dict[int, PrefixBank]:
-        """The banks of frozen tasks, made again only if one of the prefixes was written to or moved."""
-        tensors = [x for name in names for x in (*self.encoder(name).parameters(), *self.encoder(name).buffers())]
-        state = [(x.detach(), _version(x)) for x in tensors]
-        if self._kept is None or self._kept[0] != names or not _same_state(self._kept[1], state):
-            with torch.no_grad():
-                self._kept = names, state, self._make_banks(names)
-        return self._kept[2]
-
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -325,12 +331,9 @@ def _has_windows(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _ordinary_tensors() -> AbstractContextManager[object]:
+    """While it is open, no inference tensors are made, which a later backward pass could not use.
 
-
-def _same_state(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
-    return len(one) == len(other) and all(
-        a.data_ptr() == b.data_ptr() and a.device == b.device and a.dtype == b.dtype and version == other_version
-        for (a, version), (b, other_version) in zip(one, other, strict=True)
-    )
+    It lets gradients be recorded, also where ``torch.no_grad()`` was open around it.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
