@@ -23,6 +23,7 @@ from prefix_kernels.checkpoint import read_prefix_metadata
 from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.offload import running_device
 from prefix_kernels.integrations.recording import recording
 from prefix_kernels.integrations.sites import DECODER, VISION, find_sites
 from prefix_kernels.integrations.tasks import tasks_of
@@ -176,7 +177,8 @@ def _noise_like(rows: Tensor, length: int, generator: torch.Generator | None) ->
 
 def _keys_and_values(model: PreTrainedModel, **inputs: Any) -> dict[int, PrefixPair]:
     """The keys and values ``[B, Hkv, T, D]`` of a forward pass without any prefix, by site."""
-    inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    device = running_device(model)
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
