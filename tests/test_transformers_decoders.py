@@ -377,3 +377,42 @@ def test_positions_of_opt_count_tokens_and_end_with_its_table() -> None:
     longer = torch.randint(FIRST_TOKEN, VOCABULARY, (1, LENGTH + 1))
     with pytest.raises(ValueError, match=f"{LENGTH + 1} tokens do not fit.*leaves {LENGTH}.*position_offset='none'"):
         model(longer)
+
+
+@paddings
+def test_logits_of_opt_at_padding_are_those_of_peft_and_of_a_cache_that_holds_the_prefix(padding: str) -> None:
+    """Padding keeps the position -1, which OPT gives to it alone, however late the sequence begins."""
+    family = named("opt")
+    base = family.model()
+    ours = prepared(family, base)
+    theirs = with_peft(family, base, ours)
+    inputs = batch(padding)
+    logits = ours(**inputs).logits
+    torch.testing.assert_close(logits, theirs(**inputs).logits, rtol=0, atol=1e-5)
+    cache = DynamicCache(config=base.config)
+    for layer in range(2):
+        key, value = (tables(ours)[0][:, 2 * layer + i].transpose(0, 1).expand(3, -1, -1, -1) for i in range(2))
+        cache.update(key, value, layer)
+    mask = torch.cat(
+        [torch.ones(3, P, dtype=torch.long), inputs.get("attention_mask", torch.ones(3, LENGTH).long())], 1
+    )
+    cached = base(input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(logits, cached, rtol=0, atol=1e-5)
+    if padding != "none":
+        # As a caller who counts like the model gives them.
+        positions = mask[:, P:].cumsum(1) * mask[:, P:] - 1
+        torch.testing.assert_close(ours(**inputs, position_ids=positions).logits, logits, rtol=0, atol=1e-5)
+
+
+@paddings
+def test_rows_of_opt_without_a_prefix_keep_their_positions_at_padding(padding: str) -> None:
+    family = named("opt")
+    base = family.model()
+    model = prepared(family, base)
+    inputs = batch(padding)
+    alone = model(**inputs).logits
+    mixed = model(**inputs, prefix_names=["default", None, "default"]).logits
+    plain = base(**inputs).logits
+    torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]], rtol=0, atol=1e-5)
+    valid = inputs.get("attention_mask", torch.ones(3, LENGTH))[1].bool()
+    torch.testing.assert_close(mixed[1][valid], plain[1][valid], rtol=0, atol=1e-5)

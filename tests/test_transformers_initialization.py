@@ -172,6 +172,123 @@ def test_noise_has_the_statistics_of_the_keys_of_the_sample() -> None:
         torch.testing.assert_close(drawn.std(0), states.std(0), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"input_ids": torch.tensor([[5]])},
+            "input_ids: expected at least two tokens that are not padding, got 1: the st",
+        ),
+        ({"inputs_embeds": torch.ones(1, 1, 32)}, "inputs_embeds: expected at least two tokens .*, got 1"),
+        (
+            {"input_ids": torch.full((2, 4), 5), "attention_mask": torch.zeros(2, 4, dtype=torch.long)},
+            "attention_mask: expected at least two tokens that are not padding, got 0",
+        ),
+        (
+            {"input_ids": torch.full((1, 4), 5), "attention_mask": torch.tensor([[0, 0, 1, 0]])},
+            "attention_mask: expected at least two tokens that are not padding, got 1",
+        ),
+    ],
+    ids=["one token", "one embedding", "all padding", "all padding but one"],
+)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_sample_without_a_standard_deviation_is_refused(family: str, inputs: dict[str, Tensor], message: str) -> None:
+    model = prepared(tiny_model("bert") if family == "bert" else tiny_decoder(family))
+    before = model.prefix_encoder.table.clone()
+    with pytest.raises(ValueError, match=message):
+        initialize_like_keys(model, **inputs)
+    assert torch.equal(model.prefix_encoder.table, before)
+    two = torch.tensor([[5, 6]])
+    initialize_like_keys(model, input_ids=two)
+    assert model.prefix_encoder.table.isfinite().all() and not torch.equal(model.prefix_encoder.table, before)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"decoder_input_ids": torch.tensor([[5]])}, "decoder_input_ids: expected at least two tokens .*, got 1"),
+        (
+            {
+                "decoder_input_ids": torch.tensor([[5, 6, 7]]),
+                "decoder_attention_mask": torch.zeros(1, 3, dtype=torch.long),
+            },
+            "decoder_attention_mask: expected at least two tokens .*, got 0",
+        ),
+    ],
+)
+def test_a_sample_of_an_encoder_decoder_is_refused_by_the_name_of_its_side(
+    decoder: dict[str, Tensor], message: str
+) -> None:
+    model = prepared(tiny_t5(), target_attentions=["encoder", "decoder", "cross"])
+    before = [table.clone() for table in model.prefix_encoder.parameters()]
+    with pytest.raises(ValueError, match=message):
+        initialize_like_keys(model, input_ids=torch.full((1, 4), 5), **decoder)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.prefix_encoder.parameters(), strict=True))
+    with pytest.raises(ValueError, match="^input_ids: expected at least two tokens"):
+        initialize_like_keys(model, input_ids=torch.tensor([[5]]), decoder_input_ids=torch.tensor([[5, 6]]))
+
+
+def test_the_padding_of_a_text_hides_nothing_of_an_image() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 99, "max_position_embeddings": 8},
+        vision_config=sizes | {"image_size": 4, "patch_size": 2},
+    )
+    model = prepared(transformers.CLIPModel(config).eval(), num_virtual_tokens=4000)
+    # As many tokens as there are patches and the class token, so that the mask would fit.
+    text, mask = torch.randint(3, 97, (1, 5)), torch.tensor([[1, 1, 0, 0, 0]])
+    tables = []
+    for attention_mask in (mask, torch.ones_like(mask)):
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+        initialize_like_keys(
+            model, generator=generator, input_ids=text, attention_mask=attention_mask, pixel_values=pixels
+        )
+        tables.append({name: one.table.clone() for name, one in model.prefix_encoder.items()})
+    assert torch.equal(tables[0]["vision"], tables[1]["vision"])
+    assert not torch.equal(tables[0]["text"], tables[1]["text"])
+    with pytest.raises(ValueError, match="^input_ids: expected at least two tokens"):
+        initialize_like_keys(model, input_ids=text[:, :1], pixel_values=pixels)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_prefix_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    base, text = tiny_decoder("llama"), torch.randint(3, 97, (9,))
+    broken, healthy = prepared(base), prepared(base)
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.v_proj.weight[0, 0] = value
+        healthy.prefix_encoder.table[-1, -1, -1, -1] = value
+    before = broken.prefix_encoder.table.clone()
+    save_prefix_model(healthy, tmp_path / "task")
+    for message, write in (
+        ("text", lambda: initialize_from_text(broken, text)),
+        ("inputs", lambda: initialize_like_keys(broken, input_ids=text[None])),
+        ("source", lambda: initialize_from_prefix(broken, healthy)),
+        ("source", lambda: initialize_from_prefix(broken, tmp_path / "task")),
+    ):
+        expected = f"^{message}: expected finite keys and values at every attention, got NaN or infinity at self 1"
+        with pytest.raises(ValueError, match=expected):
+            write()
+        assert torch.equal(broken.prefix_encoder.table, before)
+
+
+def test_what_a_half_precision_prefix_cannot_hold_is_refused() -> None:
+    base = tiny_decoder("llama")
+    model, source = prepared(base), prepared(base)
+    model.prefix_encoder.half()
+    with torch.no_grad():
+        source.prefix_encoder.table[0, 0] = 1e6
+    with pytest.raises(ValueError, match="source: expected finite keys and values .* at self 0"):
+        initialize_from_prefix(model, source)
+    assert model.prefix_encoder.table.isfinite().all()
+
+
+def test_an_empty_text_is_refused() -> None:
+    for repeat in (False, True):
+        with pytest.raises(ValueError, match="text: expected at least one token, got none"):
+            initialize_from_text(prepared(tiny_decoder("llama")), torch.empty(0, dtype=torch.long), repeat=repeat)
+
+
 def test_a_named_task_is_initialised_when_it_is_active(tmp_path: Path) -> None:
     base, text = tiny_decoder("llama"), torch.randint(3, 97, (9,))
     model = prepared(base)

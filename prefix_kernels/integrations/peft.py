@@ -256,7 +256,7 @@ class _Adapters:
             table = encoder.embedding.weight
         else:
             tokens = peft_model.prompt_tokens[name][: config.num_virtual_tokens]
-            table = encoder(tokens[None].to(peft_model.device))[0]
+            table = encoder(tokens[None].to(next(encoder.parameters()).device))[0]
         slices = table.view(table.shape[0], 2 * config.num_layers, config.num_attention_heads, -1)
         slices = slices.permute(1, 2, 0, 3).unbind(0)
         read = pairs_of_layers(

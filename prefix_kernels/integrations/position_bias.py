@@ -8,6 +8,7 @@ counts as the ``P`` positions before the sequence (``position_offset="peft"``), 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefix_kernels.integrations.caches import past_length
+from prefix_kernels.integrations.offload import loaded
 
 _TABLE = "relative_attention_bias"
 
@@ -154,6 +156,7 @@ class RelativeBias:
     """
 
     def __init__(self, stack: nn.Module) -> None:
+        self.stack = stack
         self.attention = next(module for module in stack.modules() if hasattr(module, _TABLE))
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
 
@@ -168,9 +171,14 @@ class RelativeBias:
         if num_positions == 0 or len(tokens) != 1:  # the stack says what is wrong
             return StackBias()
         past = past_length(inputs) if self.attention.is_decoder else 0
-        with torch.no_grad():
+        table = getattr(self.attention, _TABLE)
+        with torch.no_grad(), loaded(table, self.stack) if table.weight.is_meta else nullcontext():
+            # A table that its own hook loads as it is called is still meta here.
+            device = tokens[0].device if table.weight.is_meta else table.weight.device
             return StackBias(
-                self.attention.compute_bias(tokens[0].shape[1], num_positions, past_seen_tokens=past + num_positions)
+                self.attention.compute_bias(
+                    tokens[0].shape[1], num_positions, device=device, past_seen_tokens=past + num_positions
+                )
             )
 
 

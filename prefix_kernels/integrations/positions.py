@@ -90,18 +90,22 @@ class PositionShift:
             return
         past = past_length(kwargs)
         if kwargs.get("position_ids") is not None:
-            positions = kwargs["position_ids"] + shift
+            positions = self._moved(kwargs["position_ids"], shift)
         elif self.padding_aware is not None and input_ids is not None:
             pad = self.padding_aware.padding_idx
             positions = self.padding_aware.create_position_ids_from_input_ids(input_ids, pad, past + shift)
         elif self.counts_tokens:
-            positions = _count_tokens(kwargs.get("attention_mask"), past, length, device) + shift
+            positions = self._moved(_count_tokens(kwargs.get("attention_mask"), past, length, device), shift)
         else:
             first = 0 if self.padding_aware is None else self.padding_aware.padding_idx + 1
             positions = torch.arange(length, device=device).unsqueeze(0) + (past + shift + first)
         if self.num_positions is not None:
             self._check_positions(length, past, largest)
         kwargs["position_ids"] = positions
+
+    def _moved(self, positions: Tensor, shift: int | Tensor) -> Tensor:
+        """``positions``, later by ``shift``; padding that is not counted keeps its -1."""
+        return torch.where(positions < 0, positions, positions + shift) if self.counts_tokens else positions + shift
 
     def _check_positions(self, length: int, past: int | Tensor, shift: int) -> None:
         usable = self.num_positions - shift

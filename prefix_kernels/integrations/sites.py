@@ -14,6 +14,7 @@ from prefix_kernels.functional import MAX_HEAD_DIM
 
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 SELF = "self"
+VISION = "vision"  # the tower of images beside one of text
 # The module, in model types that read images beside text, that reads the text. As in PEFT it alone has a prefix: their
 # image towers hand no arguments on to their attentions, and do not see which rows the images belong to.
 LANGUAGE_MODELS = {"gemma3": "language_model"}

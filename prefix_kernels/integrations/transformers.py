@@ -44,6 +44,7 @@ from prefix_kernels.integrations.named_prefixes import (
     set_prefix,
     use_prefixes,
 )
+from prefix_kernels.integrations.offload import keep_loaded, running_device
 from prefix_kernels.integrations.rollback import unchanged_on_error
 from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.stored import checked_config, read_stored_task
@@ -84,6 +85,11 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     ``position_offset="peft"`` the outputs and the prefix gradients are those of PEFT's prefix tuning. The model gets a
     copy of its own config, so that another model built from the same config object is not affected.
 
+    Weights that `accelerate` offloads (``cpu_offload``, ``disk_offload``, a ``device_map``) stay offloaded: the prefix
+    is on the device where the attentions run, and the modules to save are loaded for good, as they are trained. Offload
+    first: a prefix that is offloaded with its model is not trained. T5's table of relative positions has to stay
+    frozen: the kernels form no gradient of a position bias, and a call that needs one raises a ValueError.
+
     Args:
         model: a model of one of the families in :mod:`prefix_kernels.integrations.families`, with any head.
         config: default ``PrefixTuningConfig()``.
@@ -94,7 +100,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     Raises:
         TypeError: ``model`` is not a Transformers model, or ``config`` no PrefixTuningConfig.
         ValueError: the model is not supported (the message says why), has a prefix already, is sharded by FSDP2
-            already, or lacks a module named in ``config.modules_to_save``.
+            already, lacks a module named in ``config.modules_to_save``, or has offloaded weights tied to those of one.
     """
     config = PrefixTuningConfig() if config is None else checked_config(config)
     if hasattr(model, _PREPARED):
@@ -105,7 +111,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     layout = PrefixLayout(find_sites(model), config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
     _check_names(model, heads)
-    encoder = layout.make_encoder(config, model.device)
+    encoder = layout.make_encoder(config, running_device(model))
     split_over_heads(model, encoder, layout)
     with unchanged_on_error(model):
         _install(model, config, layout, encoder, heads)
@@ -116,6 +122,7 @@ def _install(
     model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout, encoder: nn.Module, heads: list[str]
 ) -> None:
     """Change ``model`` as :func:`get_prefix_model` does."""
+    keep_loaded(model, heads)
     model.prefix_encoder = encoder.train(model.training)
     model.prefix_tuning_config = config
 
