@@ -1,4 +1,4 @@
-"""Runs PyTorch's own tests of ``nn.MultiheadAttention`` on the drop-in, and compares the failures with those documented.
+"""Runs PyTorch's own tests of ``nn.MultiheadAttention`` on the drop-in; compares the failures with those documented.
 
     python tests/pytorch_multihead_attention.py PYTORCH/test
 
