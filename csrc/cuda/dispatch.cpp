@@ -4,8 +4,8 @@
 
 #include "padding.h"
 #include "simt/simt.h"
-#include "sm80/backward.h"
-#include "sm80/forward.h"
+#include "sm80/backward/launch.h"
+#include "sm80/forward/launch.h"
 
 namespace prefix_kernels::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/platform.cuh"
 #include "context.h"
-#include "platform.cuh"
 
 #if !defined(__CUDACC__)
 #include "emulator_launch.h"

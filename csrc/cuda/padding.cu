@@ -1,6 +1,6 @@
+#include "common/mask.cuh"
+#include "common/padding.cuh"
 #include "launch.h"
-#include "mask.cuh"
-#include "padding.cuh"
 #include "padding.h"
 
 namespace prefix_kernels::cuda {

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "../../attention_params.h"
-#include "../numeric.cuh"
-#include "../platform.cuh"
+#include "../common/numeric.cuh"
+#include "../common/platform.cuh"
 
 namespace prefix_kernels::cuda::simt {
 

@@ -1,4 +1,4 @@
-#include "../forward.cuh"
+#include "../forward/kernel.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
