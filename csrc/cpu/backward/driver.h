@@ -29,6 +29,38 @@ struct BackwardJob {
   int64_t query_blocks() const { return plan.parts > 1 && plan.needs.dquery ? plan.query_blocks() : 0; }
 };
 
+// Runs a task over one of the ranges that its query blocks fall into.
+template <class T>
+inline void run_pass(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task) {
+  const KeyRange range = w.plan.blocks(task.split, w.pass);
+  w.blocks = range.end - range.begin;
+  for (int64_t i = 0; i < w.blocks; ++i) {
+    BackwardState<T>& state = w.states[i];
+    new (&state.block) QueryBlock(w.p, w.plan.partition, task.batch, task.kv_head, range.begin + i);
+    state.ready = false;
+    if (w.plan.needs.dquery && w.plan.parts > 1)
+      state.dquery = w.plan.part_dquery(
+          task.part, (task.batch * w.p.kv_heads + task.kv_head) * w.plan.partition.count + range.begin + i);
+    if (w.plan.needs.dquery) fill_zero(state.dquery, kBlockQ * w.plan.padded_depth);
+  }
+  int64_t prefix_start = 0;
+  for (int64_t s = 0; s < num_segments(w.p); ++s) {
+    const Segment segment = make_segment(w.p, task.batch, task.kv_head, s, prefix_start);
+    if (segment.is_prefix()) prefix_start += segment.length;
+    if (!w.plan.needs.visits(segment)) continue;
+    backward_segment(w, chunk, task, segment, w.plan.part_rows(segment.length, task.part));
+  }
+  if (w.plan.needs.dquery && w.plan.parts == 1) finish_blocks(w);
+}
+
+// `next`: the task that this thread runs after this one, or null.
+template <class T>
+inline void run_task(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const BackwardTask* next) {
+  w.task = &task;
+  w.next = next;
+  for (w.pass = 0; w.pass < w.plan.passes; ++w.pass) run_pass(w, chunk, task);
+}
+
 // The partial tiles that a chunk sums into.
 template <class T>
 void clear_prefix_tiles(const BackwardPlan<T>& plan, int64_t chunk) {
@@ -42,18 +74,24 @@ void clear_prefix_tiles(const BackwardPlan<T>& plan, int64_t chunk) {
   }
 }
 
+// Scratch memory of the calling thread, kept between calls.
+inline Workspace& backward_workspace() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
 template <class T>
-void run_chunks(void* argument, int) {
+void run_backward_tasks(void* argument, int) {
   auto& job = *static_cast<BackwardJob<T>*>(argument);
   const BackwardPlan<T>& plan = job.plan;
-  static thread_local Workspace workspace;
-  BackwardTask<T> runner(plan, workspace);
+  Workspace& workspace = backward_workspace();
+  BackwardWorker<T> worker(plan, workspace);
   for (int64_t chunk; (chunk = job.next_chunk.fetch_add(1, std::memory_order_relaxed)) < plan.chunks;) {
     if (plan.needs.prefix()) clear_prefix_tiles(plan, chunk);
     const int64_t end = plan.chunk_begin(chunk + 1);
     for (int64_t i = plan.chunk_begin(chunk); i < end; ++i) {
-      const Task next = plan.task(i + 1);
-      runner.run(chunk, plan.task(i), i + 1 < end ? &next : nullptr);
+      const BackwardTask next = plan.task(i + 1);
+      run_task(worker, chunk, plan.task(i), i + 1 < end ? &next : nullptr);
     }
   }
   end_streams();
@@ -123,7 +161,7 @@ void sum_queries(const BackwardPlan<T>& plan, int64_t index, T factor) {
 }
 
 template <class T>
-void run_sums(void* argument, int) {
+void run_backward_sums(void* argument, int) {
   auto& job = *static_cast<BackwardJob<T>*>(argument);
   const BackwardPlan<T>& plan = job.plan;
   const AttentionParams& p = plan.params.forward;
@@ -146,9 +184,9 @@ void run_sums(void* argument, int) {
 template <class T>
 void attention_backward(const BackwardParams& params, int threads, RunWorkers run) {
   BackwardJob<T> job(params, threads);
-  if (job.plan.chunks > 0) run(workers(threads, job.plan.chunks), run_chunks<T>, &job);
+  if (job.plan.chunks > 0) run(workers(threads, job.plan.chunks), run_backward_tasks<T>, &job);
   const int64_t sums = job.prefix_tiles() + job.sequence_tiles() + job.query_blocks();
-  if (sums > 0) run(workers(threads, sums), run_sums<T>, &job);
+  if (sums > 0) run(workers(threads, sums), run_backward_sums<T>, &job);
 }
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

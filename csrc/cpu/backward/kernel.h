@@ -19,7 +19,7 @@
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
 template <class T>
-struct BlockState {
+struct BackwardState {
   QueryBlock block;
   bool ready;
   Rows<T> query, dout;
@@ -31,7 +31,7 @@ struct BlockState {
 
 // A tile of keys and values as the products read them.
 template <class T>
-struct KeyTile {
+struct BackwardTile {
   Segment segment;
   int64_t first;
   int count;
@@ -40,246 +40,247 @@ struct KeyTile {
   T *dkey, *dvalue;                  // [count][padded_depth]; null where not needed
 };
 
+// Scratch memory for one step, and for the sums of dK' and dV' that do not go into a partial tile.
 template <class T>
-class BackwardTask {
- public:
-  BackwardTask(const BackwardPlan<T>& plan, Workspace& workspace) : plan_(plan), p_(plan.params.forward) {
+struct BackwardScratch {
+  T *probabilities, *ds, *bias, *capped;  // [kBlockQ][kKeyStride]
+  T *key_lanes, *value_lanes;             // [head_dim][kKeyStride]
+  T* key;                                 // [kBlockK][padded_depth]
+  T *dkey, *dvalue;                       // [kBlockK or the sequence's rows][padded_depth]
+  uint16_t* bits;                         // [kBlockQ][kKeyStride]
+};
+
+// One thread's tasks: the plan, the blocks of the pass at hand and the memory that they are computed in.
+template <class T>
+struct BackwardWorker {
+  const BackwardPlan<T>& plan;
+  const AttentionParams& p;
+  Prefetcher prefetcher;
+  BackwardState<T>* states;  // [blocks]
+  int64_t pass = 0;
+  int64_t blocks = 0;
+  const BackwardTask* task = nullptr;
+  const BackwardTask* next = nullptr;  // the task that this thread runs after `task`, or null
+  BackwardScratch<T> scratch;
+
+  BackwardWorker(const BackwardPlan<T>& plan, Workspace& workspace) : plan(plan), p(plan.params.forward) {
     const int64_t blocks = plan.max_blocks(), padded = plan.padded_depth;
-    const size_t rows = kBlockQ * padded, tile = kBlockQ * kKeyStride, lanes = p_.head_dim * kKeyStride;
+    const size_t rows = kBlockQ * padded, tile = kBlockQ * kKeyStride, lanes = p.head_dim * kKeyStride;
     // The sums of one tile, or of the whole sequence where they wait for another pass.
     const bool waits = plan.passes > 1 && plan.splits == 1 && (plan.needs.dkey || plan.needs.dvalue);
-    const size_t sums = (waits ? ceil_div(p_.k_len, kBlockK) : 1) * kBlockK * padded;
-    workspace.reserve(Workspace::bytes_for<BlockState<T>>(blocks) + blocks * 3 * Workspace::bytes_for<T>(rows) +
+    const size_t sums = (waits ? ceil_div(p.k_len, kBlockK) : 1) * kBlockK * padded;
+    workspace.reserve(Workspace::bytes_for<BackwardState<T>>(blocks) + blocks * 3 * Workspace::bytes_for<T>(rows) +
                       4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(lanes) +
                       Workspace::bytes_for<T>(kBlockK * padded) + 2 * Workspace::bytes_for<T>(sums) +
                       Workspace::bytes_for<uint16_t>(tile));
-    states_ = workspace.take<BlockState<T>>(blocks);
+    states = workspace.take<BackwardState<T>>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
-      states_[i].query_scratch = workspace.take<T>(rows);
-      states_[i].dout_scratch = workspace.take<T>(rows);
-      states_[i].dquery = plan.needs.dquery ? workspace.take<T>(rows) : nullptr;
+      states[i].query_scratch = workspace.take<T>(rows);
+      states[i].dout_scratch = workspace.take<T>(rows);
+      states[i].dquery = plan.needs.dquery ? workspace.take<T>(rows) : nullptr;
     }
-    probabilities_ = workspace.take<T>(tile);
-    ds_ = workspace.take<T>(tile);
-    bias_ = workspace.take<T>(tile);
-    capped_ = workspace.take<T>(tile);
-    key_lanes_ = workspace.take<T>(lanes);
-    value_lanes_ = workspace.take<T>(lanes);
-    key_ = workspace.take<T>(kBlockK * padded);
-    dkey_ = workspace.take<T>(sums);
-    dvalue_ = workspace.take<T>(sums);
-    bits_ = workspace.take<uint16_t>(tile);
+    scratch.probabilities = workspace.take<T>(tile);
+    scratch.ds = workspace.take<T>(tile);
+    scratch.bias = workspace.take<T>(tile);
+    scratch.capped = workspace.take<T>(tile);
+    scratch.key_lanes = workspace.take<T>(lanes);
+    scratch.value_lanes = workspace.take<T>(lanes);
+    scratch.key = workspace.take<T>(kBlockK * padded);
+    scratch.dkey = workspace.take<T>(sums);
+    scratch.dvalue = workspace.take<T>(sums);
+    scratch.bits = workspace.take<uint16_t>(tile);
   }
-
-  // `next`: the task that this thread runs after this one, or null.
-  void run(int64_t chunk, const Task& task, const Task* next) {
-    task_ = &task;
-    next_ = next;
-    for (pass_ = 0; pass_ < plan_.passes; ++pass_) run_pass(chunk, task);
-  }
-
- private:
-  void run_pass(int64_t chunk, const Task& task) {
-    const KeyRange range = plan_.blocks(task.split, pass_);
-    blocks_ = range.end - range.begin;
-    for (int64_t i = 0; i < blocks_; ++i) {
-      BlockState<T>& state = states_[i];
-      new (&state.block) QueryBlock(p_, plan_.partition, task.batch, task.kv_head, range.begin + i);
-      state.ready = false;
-      if (plan_.needs.dquery && plan_.parts > 1)
-        state.dquery = plan_.part_dquery(
-            task.part, (task.batch * p_.kv_heads + task.kv_head) * plan_.partition.count + range.begin + i);
-      if (plan_.needs.dquery) fill_zero(state.dquery, kBlockQ * plan_.padded_depth);
-    }
-    int64_t prefix_start = 0;
-    for (int64_t s = 0; s < num_segments(p_); ++s) {
-      const Segment segment = make_segment(p_, task.batch, task.kv_head, s, prefix_start);
-      if (segment.is_prefix()) prefix_start += segment.length;
-      if (!plan_.needs.visits(segment)) continue;
-      const KeyRange rows = plan_.part_rows(segment.length, task.part);
-      for (int64_t first = rows.begin; first < rows.end; first += kBlockK) {
-        const int64_t left = rows.end - first;
-        run_tile(chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
-      }
-    }
-    if (plan_.needs.dquery && plan_.parts == 1) write_dquery();
-  }
-
-  void prefetch_block(const QueryBlock& block) {
-    prefetcher_.add_queries(p_.query, block);
-    prefetcher_.add_queries(plan_.params.dout, block);
-    if (plan_.needs.any_ds()) prefetcher_.add_queries(p_.out, block);
-  }
-
-  void prefetch_tile(const Segment& segment, int64_t first) {
-    const int64_t left = segment.length - first, rows = left < kBlockK ? left : kBlockK;
-    prefetcher_.add_rows(segment.key, first, rows, p_.head_dim);
-    if (plan_.needs.ds(segment)) prefetcher_.add_rows(segment.value, first, rows, p_.head_dim);
-  }
-
-  // What the next pass, or the next task, begins with.
-  void prefetch_following() {
-    const bool same_task = pass_ + 1 < plan_.passes;
-    const Task* task = same_task ? task_ : next_;
-    if (task == nullptr) return;
-    const int64_t block = plan_.blocks(task->split, same_task ? pass_ + 1 : 0).begin;
-    prefetch_block(QueryBlock(p_, plan_.partition, task->batch, task->kv_head, block));
-    if (plan_.needs.visits_sequence())
-      prefetch_tile(make_segment(p_, task->batch, task->kv_head, p_.prefix_slots, 0),
-                    plan_.part_rows(p_.k_len, task->part).begin);
-  }
-
-  // Asks for what follows the step of block i with a tile: the next block that was not met yet, and in the last step of
-  // a tile the next tile; after the last tile, what follows.
-  void plan_prefetch(int64_t i, const KeyTile<T>& tile) {
-    const Segment& segment = tile.segment;
-    prefetcher_.clear();
-    const bool last_block = i + 1 == blocks_;
-    if (!last_block) {
-      if (!states_[i + 1].ready) prefetch_block(states_[i + 1].block);
-    } else if (tile.first + kBlockK < plan_.part_rows(segment.length, task_->part).end) {
-      prefetch_tile(segment, tile.first + kBlockK);
-    } else if (segment.is_prefix() != plan_.needs.visits_sequence()) {
-      prefetch_following();
-    }
-    const Needs& needs = plan_.needs;
-    prefetcher_.spread(gemm_blocks<T>(kBlockQ, tile.count) * (1 + needs.ds(segment)) +
-                       gemm_blocks<T>(tile.count, plan_.padded_depth) * (needs.key(segment) + needs.value(segment)) +
-                       gemm_blocks<T>(kBlockQ, plan_.padded_depth) * needs.dquery);
-  }
-
-  // When the first tile meets a block.
-  void prepare(BlockState<T>& state) {
-    state.ready = true;
-    const QueryBlock& block = state.block;
-    const Needs& needs = plan_.needs;
-    state.query = query_rows<T>(p_.query, block, plan_.padded_depth, state.query_scratch);
-    state.dout = query_rows<T>(plan_.params.dout, block, plan_.padded_depth, state.dout_scratch);
-    if (needs.any_ds()) row_dot<T>(plan_.params.dout, p_.out, block, state.delta);
-    const T* lse = static_cast<const T*>(p_.lse);
-    const T* dlse = static_cast<const T*>(plan_.params.dlse);
-    for (int l = 0; l < block.count; ++l) {
-      const int64_t row = (block.batch * p_.q_heads + block.head(l)) * p_.q_len + block.query(l);
-      state.lse[l] = lse[row] != -std::numeric_limits<T>::infinity() ? lse[row] : std::numeric_limits<T>::infinity();
-      if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
-    }
-  }
-
-  // Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or scratch.
-  T* sums(const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk, const Task& task,
-          const Segment& segment, int64_t first, int count) {
-    const int64_t depth = plan_.padded_depth;
-    if (segment.is_prefix())
-      return prefix.data() + plan_.prefix_tile(chunk, task.kv_head, segment.prefix) * plan_.prefix_tile_size() +
-             (first - plan_.part_rows(segment.length, task.part).begin) * depth;
-    T* target = scratch;
-    if (plan_.splits > 1) target = sequence.data() + plan_.sequence_offset(task);
-    if (plan_.splits > 1 || plan_.passes > 1) target += first * depth;
-    if (pass_ == 0) fill_zero(target, count * depth);
-    return target;
-  }
-
-  // Rows [first, first + count) of a segment against every block of the task that may see them.
-  void run_tile(int64_t chunk, const Task& task, const Segment& segment, int64_t first, int count) {
-    const Needs& needs = plan_.needs;
-    KeyTile<T> tile{segment, first, count, key_lanes_, value_lanes_, {}, nullptr, nullptr};
-    if (needs.key(segment)) tile.dkey = sums(plan_.dprefix_key, plan_.dkey, dkey_, chunk, task, segment, first, count);
-    if (needs.value(segment))
-      tile.dvalue = sums(plan_.dprefix_value, plan_.dvalue, dvalue_, chunk, task, segment, first, count);
-
-    pack_rows<T>(segment.key, first, count, p_.head_dim, query_factor<T>(p_), key_lanes_, kKeyStride);
-    if (needs.ds(segment)) {
-      const T rescale = static_cast<T>(dropout_rescale(p_.dropout_threshold));
-      pack_rows<T>(segment.value, first, count, p_.head_dim, rescale, value_lanes_, kKeyStride);
-    }
-    if (needs.dquery) tile.key = segment_rows<T>(segment.key, first, count, p_.head_dim, plan_.padded_depth, key_);
-    for (int64_t i = 0; i < blocks_; ++i) {
-      if (!intersects(states_[i].block.hull(segment), first, first + count)) continue;
-      plan_prefetch(i, tile);
-      step(states_[i], tile);
-    }
-
-    if (segment.is_prefix() || plan_.splits > 1 || pass_ + 1 < plan_.passes) return;
-    if (needs.dkey) write_rows(plan_.params.gradients[kDKey], task, first, count, static_cast<T>(p_.scale), tile.dkey);
-    if (needs.dvalue)
-      write_rows(plan_.params.gradients[kDValue], task, first, count,
-                 static_cast<T>(dropout_rescale(p_.dropout_threshold)), tile.dvalue);
-  }
-
-  // One tile against one block.
-  void step(BlockState<T>& state, const KeyTile<T>& tile) {
-    constexpr int kN = kLanes<T>;
-    const QueryBlock& block = state.block;
-    const Segment& segment = tile.segment;
-    const bool ds = plan_.needs.ds(segment);
-    const int64_t depth = p_.head_dim, padded = plan_.padded_depth;
-
-    const KeyBias<T> bias(block, segment, tile.first, tile.count, bias_);
-    if (bias.shown.begin >= bias.shown.end) return;
-    const KeyPlan<T> plan(block, segment, tile.first, tile.count, bias.shown);
-    if (!state.ready) prepare(state);
-
-    const uint32_t threshold = p_.dropout_threshold;
-    if (threshold > 0) dropout_bits_of_rows(block, segment, tile.first, tile.count, bits_, kKeyStride);
-    const T cap = static_cast<T>(p_.softcap);
-    Probabilities<T> probabilities{plan, bias, probabilities_, cap, capped_, state.lse, bits_, ds ? 0 : threshold};
-    ScoreGradients<T> gradients{probabilities_, ds_, state.delta, cap > 0 ? capped_ : nullptr, bits_, threshold};
-    for (int g = 0; g < plan.num_groups; ++g) {
-      const auto& group = probabilities.group = gradients.group = plan.groups[g];
-      const int rows = group.row_end - group.row_begin, key = group.vector_begin * kN;
-      const int lanes = (group.vector_end - group.vector_begin) * kN;
-      const int keys = lanes < tile.count - key ? lanes : tile.count - key;
-      const T* const query = state.query.data + group.row_begin * state.query.stride;
-      const T* const dout = state.dout.data + group.row_begin * state.dout.stride;
-      const int64_t at = group.row_begin * kKeyStride + key;
-
-      gemm<ALayout::kRowMajor, T>(rows, lanes, depth, query, state.query.stride, tile.key_lanes + key, kKeyStride,
-                                  prefetcher_, probabilities);
-      if (ds)
-        gemm<ALayout::kRowMajor, T>(rows, lanes, depth, dout, state.dout.stride, tile.value_lanes + key, kKeyStride,
-                                    prefetcher_, gradients);
-      if (tile.dvalue != nullptr)
-        gemm<ALayout::kTransposed, T>(keys, padded, rows, probabilities_ + at, kKeyStride, dout, state.dout.stride,
-                                      prefetcher_, AddTo<T>{tile.dvalue + key * padded, padded});
-      if (tile.dkey != nullptr)
-        gemm<ALayout::kTransposed, T>(keys, padded, rows, ds_ + at, kKeyStride, query, state.query.stride, prefetcher_,
-                                      AddTo<T>{tile.dkey + key * padded, padded});
-      if (plan_.needs.dquery)
-        gemm<ALayout::kRowMajor, T>(rows, padded, keys, ds_ + at, kKeyStride, tile.key.data + key * tile.key.stride,
-                                    tile.key.stride, prefetcher_,
-                                    AddTo<T>{state.dquery + group.row_begin * padded, padded});
-    }
-  }
-
-  void write_dquery() {
-    const Operand& gradient = plan_.params.gradients[kDQuery];
-    const bool past_caches = streams<T>(gradient, p_.batch * p_.q_heads * p_.q_len, p_.head_dim);
-    for (int64_t i = 0; i < blocks_; ++i)
-      for (int l = 0; l < states_[i].block.count; ++l)
-        write_gradient_row<T>(gradient, lane_offset(gradient, states_[i].block, l), p_.head_dim,
-                              static_cast<T>(p_.scale), states_[i].dquery + l * plan_.padded_depth, past_caches);
-  }
-
-  void write_rows(const Operand& gradient, const Task& task, int64_t first, int count, T factor, const T* sums) {
-    const Operand head = head_of(gradient, task.batch, task.kv_head);
-    const bool past_caches = streams<T>(gradient, p_.batch * p_.kv_heads * p_.k_len, p_.head_dim);
-    for (int r = 0; r < count; ++r)
-      write_gradient_row<T>(head, (first + r) * head.row_stride, p_.head_dim, factor, sums + r * plan_.padded_depth,
-                            past_caches);
-  }
-
-  const BackwardPlan<T>& plan_;
-  const AttentionParams& p_;
-  Prefetcher prefetcher_;
-  BlockState<T>* states_;
-  int64_t pass_ = 0;
-  int64_t blocks_ = 0;
-  const Task* task_ = nullptr;
-  const Task* next_ = nullptr;
-  T *probabilities_, *ds_, *bias_, *capped_;  // [kBlockQ][kKeyStride]
-  T *key_lanes_, *value_lanes_;               // [head_dim][kKeyStride]
-  T *key_, *dkey_, *dvalue_;
-  uint16_t* bits_;  // [kBlockQ][kKeyStride]
 };
+
+template <class T>
+inline void prefetch_block(BackwardWorker<T>& w, const QueryBlock& block) {
+  w.prefetcher.add_queries(w.p.query, block);
+  w.prefetcher.add_queries(w.plan.params.dout, block);
+  if (w.plan.needs.any_ds()) w.prefetcher.add_queries(w.p.out, block);
+}
+
+template <class T>
+inline void prefetch_tile(BackwardWorker<T>& w, const Segment& segment, int64_t first) {
+  const int64_t left = segment.length - first, rows = left < kBlockK ? left : kBlockK;
+  w.prefetcher.add_rows(segment.key, first, rows, w.p.head_dim);
+  if (w.plan.needs.ds(segment)) w.prefetcher.add_rows(segment.value, first, rows, w.p.head_dim);
+}
+
+// What the next pass, or the next task, begins with.
+template <class T>
+inline void prefetch_following(BackwardWorker<T>& w) {
+  const bool same_task = w.pass + 1 < w.plan.passes;
+  const BackwardTask* task = same_task ? w.task : w.next;
+  if (task == nullptr) return;
+  const int64_t block = w.plan.blocks(task->split, same_task ? w.pass + 1 : 0).begin;
+  prefetch_block(w, QueryBlock(w.p, w.plan.partition, task->batch, task->kv_head, block));
+  if (w.plan.needs.visits_sequence())
+    prefetch_tile(w, make_segment(w.p, task->batch, task->kv_head, w.p.prefix_slots, 0),
+                  w.plan.part_rows(w.p.k_len, task->part).begin);
+}
+
+// Asks for what follows the step of block i with a tile: the next block that was not met yet, and in the last step of
+// a tile the next tile; after the last tile, what follows.
+template <class T>
+inline void prefetch_after_step(BackwardWorker<T>& w, int64_t i, const BackwardTile<T>& tile) {
+  const Segment& segment = tile.segment;
+  w.prefetcher.clear();
+  const bool last_block = i + 1 == w.blocks;
+  if (!last_block) {
+    if (!w.states[i + 1].ready) prefetch_block(w, w.states[i + 1].block);
+  } else if (tile.first + kBlockK < w.plan.part_rows(segment.length, w.task->part).end) {
+    prefetch_tile(w, segment, tile.first + kBlockK);
+  } else if (segment.is_prefix() != w.plan.needs.visits_sequence()) {
+    prefetch_following(w);
+  }
+  const Needs& needs = w.plan.needs;
+  w.prefetcher.spread(gemm_blocks<T>(kBlockQ, tile.count) * (1 + needs.ds(segment)) +
+                      gemm_blocks<T>(tile.count, w.plan.padded_depth) * (needs.key(segment) + needs.value(segment)) +
+                      gemm_blocks<T>(kBlockQ, w.plan.padded_depth) * needs.dquery);
+}
+
+// When the first tile meets a block.
+template <class T>
+inline void begin_block(BackwardWorker<T>& w, BackwardState<T>& state) {
+  state.ready = true;
+  const QueryBlock& block = state.block;
+  const Needs& needs = w.plan.needs;
+  state.query = query_rows<T>(w.p.query, block, w.plan.padded_depth, state.query_scratch);
+  state.dout = query_rows<T>(w.plan.params.dout, block, w.plan.padded_depth, state.dout_scratch);
+  if (needs.any_ds()) row_dot<T>(w.plan.params.dout, w.p.out, block, state.delta);
+  const T* lse = static_cast<const T*>(w.p.lse);
+  const T* dlse = static_cast<const T*>(w.plan.params.dlse);
+  for (int l = 0; l < block.count; ++l) {
+    const int64_t row = (block.batch * w.p.q_heads + block.head(l)) * w.p.q_len + block.query(l);
+    state.lse[l] = lse[row] != -std::numeric_limits<T>::infinity() ? lse[row] : std::numeric_limits<T>::infinity();
+    if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
+  }
+}
+
+// One tile against one block.
+template <class T>
+inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const BackwardTile<T>& tile) {
+  constexpr int kN = kLanes<T>;
+  const QueryBlock& block = state.block;
+  const Segment& segment = tile.segment;
+  const bool ds = w.plan.needs.ds(segment);
+  const int64_t depth = w.p.head_dim, padded = w.plan.padded_depth;
+
+  const BackwardTileBias<T> bias(block, segment, tile.first, tile.count, w.scratch.bias);
+  if (bias.shown.begin >= bias.shown.end) return;
+  const BackwardTilePlan<T> plan(block, segment, tile.first, tile.count, bias.shown);
+  if (!state.ready) begin_block(w, state);
+
+  const uint32_t threshold = w.p.dropout_threshold;
+  if (threshold > 0) dropout_bits_of_key_lanes(block, segment, tile.first, tile.count, w.scratch.bits, kKeyStride);
+  const T cap = static_cast<T>(w.p.softcap);
+  Probabilities<T> probabilities{plan,      bias,           w.scratch.probabilities, cap, w.scratch.capped,
+                                 state.lse, w.scratch.bits, ds ? 0 : threshold};
+  ScoreGradients<T> gradients{w.scratch.probabilities, w.scratch.ds, state.delta, cap > 0 ? w.scratch.capped : nullptr,
+                              w.scratch.bits,          threshold};
+  for (int g = 0; g < plan.num_groups; ++g) {
+    const auto& group = probabilities.group = gradients.group = plan.groups[g];
+    const int rows = group.row_end - group.row_begin, key = group.vector_begin * kN;
+    const int lanes = (group.vector_end - group.vector_begin) * kN;
+    const int keys = lanes < tile.count - key ? lanes : tile.count - key;
+    const T* const query = state.query.data + group.row_begin * state.query.stride;
+    const T* const dout = state.dout.data + group.row_begin * state.dout.stride;
+    const int64_t at = group.row_begin * kKeyStride + key;
+
+    gemm<ALayout::kRowMajor, T>(rows, lanes, depth, query, state.query.stride, tile.key_lanes + key, kKeyStride,
+                                w.prefetcher, probabilities);
+    if (ds)
+      gemm<ALayout::kRowMajor, T>(rows, lanes, depth, dout, state.dout.stride, tile.value_lanes + key, kKeyStride,
+                                  w.prefetcher, gradients);
+    if (tile.dvalue != nullptr)
+      gemm<ALayout::kTransposed, T>(keys, padded, rows, w.scratch.probabilities + at, kKeyStride, dout,
+                                    state.dout.stride, w.prefetcher, AddTo<T>{tile.dvalue + key * padded, padded});
+    if (tile.dkey != nullptr)
+      gemm<ALayout::kTransposed, T>(keys, padded, rows, w.scratch.ds + at, kKeyStride, query, state.query.stride,
+                                    w.prefetcher, AddTo<T>{tile.dkey + key * padded, padded});
+    if (w.plan.needs.dquery)
+      gemm<ALayout::kRowMajor, T>(rows, padded, keys, w.scratch.ds + at, kKeyStride,
+                                  tile.key.data + key * tile.key.stride, tile.key.stride, w.prefetcher,
+                                  AddTo<T>{state.dquery + group.row_begin * padded, padded});
+  }
+}
+
+// Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or scratch.
+template <class T>
+inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk,
+                    const BackwardTask& task, const Segment& segment, int64_t first, int count) {
+  const int64_t depth = w.plan.padded_depth;
+  if (segment.is_prefix())
+    return prefix.data() + w.plan.prefix_tile(chunk, task.kv_head, segment.prefix) * w.plan.prefix_tile_size() +
+           (first - w.plan.part_rows(segment.length, task.part).begin) * depth;
+  T* target = scratch;
+  if (w.plan.splits > 1) target = sequence.data() + w.plan.sequence_offset(task);
+  if (w.plan.splits > 1 || w.plan.passes > 1) target += first * depth;
+  if (w.pass == 0) fill_zero(target, count * depth);
+  return target;
+}
+
+template <class T>
+inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, const BackwardTask& task, int64_t first,
+                       int count, T factor, const T* sums) {
+  const Operand head = head_of(gradient, task.batch, task.kv_head);
+  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.kv_heads * w.p.k_len, w.p.head_dim);
+  for (int r = 0; r < count; ++r)
+    write_gradient_row<T>(head, (first + r) * head.row_stride, w.p.head_dim, factor, sums + r * w.plan.padded_depth,
+                          past_caches);
+}
+
+// Rows [first, first + count) of a segment against every block of the task that may see them.
+template <class T>
+inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const Segment& segment,
+                          int64_t first, int count) {
+  const Needs& needs = w.plan.needs;
+  BackwardTile<T> tile{segment, first, count, w.scratch.key_lanes, w.scratch.value_lanes, {}, nullptr, nullptr};
+  if (needs.key(segment))
+    tile.dkey = tile_sums(w, w.plan.dprefix_key, w.plan.dkey, w.scratch.dkey, chunk, task, segment, first, count);
+  if (needs.value(segment))
+    tile.dvalue =
+        tile_sums(w, w.plan.dprefix_value, w.plan.dvalue, w.scratch.dvalue, chunk, task, segment, first, count);
+
+  pack_rows<T>(segment.key, first, count, w.p.head_dim, query_factor<T>(w.p), w.scratch.key_lanes, kKeyStride);
+  if (needs.ds(segment)) {
+    const T rescale = static_cast<T>(dropout_rescale(w.p.dropout_threshold));
+    pack_rows<T>(segment.value, first, count, w.p.head_dim, rescale, w.scratch.value_lanes, kKeyStride);
+  }
+  if (needs.dquery)
+    tile.key = segment_rows<T>(segment.key, first, count, w.p.head_dim, w.plan.padded_depth, w.scratch.key);
+  for (int64_t i = 0; i < w.blocks; ++i) {
+    if (!intersects(w.states[i].block.hull(segment), first, first + count)) continue;
+    prefetch_after_step(w, i, tile);
+    backward_step(w, w.states[i], tile);
+  }
+
+  if (segment.is_prefix() || w.plan.splits > 1 || w.pass + 1 < w.plan.passes) return;
+  if (needs.dkey)
+    write_rows(w, w.plan.params.gradients[kDKey], task, first, count, static_cast<T>(w.p.scale), tile.dkey);
+  if (needs.dvalue)
+    write_rows(w, w.plan.params.gradients[kDValue], task, first, count,
+               static_cast<T>(dropout_rescale(w.p.dropout_threshold)), tile.dvalue);
+}
+
+template <class T>
+inline void finish_blocks(BackwardWorker<T>& w) {
+  const Operand& gradient = w.plan.params.gradients[kDQuery];
+  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.q_heads * w.p.q_len, w.p.head_dim);
+  for (int64_t i = 0; i < w.blocks; ++i)
+    for (int l = 0; l < w.states[i].block.count; ++l)
+      write_gradient_row<T>(gradient, lane_offset(gradient, w.states[i].block, l), w.p.head_dim,
+                            static_cast<T>(w.p.scale), w.states[i].dquery + l * w.plan.padded_depth, past_caches);
+}
+
+// The tiles of the rows `range` of one segment against the blocks of a task.
+template <class T>
+inline void backward_segment(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const Segment& segment,
+                             KeyRange range) {
+  for (int64_t first = range.begin; first < range.end; first += kBlockK) {
+    const int64_t left = range.end - first;
+    backward_tile(w, chunk, task, segment, first, static_cast<int>(left < kBlockK ? left : kBlockK));
+  }
+}
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -35,7 +35,7 @@ struct Needs {
   bool any_value() const { return dvalue || dprefix_value; }
 };
 
-struct Task {
+struct BackwardTask {
   int64_t kv_head, batch, split, part;
 };
 
@@ -98,7 +98,7 @@ struct BackwardPlan {
     if (parts > 1 && needs.dquery) dquery.allocate(parts * query_blocks() * kBlockQ * padded_depth);
   }
 
-  Task task(int64_t index) const {
+  BackwardTask task(int64_t index) const {
     const int64_t batch = params.forward.batch, of_part = index % (tasks / parts);
     return {of_part / splits / batch, of_part / splits % batch, of_part % splits, index / (tasks / parts)};
   }
@@ -124,7 +124,7 @@ struct BackwardPlan {
   int32_t prefix_tile(int64_t chunk, int64_t kv_head, int64_t prefix) const {
     return tile_of[(chunk * params.forward.kv_heads + kv_head) * params.forward.num_prefixes + prefix];
   }
-  int64_t sequence_offset(const Task& t) const {
+  int64_t sequence_offset(const BackwardTask& t) const {
     const AttentionParams& p = params.forward;
     return ((t.split * p.batch + t.batch) * p.kv_heads + t.kv_head) * p.k_len * padded_depth;
   }
@@ -152,7 +152,7 @@ struct BackwardPlan {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       for (int64_t i = 0; i < pairs; ++i) tile_of[chunk * pairs + i] = -1;
       for (int64_t i = chunk_begin(chunk); i < chunk_begin(chunk + 1); ++i) {
-        const Task t = task(i);
+        const BackwardTask t = task(i);
         for (int64_t m = 0; m < p.prefix_slots; ++m) {
           const int64_t n = prefix_of_row(p, t.batch, m);
           if (n < 0) continue;

@@ -13,15 +13,15 @@ namespace prefix_kernels::PREFIX_KERNELS_ISA {
 // dropout and no dS to come, the dropped p become 0.
 template <class T>
 struct Probabilities {
-  const KeyPlan<T>& plan;
-  const KeyBias<T>& bias;
+  const BackwardTilePlan<T>& plan;
+  const BackwardTileBias<T>& bias;
   T* tile;
   T cap;      // 0: none
   T* capped;  // tanh of the scores, for ScoreGradients; where there is a cap
   const T* lse;
   const uint16_t* bits;
   uint32_t threshold;  // 0: keep all
-  typename KeyPlan<T>::Group group{};
+  typename BackwardTilePlan<T>::Group group{};
 
   template <int kRows, int kVectors>
   PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
@@ -29,7 +29,7 @@ struct Probabilities {
     row += group.row_begin;
     column += group.vector_begin * kN;
     const int64_t at = row * kKeyStride + column;
-    if (__builtin_expect(cap > 0 || bias.kind != KeyBias<T>::kNone || !group.whole, false)) {
+    if (__builtin_expect(cap > 0 || bias.kind != BackwardTileBias<T>::kNone || !group.whole, false)) {
       store_block(s, tile + at, kKeyStride);
       adjust(row, kRows, column, kVectors);
       load_block(s, tile + at, kKeyStride);
@@ -49,7 +49,7 @@ struct Probabilities {
   __attribute__((noinline)) void adjust(int64_t first_row, int rows, int64_t first_column, int vectors) const {
     constexpr int kN = kLanes<T>;
     const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
-    const int64_t bias_stride = bias.kind == KeyBias<T>::kFull ? kKeyStride : 0;
+    const int64_t bias_stride = bias.kind == BackwardTileBias<T>::kFull ? kKeyStride : 0;
     Int<T> first_lane;
     for (int l = 0; l < kN; ++l) first_lane[l] = static_cast<LaneIndex<T>>(first_column + l);
     for (int64_t row = first_row; row < first_row + rows; ++row) {
@@ -62,7 +62,7 @@ struct Probabilities {
           store(capped + at, t);
           s = t * cap;
         }
-        if (bias.kind != KeyBias<T>::kNone) s += load(bias.data + row * bias_stride + column);
+        if (bias.kind != BackwardTileBias<T>::kNone) s += load(bias.data + row * bias_stride + column);
         if (!group.whole) s = (lane >= plan.begin[row]) & (lane < plan.end[row]) ? s : hidden;
         store(tile + at, s);
       }
@@ -80,7 +80,7 @@ struct ScoreGradients {
   const T* capped;  // tanh of the scores; null without softcap
   const uint16_t* bits;
   uint32_t threshold;
-  typename KeyPlan<T>::Group group{};
+  typename BackwardTilePlan<T>::Group group{};
 
   template <int kRows, int kVectors>
   PREFIX_KERNELS_INLINE void operator()(Vec<T> (&dp)[kRows][kVectors], int64_t row, int64_t column) const {

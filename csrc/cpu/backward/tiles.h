@@ -15,14 +15,14 @@ inline constexpr int kKeyStride = kBlockK + kCell;
 
 // attn_mask as numbers to add to the scores of a step.
 template <class T>
-struct KeyBias {
+struct BackwardTileBias {
   enum Kind { kNone, kPerKey, kFull };
   Kind kind = kNone;
   T* data;         // [kKeyStride], or [kBlockQ][kKeyStride]
   KeyRange shown;  // the tile's keys from the first to the last that some query sees
 
   // Keys [first, first + count) of the segment; buffer holds kBlockQ * kKeyStride.
-  KeyBias(const QueryBlock& block, const Segment& segment, int64_t first, int count, T* buffer)
+  BackwardTileBias(const QueryBlock& block, const Segment& segment, int64_t first, int count, T* buffer)
       : data(buffer), shown{0, count} {
     if (!segment.masked) return;
     const MaskOperand& mask = block.params->mask;
@@ -65,7 +65,7 @@ struct KeyBias {
 
 // The part of a step that is computed: rectangles of queries times vectors of keys, and for each query its keys.
 template <class T>
-struct KeyPlan {
+struct BackwardTilePlan {
   struct Group {
     int row_begin, row_end, vector_begin, vector_end;
     bool whole;  // every query sees every key; else the queries' ranges count
@@ -77,7 +77,7 @@ struct KeyPlan {
   LaneIndex<T> end[kBlockQ];
 
   // Keys [first, first + count) of the segment, of which the mask shows `shown`.
-  KeyPlan(const QueryBlock& block, const Segment& segment, int64_t first, int count, KeyRange shown) {
+  BackwardTilePlan(const QueryBlock& block, const Segment& segment, int64_t first, int count, KeyRange shown) {
     const auto seen_by = [&](int row) {
       const KeyRange range = block.visible(segment, row);
       return KeyRange{clamp_to(range.begin - first, shown.begin, shown.end),

@@ -54,7 +54,8 @@ PREFIX_KERNELS_INLINE void keep_block(Vec<T> (&block)[kRows][kVectors], const ui
 
 // [keys][kBlockQ]: rows [first, first + count) of the segment against the block's lanes; both start at multiples of 16
 // of their axis, so that the tile is made of whole Philox cells. The block holds one head.
-inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_t first, int count, uint16_t* bits) {
+inline void dropout_bits_of_query_lanes(const QueryBlock& block, const Segment& segment, int64_t first, int count,
+                                        uint16_t* bits) {
   const AttentionParams& p = *block.params;
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));
   const uint32_t row_group = static_cast<uint32_t>(block.query(0) / 2);
@@ -86,8 +87,8 @@ inline void dropout_bits(const QueryBlock& block, const Segment& segment, int64_
 
 // The same with queries in the rows: [kBlockQ][stride]; a row has room for a whole vector of calls behind its last
 // cell.
-inline void dropout_bits_of_rows(const QueryBlock& block, const Segment& segment, int64_t first, int count,
-                                 uint16_t* bits, int64_t stride) {
+inline void dropout_bits_of_key_lanes(const QueryBlock& block, const Segment& segment, int64_t first, int count,
+                                      uint16_t* bits, int64_t stride) {
   const AttentionParams& p = *block.params;
   constexpr int kAdjacent = kCalls < 4 ? kCalls : 4;  // calls of one cell
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));

@@ -60,13 +60,13 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   constexpr int kN = kLanes<T>;
   const QueryBlock& block = state.block;
   const AttentionParams& p = *block.params;
-  const TileBias<T> bias(block, segment, tile_first, tile_count, scratch.bias);
+  const ForwardTileBias<T> bias(block, segment, tile_first, tile_count, scratch.bias);
   if (bias.count == 0) return;
-  const TilePlan<T> plan(block, segment, bias.first, bias.count);
+  const ForwardTilePlan<T> plan(block, segment, bias.first, bias.count);
   const int64_t skipped = bias.first - tile_first;
 
   const bool dropout = p.dropout_threshold > 0;
-  if (dropout) dropout_bits(block, segment, bias.first, bias.count, scratch.bits);
+  if (dropout) dropout_bits_of_query_lanes(block, segment, bias.first, bias.count, scratch.bits);
   const Scores<T> scores(block, segment, plan, bias, scratch.scores);
   fill_zero(scratch.tile_sum, kBlockQ);
   OnlineSoftmax<T> softmax{scores,    state.reference, state.sum,    scratch.tile_sum,

@@ -5,7 +5,7 @@
 
 #include "../common/dropout.h"
 #include "../common/gemm.h"
-#include "../common/mask.h"
+#include "tiles.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
@@ -16,7 +16,8 @@ class Scores {
  public:
   T* const tile;
 
-  Scores(const QueryBlock& block, const Segment& segment, const TilePlan<T>& plan, const TileBias<T>& bias, T* tile)
+  Scores(const QueryBlock& block, const Segment& segment, const ForwardTilePlan<T>& plan,
+         const ForwardTileBias<T>& bias, T* tile)
       : tile(tile), plan_(plan), bias_(bias), cap_(static_cast<T>(block.params->softcap)) {
     for (int v = 0; v < plan.vectors; ++v)
       ranged_ = ranged_ || plan.rows[v].core_begin > plan.rows[v].begin || plan.rows[v].core_end < plan.rows[v].end;
@@ -28,12 +29,12 @@ class Scores {
   template <int kRows, int kVectors>
   PREFIX_KERNELS_INLINE void finish(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {
     constexpr int kN = kLanes<T>;
-    if (cap_ > 0 || bias_.kind == TileBias<T>::kFull) {
+    if (cap_ > 0 || bias_.kind == ForwardTileBias<T>::kFull) {
       store_block(s, tile + row * kBlockQ + column, kBlockQ);
       cap_and_bias(row, kRows, column, kVectors);
       load_block(s, tile + row * kBlockQ + column, kBlockQ);
     }
-    if (bias_.kind == TileBias<T>::kPerKey) {
+    if (bias_.kind == ForwardTileBias<T>::kPerKey) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
@@ -72,14 +73,14 @@ class Scores {
         const int64_t at = r * kBlockQ + column + v * kLanes<T>;
         Vec<T> s = load(tile + at);
         if (cap_ > 0) s = tanh<T>(s) * cap_;
-        if (bias_.kind == TileBias<T>::kFull) s += load(bias_.data + at);
+        if (bias_.kind == ForwardTileBias<T>::kFull) s += load(bias_.data + at);
         store(tile + at, s);
       }
     }
   }
 
-  const TilePlan<T>& plan_;
-  const TileBias<T>& bias_;
+  const ForwardTilePlan<T>& plan_;
+  const ForwardTileBias<T>& bias_;
   T cap_;
   bool ranged_ = false;
   alignas(64) Index begin_[kBlockQ];  // rows of the tile that each lane sees; only where ranged_
