@@ -5,6 +5,7 @@
 #include "padding.h"
 #include "simt/simt.h"
 #include "sm80/backward/launch.h"
+#include "sm80/decode/launch.h"
 #include "sm80/forward/launch.h"
 
 namespace prefix_kernels::cuda {

@@ -27,8 +27,8 @@ def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation
     return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
 
 
-def _decode(name: str, old: str, new: str, *probes: str) -> Mutation:
-    return Mutation(f"decode: {name}", "sm80/decode/kernel.cuh", old, new, DECODE, probes or ("decode",))
+def _decode(name: str, old: str, new: str, *probes: str, file: str = "sm80/decode/kernel.cuh") -> Mutation:
+    return Mutation(f"decode: {name}", file, old, new, DECODE, probes or ("decode",))
 
 
 def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
@@ -222,6 +222,7 @@ EDGES = [
         "max(any.end, shown.end)}",
         "min(any.end, shown.end)}",
         "decode of padding",
+        file="sm80/decode/entries.cuh",
     ),
     _backward(
         "columns: a tile that padding leaves in part is not visited",
@@ -236,13 +237,13 @@ EDGES = [
 MEMORY = [
     _forward(
         "shared memory for one value buffer too few",
-        FORWARD_KERNEL,
+        "sm80/forward/params.cuh",
         "kPlanOffset = kValueOffset + 2 * kTileStride",
         "kPlanOffset = kValueOffset + 1 * kTileStride",
     ),
     _forward(
         "a launch with too little shared memory",
-        FORWARD_KERNEL,
+        "sm80/forward/params.cuh",
         "kSharedBytes = kPlanOffset + kWarps * kPlanStride",
         "kSharedBytes = kPlanOffset + (kWarps - 1) * kPlanStride",
     ),
@@ -292,7 +293,12 @@ MEMORY = [
         "ring = cell_lane; ring < kWarps; ring += kWarps",
         "decode of a shared prefix",
     ),
-    _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
+    _decode(
+        "results of slots without a prefix",
+        "      if (!exists(part)) continue;\n",
+        "",
+        file="sm80/decode/merge.cuh",
+    ),
     _decode(
         "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"
     ),

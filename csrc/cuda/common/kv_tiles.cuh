@@ -136,13 +136,13 @@ class TileLoader {
   static_assert(kRowsPerPass % kCell == 0, "the threads of a warp work on one cell");
 
  public:
-  // `whole_sequence`, `whole_prefix`: has_whole_chunks.
-  __device__ __forceinline__ TileLoader(const Operand& sequence, bool whole_sequence, const Operand& prefix,
-                                        bool whole_prefix, int64_t batch, int kv_head, int thread)
+  // `aligned_sequence`, `aligned_prefix`: has_aligned_chunks.
+  __device__ __forceinline__ TileLoader(const Operand& sequence, bool aligned_sequence, const Operand& prefix,
+                                        bool aligned_prefix, int64_t batch, int kv_head, int thread)
       : sequence_(sequence),
         prefix_(prefix),
-        whole_sequence_(whole_sequence),
-        whole_prefix_(whole_prefix),
+        aligned_sequence_(aligned_sequence),
+        aligned_prefix_(aligned_prefix),
         kv_head_(kv_head),
         row_(thread / kLanes),
         lane_(thread % kLanes) {}
@@ -152,7 +152,7 @@ class TileLoader {
   __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first) const {
     const bool in_sequence = first >= cells.prefix_cells;
     const bool in_prefix = cells.prefixes.slots == 1 && first + kCells <= cells.prefix_cells;
-    if (in_sequence ? whole_sequence_ : in_prefix && whole_prefix_) {
+    if (in_sequence ? aligned_sequence_ : in_prefix && aligned_prefix_) {
       const HeadRows segment(in_sequence ? sequence_ : prefix_, in_sequence ? cells.batch : cells.prefixes.only_prefix,
                              kv_head_, true);
       const int column = in_sequence ? cells.sequence_begin + (first - cells.prefix_cells) * kCell
@@ -172,9 +172,9 @@ class TileLoader {
       const bool in_sequence = cell.segment == 0;
       const int64_t owner = in_sequence ? cells.batch : cells.prefixes.prefix(p, cells.batch, cell.segment - 1);
       const HeadRows rows(in_sequence ? sequence_ : prefix_, owner, kv_head_,
-                          in_sequence ? whole_sequence_ : whole_prefix_);
-      copy_row<T, kHeadDim>(tile, tile_row, rows.row(cell.first + (valid ? in_cell : 0)), rows.dtype, rows.whole_chunks,
-                            lane_, static_cast<int>(p.head_dim), valid);
+                          in_sequence ? aligned_sequence_ : aligned_prefix_);
+      copy_row<T, kHeadDim>(tile, tile_row, rows.row(cell.first + (valid ? in_cell : 0)), rows.dtype,
+                            rows.aligned_chunks, lane_, static_cast<int>(p.head_dim), valid);
     }
   }
 
@@ -191,7 +191,7 @@ class TileLoader {
     }
     const int64_t row_bytes = segment.row_stride * static_cast<int64_t>(sizeof(T));
     const char* row = segment.data + (first_column + row_) * row_bytes;
-    T* const first = settled(tile + SharedTile<kHeadDim>::offset(row_, lane_));
+    T* const first = pin_to_register(tile + SharedTile<kHeadDim>::offset(row_, lane_));
     const int rows = length - first_column - row_;
 #pragma unroll
     for (int i = 0; i < kCells * kCell; i += kRowsPerPass) {
@@ -202,8 +202,8 @@ class TileLoader {
 
   const Operand& sequence_;
   const Operand& prefix_;
-  bool whole_sequence_;
-  bool whole_prefix_;
+  bool aligned_sequence_;
+  bool aligned_prefix_;
   int kv_head_;
   int row_;
   int lane_;

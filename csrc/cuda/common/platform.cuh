@@ -30,16 +30,16 @@ __device__ __forceinline__ char* shared_memory() {
 inline constexpr int kSharedGap = 0;
 __device__ __forceinline__ void shared_buffer(void*, size_t) {}
 
-// The same number, settled in a register: what follows from it is computed from it, where it is needed. Without this
-// the compiler takes addresses that change from tile to tile apart and keeps a register for every sum; after it,
+// The same number, pin_to_register in a register: what follows from it is computed from it, where it is needed. Without
+// this the compiler takes addresses that change from tile to tile apart and keeps a register for every sum; after it,
 // constants added to an address become part of instructions.
-__device__ __forceinline__ int settled(int x) {
+__device__ __forceinline__ int pin_to_register(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
 template <typename T>
-__device__ __forceinline__ T* settled(T* shared) {
+__device__ __forceinline__ T* pin_to_register(T* shared) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("" : "+r"(address));
   return static_cast<T*>(__cvta_shared_to_generic(address));
@@ -51,10 +51,10 @@ using ::emulator::kSharedGap;
 using ::emulator::shared_buffer;
 using ::emulator::shared_memory;
 
-inline int settled(int x) { return x; }
+inline int pin_to_register(int x) { return x; }
 
 template <typename T>
-inline T* settled(T* shared) {
+inline T* pin_to_register(T* shared) {
   return shared;
 }
 

@@ -16,7 +16,7 @@ template <int kHeadDim>
 inline constexpr int kLanesPerRow = kHeadDim % 64 == 0 ? 8 : 4;
 
 // Whether an operand's rows may be read 16 bytes at a time.
-inline bool has_whole_chunks(const Operand& x, int64_t head_dim) {
+inline bool has_aligned_chunks(const Operand& x, int64_t head_dim) {
   const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
   return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
@@ -27,39 +27,39 @@ struct HeadRows {
   const char* data;
   int64_t row_stride;  // in elements
   DType dtype;
-  bool whole_chunks;  // has_whole_chunks
+  bool aligned_chunks;  // has_aligned_chunks
 
-  __device__ __forceinline__ HeadRows(const Operand& x, int64_t batch, int64_t head, bool whole)
+  __device__ __forceinline__ HeadRows(const Operand& x, int64_t batch, int64_t head, bool aligned)
       : data(static_cast<const char*>(x.data) + (batch * x.batch_stride + head * x.head_stride) * dtype_bytes(x.dtype)),
         row_stride(x.row_stride),
         dtype(x.dtype),
-        whole_chunks(whole) {}
+        aligned_chunks(aligned) {}
 
   __device__ __forceinline__ const char* row(int64_t i) const { return data + i * row_stride * dtype_bytes(dtype); }
 };
 
 // Whether rows go into a tile of T by cp.async.
 template <typename T>
-__device__ __forceinline__ bool goes_async(DType dtype, bool whole_chunks) {
-  return whole_chunks && dtype == kDTypeOf<T>;
+__device__ __forceinline__ bool goes_async(DType dtype, bool aligned_chunks) {
+  return aligned_chunks && dtype == kDTypeOf<T>;
 }
 
 // Copies one row; every one of the kLanesPerRow<kHeadDim> threads that share it calls this with its number, and with
 // the address of the first of its chunks in the tile. What arrives by cp.async is there after its wait, what does not
 // at once; for other threads, both after the next barrier.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dtype, bool whole_chunks, int lane_of_row,
-                                            int head_dim, bool valid) {
+__device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dtype, bool aligned_chunks,
+                                            int lane_of_row, int head_dim, bool valid) {
   using Tile = SharedTile<kHeadDim>;
   constexpr int kLanes = kLanesPerRow<kHeadDim>;
   static_assert(kLanes % Tile::kPermuted == 0, "chunks that are kLanes apart are so in the tile");
-  if (goes_async<T>(dtype, whole_chunks)) {
+  if (goes_async<T>(dtype, aligned_chunks)) {
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
       ptx::cp_async_16(first + chunk * kChunk, row + (lane_of_row + chunk) * 16,
                        valid && (lane_of_row + chunk) * kChunk < head_dim);
     }
-  } else if (whole_chunks) {
+  } else if (aligned_chunks) {
     with_source<T>(dtype, [&](auto source) {
       constexpr DType kSource = decltype(source)::value;
 #pragma unroll 1
@@ -77,8 +77,8 @@ __device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dty
   }
 }
 
-// Rows [first, first + kRows) of another dtype whose chunks are whole, those below `count`, to the rows of a tile: the
-// work of kThreads threads.
+// Rows [first, first + kRows) of another dtype whose chunks are aligned, those below `count`, to the rows of a tile:
+// the work of kThreads threads.
 template <typename T, int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void convert_rows(T* tile, const HeadRows& rows, int first, int count, int thread,
                                              int head_dim) {
@@ -107,16 +107,16 @@ __device__ __forceinline__ void convert_rows(T* tile, const HeadRows& rows, int 
 }
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void copy_row(T* tile, int tile_row, const char* row, DType dtype, bool whole_chunks,
+__device__ __forceinline__ void copy_row(T* tile, int tile_row, const char* row, DType dtype, bool aligned_chunks,
                                          int lane_of_row, int head_dim, bool valid) {
-  T* const first = settled(tile + SharedTile<kHeadDim>::offset(tile_row, lane_of_row));
-  copy_chunks<T, kHeadDim>(first, row, dtype, whole_chunks, lane_of_row, head_dim, valid);
+  T* const first = pin_to_register(tile + SharedTile<kHeadDim>::offset(tile_row, lane_of_row));
+  copy_chunks<T, kHeadDim>(first, row, dtype, aligned_chunks, lane_of_row, head_dim, valid);
 }
 
 // Writes one chunk of a finished row.
 template <typename T>
-__device__ __forceinline__ void store_chunk(T* row, const T* shared, int column, int head_dim, bool whole_chunks) {
-  if (whole_chunks) {
+__device__ __forceinline__ void store_chunk(T* row, const T* shared, int column, int head_dim, bool aligned_chunks) {
+  if (aligned_chunks) {
     if (column < head_dim) *reinterpret_cast<uint4*>(row + column) = *reinterpret_cast<const uint4*>(shared);
   } else {
 #pragma unroll

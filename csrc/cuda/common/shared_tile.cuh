@@ -48,12 +48,12 @@ class BlockReader {
 
  public:
   __device__ __forceinline__ BlockReader(const T* tile, int lane_number) {
-    const int lane = settled(lane_number);
+    const int lane = pin_to_register(lane_number);
     const int down = kQuarters == Quarters::kDown ? lane / 8 % 2 : lane / 16;
     const int across = kQuarters == Quarters::kDown ? lane / 16 : lane / 8 % 2;
     const int row = lane % 8 + 8 * down;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns_[i] = settled(tile + Tile::offset(row, 2 * i + across));
+    for (int i = 0; i < kColumns; ++i) columns_[i] = pin_to_register(tile + Tile::offset(row, 2 * i + across));
   }
 
   __device__ __forceinline__ void load(uint32_t (&r)[4], int block_row, int block_column) const {

@@ -28,8 +28,8 @@ struct ColumnsParams {
   BackwardParams b;
   const float* delta;  // [batch, q_heads, q_len]
   ScoreScalars scalars;
-  WholeChunks whole;
-  bool whole_pairs[kNumGradients];
+  AlignedChunks aligned;
+  bool aligned_pairs[kNumGradients];
 
   // Blocks of prefixes come first: ((prefix * kv_heads + kv_head) * prefix_tiles + tile) * splits + split.
   int64_t prefix_blocks;
@@ -211,19 +211,19 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     // The block's keys and values, by way of the stages.
     Resident<T, kHeadDim, kTiles, Traits::kKeyInRegisters> key;
     Resident<T, kHeadDim, kTiles, Traits::kValueInRegisters> value;
-    const auto copy_columns = [&](const Operand& x, bool whole, int stage) {
-      const HeadRows source(x, owner.index, owner.kv_head, whole);
+    const auto copy_columns = [&](const Operand& x, bool aligned, int stage) {
+      const HeadRows source(x, owner.index, owner.kv_head, aligned);
 #pragma unroll
       for (int part = 0; part < kBlockN / kBlockM; ++part) {
         copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, false>(shared.columns(stage, part), source,
                                                                  owner.first + part * kBlockM, owner.length, head_dim);
       }
     };
-    copy_columns(owner.is_prefix ? p.prefix_key : p.key, owner.is_prefix ? params.whole.prefix_key : params.whole.key,
-                 0);
+    copy_columns(owner.is_prefix ? p.prefix_key : p.key,
+                 owner.is_prefix ? params.aligned.prefix_key : params.aligned.key, 0);
     if constexpr (kWantsDKey) {
       copy_columns(owner.is_prefix ? p.prefix_value : p.value,
-                   owner.is_prefix ? params.whole.prefix_value : params.whole.value, 1);
+                   owner.is_prefix ? params.aligned.prefix_value : params.aligned.value, 1);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -241,12 +241,12 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     const auto fetch = [&](const Tiles& tiles, int stage) {
       const int first = tiles.first_query(), b = tiles.batch, h = tiles.head();
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
-          shared.tile(stage, 0), HeadRows(p.query, b, h, params.whole.query), first, q_len, head_dim);
+          shared.tile(stage, 0), HeadRows(p.query, b, h, params.aligned.query), first, q_len, head_dim);
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
-          shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.whole.dout), first, q_len, head_dim);
+          shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.aligned.dout), first, q_len, head_dim);
       if constexpr (Traits::kFusesDelta) {
         copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
-            shared.tile(stage, 2), HeadRows(p.out, b, h, params.whole.out), first, q_len, head_dim);
+            shared.tile(stage, 2), HeadRows(p.out, b, h, params.aligned.out), first, q_len, head_dim);
       }
       ptx::cp_async_commit();
       if (thread < kBlockM && first + thread < q_len) {
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     } else {
       const Operand& x = params.b.gradients[gradient];
       T* head = static_cast<T*>(x.data) + owner.index * x.batch_stride + owner.kv_head * x.head_stride;
-      store_sums<T, kHeadDim>(head, x.row_stride, params.whole_pairs[gradient], warp_column, owner.rows, head_dim,
+      store_sums<T, kHeadDim>(head, x.row_stride, params.aligned_pairs[gradient], warp_column, owner.rows, head_dim,
                               factor, sums, lane);
     }
   };

@@ -16,7 +16,7 @@ struct DeltaParams {
   int64_t q_heads;
   int64_t q_len;
   int head_dim;
-  bool whole_chunks;  // of out and dout
+  bool aligned_chunks;  // of out and dout
 };
 
 inline constexpr int kDeltaThreads = 128;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kDeltaThreads) row_delta(const DeltaParams par
       return static_cast<const T*>(x.data) + b * x.batch_stride + h * x.head_stride + i * x.row_stride;
     };
     const T *out = at(params.out), *dout = at(params.dout);
-    if (params.whole_chunks) {
+    if (params.aligned_chunks) {
       sum = chunk_product(out + column, dout + column);
     } else {
       const int end = min(column + kChunk, params.head_dim);

@@ -63,7 +63,7 @@ class Backward {
     params.q_heads = p_.q_heads;
     params.q_len = p_.q_len;
     params.head_dim = static_cast<int>(p_.head_dim);
-    params.whole_chunks = has_whole_chunks(p_.out, p_.head_dim) && has_whole_chunks(b_.dout, p_.head_dim);
+    params.aligned_chunks = has_aligned_chunks(p_.out, p_.head_dim) && has_aligned_chunks(b_.dout, p_.head_dim);
     launch(row_delta<T, kHeadDim>, grid_of(ceil_div(params.rows, kDeltaRows<kHeadDim>)), dim3(kDeltaThreads), 0,
            context_.stream, params);
   }
@@ -126,8 +126,8 @@ class Backward {
     params.b = b_;
     params.delta = delta_;
     params.scalars = ScoreScalars::of(p_);
-    params.whole = WholeChunks::of(b_);
-    for (int i = 0; i < kNumGradients; ++i) params.whole_pairs[i] = has_whole_pairs(b_.gradients[i], p_.head_dim);
+    params.aligned = AlignedChunks::of(b_);
+    for (int i = 0; i < kNumGradients; ++i) params.aligned_pairs[i] = has_aligned_pairs(b_.gradients[i], p_.head_dim);
     params.prefix_tiles = static_cast<int>(ceil_div(p_.prefix_len, Traits::kBlockN));
     params.splits = static_cast<int>(splits_);
     params.prefix_blocks = of_prefixes ? p_.num_prefixes * p_.kv_heads * params.prefix_tiles * splits_ : 0;
@@ -148,7 +148,7 @@ class Backward {
     params.splits = static_cast<int>(splits_);
     params.prefix_len = static_cast<int>(p_.prefix_len);
     params.head_dim = static_cast<int>(p_.head_dim);
-    params.whole_pairs = has_whole_pairs(params.gradient, p_.head_dim);
+    params.aligned_pairs = has_aligned_pairs(params.gradient, p_.head_dim);
     launch(reduce_partial<kHeadDim>, grid_of(ceil_div(params.pairs, kReduceThreads)), dim3(kReduceThreads), 0,
            context_.stream, params);
   }
@@ -163,8 +163,8 @@ class Backward {
     params.b = b_;
     params.delta = delta_;
     params.scalars = ScoreScalars::of(p_);
-    params.whole = WholeChunks::of(b_);
-    params.whole_pairs = has_whole_pairs(b_.gradients[kDQuery], p_.head_dim);
+    params.aligned = AlignedChunks::of(b_);
+    params.aligned_pairs = has_aligned_pairs(b_.gradients[kDQuery], p_.head_dim);
     params.query_tiles = static_cast<int>(ceil_div(p_.q_len, Shared::Tile::kBlockM));
     launch(backward_rows<T, kHeadDim, kGeneral>, grid_of(p_.batch * p_.q_heads * params.query_tiles),
            dim3(kBackwardThreads), Shared::kBytes, context_.stream, params);

@@ -6,14 +6,14 @@
 namespace prefix_kernels::cuda::sm80 {
 
 // Which operands may be read 16 bytes at a time.
-struct WholeChunks {
+struct AlignedChunks {
   bool query, out, dout, key, value, prefix_key, prefix_value;
 
-  static WholeChunks of(const BackwardParams& b) {
+  static AlignedChunks of(const BackwardParams& b) {
     const AttentionParams& p = b.forward;
-    const auto whole = [&](const Operand& x) { return has_whole_chunks(x, p.head_dim); };
-    return {whole(p.query), whole(p.out),        whole(b.dout),        whole(p.key),
-            whole(p.value), whole(p.prefix_key), whole(p.prefix_value)};
+    const auto aligned = [&](const Operand& x) { return has_aligned_chunks(x, p.head_dim); };
+    return {aligned(p.query), aligned(p.out),        aligned(b.dout),        aligned(p.key),
+            aligned(p.value), aligned(p.prefix_key), aligned(p.prefix_value)};
   }
 };
 
@@ -24,7 +24,7 @@ template <typename T, int kHeadDim, int kRows, int kThreads, bool kIsT>
 __device__ __forceinline__ void copy_rows(T* tile, const HeadRows& rows, int first, int count, int head_dim) {
   using Tile = SharedTile<kHeadDim>;
   constexpr int kLanes = kLanesPerRow<kHeadDim>, kPassRows = kThreads / kLanes;
-  if (rows.whole_chunks && (kIsT || rows.dtype == kDTypeOf<T>)) {
+  if (rows.aligned_chunks && (kIsT || rows.dtype == kDTypeOf<T>)) {
     const int first_row = threadIdx.x / kLanes, first_chunk = threadIdx.x % kLanes;
     const T* from =
         reinterpret_cast<const T*>(rows.data) + (first + first_row) * rows.row_stride + first_chunk * kChunk;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void copy_rows(T* tile, const HeadRows& rows, int fir
                          valid);
       }
     }
-  } else if (!kIsT && rows.whole_chunks) {
+  } else if (!kIsT && rows.aligned_chunks) {
     convert_rows<T, kHeadDim, kRows, kThreads>(tile, rows, first, count, threadIdx.x, head_dim);
   } else {
     const DType dtype = kIsT ? kDTypeOf<T> : rows.dtype;

@@ -14,7 +14,7 @@ struct ReduceParams {
   int splits;
   int prefix_len;
   int head_dim;
-  bool whole_pairs;
+  bool aligned_pairs;
 };
 
 inline constexpr int kReduceThreads = 128;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_partial(const ReducePar
     sum.y += x.y;
   }
   const HeadRows gradient(params.gradient, owner / params.kv_heads, owner % params.kv_heads, false);
-  store_pair(const_cast<char*>(gradient.row(row)), params.gradient.dtype, column, params.head_dim, params.whole_pairs,
+  store_pair(const_cast<char*>(gradient.row(row)), params.gradient.dtype, column, params.head_dim, params.aligned_pairs,
              sum.x, sum.y);
 }
 

@@ -24,9 +24,9 @@ struct RowsParams {
   BackwardParams b;
   const float* delta;  // [batch, q_heads, q_len]
   ScoreScalars scalars;
-  WholeChunks whole;
-  bool whole_pairs;  // of dquery
-  int query_tiles;   // blocks: (batch * q_heads + head) * query_tiles + tile
+  AlignedChunks aligned;
+  bool aligned_pairs;  // of dquery
+  int query_tiles;     // blocks: (batch * q_heads + head) * query_tiles + tile
 };
 
 template <int kHeadDim, bool kGeneral>
@@ -151,10 +151,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
 #pragma unroll
     for (int part = 0; part < kBlockM / kBlockN; ++part) {
       copy_rows<T, kHeadDim, kBlockN, kBackwardThreads, true>(
-          shared.rows(0, part), HeadRows(p.query, owner.batch, owner.head, params.whole.query),
+          shared.rows(0, part), HeadRows(p.query, owner.batch, owner.head, params.aligned.query),
           owner.first + part * kBlockN, q_len, head_dim);
       copy_rows<T, kHeadDim, kBlockN, kBackwardThreads, true>(
-          shared.rows(1, part), HeadRows(params.b.dout, owner.batch, owner.head, params.whole.dout),
+          shared.rows(1, part), HeadRows(params.b.dout, owner.batch, owner.head, params.aligned.dout),
           owner.first + part * kBlockN, q_len, head_dim);
     }
     ptx::cp_async_commit();
@@ -174,15 +174,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
     __syncthreads();
 
     const auto fetch = [&](int first_cell, int stage) {
-      const auto load = [&](const Operand& sequence, bool whole_sequence, const Operand& prefix, bool whole_prefix,
+      const auto load = [&](const Operand& sequence, bool aligned_sequence, const Operand& prefix, bool aligned_prefix,
                             int which) {
         const int kv_head = owner.head / static_cast<int>(p.q_heads / p.kv_heads);
-        TileLoader<T, kHeadDim, kBackwardThreads>(sequence, whole_sequence, prefix, whole_prefix, owner.batch, kv_head,
-                                                  thread)
+        TileLoader<T, kHeadDim, kBackwardThreads>(sequence, aligned_sequence, prefix, aligned_prefix, owner.batch,
+                                                  kv_head, thread)
             .template load<Tile::kCells>(shared.tile(stage, which), p, cells, first_cell);
       };
-      load(p.key, params.whole.key, p.prefix_key, params.whole.prefix_key, 0);
-      load(p.value, params.whole.value, p.prefix_value, params.whole.prefix_value, 1);
+      load(p.key, params.aligned.key, p.prefix_key, params.aligned.prefix_key, 0);
+      load(p.value, params.aligned.value, p.prefix_value, params.aligned.prefix_value, 1);
       ptx::cp_async_commit();
     };
 
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
   if (warps.part > 0) return;
   const Operand& x = params.b.gradients[kDQuery];
   T* rows = static_cast<T*>(x.data) + owner.batch * x.batch_stride + owner.head * x.head_stride;
-  store_sums<T, kHeadDim>(rows, x.row_stride, params.whole_pairs, owner.first + warps.resident * Tile::kWarpM, q_len,
+  store_sums<T, kHeadDim>(rows, x.row_stride, params.aligned_pairs, owner.first + warps.resident * Tile::kWarpM, q_len,
                           head_dim, params.scalars.scale, dquery, lane);
 }
 

@@ -15,135 +15,11 @@
 // fixed order.
 #pragma once
 
-#include <algorithm>
-
 #include "../../common/softmax.cuh"
-#include "../../launch.h"
-#include "../forward/launch.h"
+#include "entries.cuh"
+#include "params.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
-
-// What a part of a row's columns weighs among the others: sum * exp(maximum).
-struct Share {
-  float maximum;
-  float sum;
-
-  __device__ __forceinline__ float relative_to(float most) const {
-    return ptx::exp2_approx((maximum - most) * kLog2E) * sum;
-  }
-};
-
-struct DecodeParams {
-  AttentionParams attention;
-  float scale;
-  float softcap;
-  float dropout_rescale;
-  int rows_per_entry;    // queries * heads of a group
-  int blocks_per_entry;  // of kRows rows each
-  int prefix_parts;      // parts of each prefix
-  int sequence_parts;    // parts of each sequence
-  int parts;             // of a row: prefix_slots * prefix_parts + sequence_parts
-  int prefix_blocks;     // they come first
-  float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
-  Share* partial_share;  // [batch * q_heads * q_len, parts]
-  bool whole_query;      // has_whole_chunks
-  bool whole_key;
-  bool whole_value;
-  bool whole_prefix_key;
-  bool whole_prefix_value;
-};
-
-// One of the block's rows.
-struct DecodeRow {
-  int batch;
-  int head;
-  int query;
-  int segment;  // as in Cell
-  Span seen;    // columns of the segment
-};
-
-// Wide blocks, of twice the rows, are for prefixes that more rows share than fill a narrow one, on GPUs that give a
-// block the shared memory.
-template <typename Element, int kHeadDim_, bool kWide_>
-struct DecodeTraits {
-  using T = Element;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kWide = kWide_;
-  static constexpr int kWarps = (kHeadDim <= 128 ? 4 : 2) * (kWide ? 2 : 1);
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kRows = kWarps * kCell;
-  static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : 2;
-  // As many as the host code plans for.
-  static constexpr int kBlocksPerSM = kHeadDim <= 64 ? (kWide ? 2 : 3) : (kWide ? 1 : 2);
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
-
-  static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
-  static constexpr int kCellStride = kCellBytes + kSharedGap;
-  static constexpr int kRingBytes = kWarps * kStages * 2 * kCellStride;
-  // Queries that go into registers come by way of the rings' last stages.
-  static constexpr int kQueryOffset = kRingBytes;
-  static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kWarps * kCellStride;
-  static constexpr int kRowsOffset = kQueryOffset + kQueryBytes;
-  static constexpr int kRowsBytes = kRows * sizeof(DecodeRow);
-  // First the entries, then the warps' shares.
-  static constexpr int kSharesOffset = kRowsOffset + kRowsBytes + kSharedGap;
-  static constexpr int kSharesBytes = kRows * sizeof(Share);
-  static_assert(sizeof(int) <= sizeof(Share), "the entries, at most one a row, fit where the shares go");
-  static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
-  static_assert(kSharedGap > 0 || (kWide ? 1 : 2) * (kSharedBytes + 1024) <= 164 * 1024,
-                "sm_80, with its share of each");
-  static_assert(kSharedGap > 0 || kWide || kSharedBytes <= 99 * 1024, "8.6 and 8.9 give a block no more");
-  // The warps' results take the place of the cells.
-  static constexpr int kOutBytes = kRows * kHeadDim * sizeof(float);
-  static_assert(kOutBytes <= kRingBytes, "the warps' results fit where the cells were");
-};
-
-// The (batch row, slot) pairs that take part in entry's block, or none. All lanes of a warp call it; `entries` is
-// written where not null.
-__device__ __forceinline__ int gather_entries(const AttentionParams& p, int entry, int per_block, int lane,
-                                              int* entries) {
-  const int slots = static_cast<int>(p.prefix_slots), count = static_cast<int>(p.batch) * slots;
-  if (p.prefix_ids == nullptr) {
-    // All name the same prefix, or each another.
-    const int bunch = p.num_prefixes == 1 ? per_block : 1;
-    const int found = entry % bunch == 0 ? min(bunch, count - entry) : 0;
-    for (int i = lane; entries != nullptr && i < found; i += kWarpSize) entries[i] = entry + i;
-    return found;
-  }
-  const int64_t prefix = prefix_of_row(p, entry / slots, entry % slots);
-  if (prefix < 0) return 0;
-  const auto naming = [&](int first) {
-    const int other = first + lane;
-    return __ballot_sync(kAllLanes, other < count && prefix_of_row(p, other / slots, other % slots) == prefix);
-  };
-  int before = 0;
-  for (int first = 0; first < entry; first += kWarpSize) {
-    const unsigned earlier = entry - first < kWarpSize ? (1u << (entry - first)) - 1 : kAllLanes;
-    before += __popc(naming(first) & earlier);
-  }
-  if (before % per_block != 0) return 0;
-  int found = 0;
-  for (int first = entry; first < count && found < per_block; first += kWarpSize) {
-    const unsigned named = naming(first);
-    const int place = found + __popc(named & ((1u << lane) - 1));
-    if (entries != nullptr && (named >> lane & 1) != 0 && place < per_block) entries[place] = first + lane;
-    found += __popc(named);
-  }
-  return min(found, per_block);
-}
-
-// The columns of a prefix of `length` that padding leaves to some of the rows that share it.
-__device__ __forceinline__ Span shown_to_any(const AttentionParams& p, const int* entries, int count, int length) {
-  if (p.mask.prefix_columns == 0) return {0, length};
-  const int slots = static_cast<int>(p.prefix_slots);
-  Span any{length, 0};
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const Span shown = shown_prefix(p, entries[i] / slots, entries[i] % slots).within({0, length});
-    if (shown.begin < shown.end) any = {min(any.begin, shown.begin), max(any.end, shown.end)};
-  }
-  return any;
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
@@ -233,8 +109,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   for (int row = thread / kLanes; row < tiles * kCell; row += Traits::kThreads / kLanes) {
     const bool valid = row < row_count;
     const DecodeRow& source = rows[row];
-    const HeadRows head(p.query, source.batch, source.head, params.whole_query);
-    copy_row<T, kHeadDim>(query_tile(row / kCell), row % kCell, head.row(source.query), head.dtype, head.whole_chunks,
+    const HeadRows head(p.query, source.batch, source.head, params.aligned_query);
+    copy_row<T, kHeadDim>(query_tile(row / kCell), row % kCell, head.row(source.query), head.dtype, head.aligned_chunks,
                           thread % kLanes, head_dim, valid);
   }
   ptx::cp_async_commit();
@@ -242,23 +118,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const auto load = [&](int i) {
     const int first = first_column(warp, i);
     if (first < part_end) {
-      const auto copy_cell = [&](T* cell, const Operand& x, bool whole_chunks) {
-        const HeadRows source(x, owner, kv_head, whole_chunks);
-        if (whole_chunks && !goes_async<T>(source.dtype, true)) {
+      const auto copy_cell = [&](T* cell, const Operand& x, bool aligned_chunks) {
+        const HeadRows source(x, owner, kv_head, aligned_chunks);
+        if (aligned_chunks && !goes_async<T>(source.dtype, true)) {
           convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first, part_end, lane, head_dim);
           return;
         }
 #pragma unroll 1
         for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
           const bool valid = first + row < part_end;
-          copy_row<T, kHeadDim>(cell, row, source.row(first + (valid ? row : 0)), source.dtype, whole_chunks,
+          copy_row<T, kHeadDim>(cell, row, source.row(first + (valid ? row : 0)), source.dtype, aligned_chunks,
                                 lane % kLanes, head_dim, valid);
         }
       };
       copy_cell(stage(warp, i), is_prefix ? p.prefix_key : p.key,
-                is_prefix ? params.whole_prefix_key : params.whole_key);
+                is_prefix ? params.aligned_prefix_key : params.aligned_key);
       copy_cell(stage(warp, i) + kValues, is_prefix ? p.prefix_value : p.value,
-                is_prefix ? params.whole_prefix_value : params.whole_value);
+                is_prefix ? params.aligned_prefix_value : params.aligned_value);
     }
     ptx::cp_async_commit();
   };
@@ -378,104 +254,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     *reinterpret_cast<float4*>(params.partial_out + result * kHeadDim + column) = total;
     if (column == 0) params.partial_share[result] = {most, sum};
   }
-}
-
-// One warp per row: the parts' results, in their order.
-template <typename Traits>
-__global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
-  using T = typename Traits::T;
-  constexpr int kHeadDim = Traits::kHeadDim;
-  const AttentionParams& p = params.attention;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  if (row >= p.batch * p.q_heads * p.q_len) return;
-  const int64_t query = row % p.q_len, head = row / p.q_len % p.q_heads, batch = row / p.q_len / p.q_heads;
-  const Share* const shares = params.partial_share + row * params.parts;
-  // Of a slot without a prefix nothing was written.
-  const auto exists = [&](int part) {
-    const int slot = part / max(1, params.prefix_parts);
-    return slot >= p.prefix_slots || params.prefix_parts == 0 || prefix_of_row(p, batch, slot) >= 0;
-  };
-
-  float most = minus_infinity(), sum = 0.0f;
-  for (int part = 0; part < params.parts; ++part) {
-    if (exists(part)) most = fmaxf(most, shares[part].maximum);
-  }
-  const float reference = most == minus_infinity() ? 0.0f : most;
-  for (int part = 0; part < params.parts; ++part) {
-    if (exists(part)) sum += shares[part].relative_to(reference);
-  }
-  const float factor = sum > 0.0f ? params.dropout_rescale / sum : 0.0f;
-  if (lane == 0) static_cast<float*>(p.lse)[row] = sum > 0.0f ? most + logf(sum) : minus_infinity();
-
-  T* const out =
-      static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride + query * p.out.row_stride;
-  for (int column = lane; column < p.head_dim; column += kWarpSize) {
-    float total = 0.0f;
-    for (int part = 0; part < params.parts; ++part) {
-      if (!exists(part)) continue;
-      const float weight = shares[part].relative_to(reference);
-      total += weight * params.partial_out[(row * params.parts + part) * kHeadDim + column];
-    }
-    out[column] = from_float<T>(total * factor);
-  }
-}
-
-template <typename Traits>
-void decode_by(const AttentionParams& p, const Context& context) {
-  constexpr int kHeadDim = Traits::kHeadDim;
-  DecodeParams params{};
-  params.attention = p;
-  params.scale = static_cast<float>(p.scale);
-  params.softcap = static_cast<float>(p.softcap);
-  params.dropout_rescale = static_cast<float>(dropout_rescale(p.dropout_threshold));
-  params.whole_query = has_whole_chunks(p.query, p.head_dim);
-  params.whole_key = has_whole_chunks(p.key, p.head_dim);
-  params.whole_value = has_whole_chunks(p.value, p.head_dim);
-  params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
-  params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
-  params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
-  params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
-
-  // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
-  constexpr int64_t kLeastColumns = kHeadDim <= 128 ? 256 : 128;
-  const auto parts = [&](int64_t columns, int64_t owners) {
-    const int64_t wanted = (int64_t{context.sm_count} * Traits::kBlocksPerSM + owners - 1) / owners;
-    return static_cast<int>(std::max<int64_t>(1, std::min(wanted, columns / kLeastColumns)));
-  };
-  const int64_t entries = p.prefix_len > 0 && p.num_prefixes > 0 ? p.batch * p.prefix_slots : 0;
-  const int64_t per_block = std::max(1, Traits::kRows / params.rows_per_entry);
-  const int64_t bunches = p.num_prefixes == 1 ? (entries + per_block - 1) / per_block : entries;
-  const int64_t blocks_per_part = p.kv_heads * params.blocks_per_entry;
-  params.prefix_parts = entries > 0 ? parts(p.prefix_len, bunches * blocks_per_part) : 0;
-  params.sequence_parts = parts(p.k_len, p.batch * blocks_per_part);
-  params.parts = static_cast<int>(p.prefix_slots) * params.prefix_parts + params.sequence_parts;
-  params.prefix_blocks = static_cast<int>(entries * blocks_per_part * params.prefix_parts);
-
-  const int64_t rows = p.batch * p.q_heads * p.q_len;
-  params.partial_out =
-      static_cast<float*>(context.allocate(static_cast<size_t>(rows * params.parts) * kHeadDim * sizeof(float)));
-  params.partial_share =
-      static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
-  const int64_t blocks = params.prefix_blocks + p.batch * blocks_per_part * params.sequence_parts;
-  launch(decode_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
-  constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
-  launch(merge_kernel<Traits>, grid_of((rows + kMergeRows - 1) / kMergeRows), dim3(kMergeThreads), 0, context.stream,
-         params);
-}
-
-template <DType kDType, int kHeadDim>
-void decode(const AttentionParams& p, const Context& context) {
-  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
-  using Narrow = DecodeTraits<T, kHeadDim, false>;
-  using Wide = DecodeTraits<T, kHeadDim, true>;
-  // Rows that share a prefix, on average over the bank.
-  const int64_t entries = p.prefix_len > 0 ? p.batch * p.prefix_slots : 0;
-  const int64_t sharing = entries / std::max<int64_t>(p.num_prefixes, 1) * p.q_len * (p.q_heads / p.kv_heads);
-  if (entries > p.num_prefixes && sharing > Narrow::kRows && Wide::kSharedBytes <= context.shared_bytes)
-    decode_by<Wide>(p, context);
-  else
-    decode_by<Narrow>(p, context);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

@@ -13,118 +13,9 @@
 #pragma once
 
 #include "../../common/softmax.cuh"
-#include "../../launch.h"
-#include "launch.h"
+#include "params.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
-
-// Which queries and heads a block's rows stand for: of one batch row and one key head.
-struct BlockRows {
-  int batch;
-  int kv_head;
-  int first_head;
-  int pack;   // heads, running fastest
-  int first;  // the block's first row, among all queries of these heads
-  int last;   // its last row that exists, counted from the first
-
-  __device__ __forceinline__ int query(int row) const { return pack == 1 ? first + row : (first + row) / pack; }
-  __device__ __forceinline__ int head(int row) const {
-    return pack == 1 ? first_head : first_head + (first + row) % pack;
-  }
-};
-
-// What a warp's rows see: all of them, and any of them.
-struct WarpView {
-  Span everyone{0, 0};        // columns of the sequence
-  Span anyone{0, 0};          // columns of the sequence
-  int prefix_cells_seen = 0;  // visited cells, from the first on, of which every row sees 16 columns
-  bool sees_prefix = false;
-
-  __device__ __forceinline__ WarpView(const VisitedCells& cells, const QueryView& first, const QueryView& last) {
-    everyone = {last.sequence.begin, first.sequence.end};
-    anyone = {first.sequence.begin, last.sequence.end};
-    sees_prefix = true;
-    if (last.prefix_begin == 0) {
-      prefix_cells_seen = cells.prefixes.full         ? cells.prefix_cells
-                          : cells.prefixes.slots == 1 ? cells.prefixes.only_length / kCell
-                                                      : 0;
-    }
-  }
-
-  // A warp without rows.
-  __device__ __forceinline__ WarpView() {}
-
-  __device__ __forceinline__ bool everyone_sees(const VisitedCells& cells, int begin, int end) const {
-    const int from = cells.sequence_begin + (max(begin, cells.prefix_cells) - cells.prefix_cells) * kCell;
-    const int to = cells.sequence_begin + (end - cells.prefix_cells) * kCell;
-    return end <= cells.count && min(end, cells.prefix_cells) <= prefix_cells_seen &&
-           (end <= cells.prefix_cells || (from >= everyone.begin && to <= everyone.end));
-  }
-
-  __device__ __forceinline__ bool anyone_sees(const Cell& cell) const {
-    if (cell.segment != 0) return sees_prefix && cell.count > 0;
-    return cell.first + kCell > anyone.begin && cell.first < anyone.end;
-  }
-};
-
-// What a warp decides once, kept in shared memory: registers are for the products.
-template <int kRows, int kCells, bool kMasked>
-struct WarpPlan {
-  BlockRows rows;
-  VisitedCells cells;  // of the block
-  WarpView view;
-  Cell tile[kCells];                         // the tile at hand,
-  float bias[kMasked ? kCells * kCell : 1];  // and what a mask adds to its columns, where that is the same for all rows
-  QueryView views[kRows];
-};
-
-struct ForwardParams {
-  AttentionParams attention;
-  float scale;       // from scores to natural units,
-  float scale_log2;  // and to base 2
-  float softcap;
-  int pack;          // heads packed into a block's rows
-  int row_tiles;     // blocks per (batch row, packed heads)
-  bool shared_mask;  // all rows of a block have the same mask
-  bool whole_query;  // has_whole_chunks
-  bool whole_key;
-  bool whole_value;
-  bool whole_prefix_key;
-  bool whole_prefix_value;
-  bool whole_out;
-};
-
-template <typename Element, int kHeadDim_, bool kGeneral_, int kRowBlocks_>
-struct ForwardTraits {
-  using T = Element;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;     // mask, softcap, dropout or a scale that is not positive
-  static constexpr int kRowBlocks = kRowBlocks_;  // per warp
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kWarpRows = kCell * kRowBlocks;
-  static constexpr int kRows = kWarps * kWarpRows;
-  // As many as registers and shared memory allow without spills.
-  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kGeneral ? 3 : 2)
-                                      : kHeadDim == 32 ? 4
-                                      : kHeadDim <= 96 ? 3
-                                                       : 2;
-  static constexpr int kCells = kHeadDim <= 128 ? 4 : 2;
-  static constexpr int kColumns = kCells * kCell;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
-
-  static constexpr int kQueryBytes = SharedTile<kHeadDim>::bytes(kRows);
-  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kColumns);
-  static constexpr int kPlanBytes = sizeof(WarpPlan<kWarpRows, kCells, kGeneral>);
-  static constexpr int kKeyOffset = kQueryBytes + kSharedGap;
-  static constexpr int kTileStride = kTileBytes + kSharedGap;
-  static constexpr int kValueOffset = kKeyOffset + 2 * kTileStride;
-  static constexpr int kPlanOffset = kValueOffset + 2 * kTileStride;
-  static constexpr int kPlanStride = kPlanBytes + kSharedGap;
-  static constexpr int kSharedBytes = kPlanOffset + kWarps * kPlanStride;
-  static_assert(kQueryBytes + 4 * kTileBytes + kWarps * kPlanBytes <= 99 * 1024,
-                "shared memory of a block on compute capability 8.6");
-};
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forward_kernel(const ForwardParams params) {
@@ -186,13 +77,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   // Made anew for every tile, as the readers are.
   using Loader = TileLoader<T, kHeadDim, Traits::kThreads>;
   const auto load_keys = [&](int j) {
-    const Loader loader(p.key, params.whole_key, p.prefix_key, params.whole_prefix_key, rows.batch, rows.kv_head,
-                        settled(thread));
+    const Loader loader(p.key, params.aligned_key, p.prefix_key, params.aligned_prefix_key, rows.batch, rows.kv_head,
+                        pin_to_register(thread));
     loader.template load<kCells>(key_tile(j), p, cells, j * kCells);
   };
   const auto load_values = [&](int j) {
-    const Loader loader(p.value, params.whole_value, p.prefix_value, params.whole_prefix_value, rows.batch,
-                        rows.kv_head, settled(thread));
+    const Loader loader(p.value, params.aligned_value, p.prefix_value, params.aligned_prefix_value, rows.batch,
+                        rows.kv_head, pin_to_register(thread));
     loader.template load<kCells>(value_tile(j), p, cells, j * kCells);
   };
   const int tiles = (cells.count + kCells - 1) / kCells;
@@ -202,9 +93,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   for (int row = thread / kLanes; row < Traits::kRows; row += Traits::kThreads / kLanes) {
     const bool valid = row <= rows.last;
     const int source = valid ? row : 0;
-    const HeadRows head(p.query, rows.batch, rows.head(source), params.whole_query);
-    copy_row<T, kHeadDim>(query_tile, row, head.row(rows.query(source)), head.dtype, head.whole_chunks, thread % kLanes,
-                          head_dim, valid);
+    const HeadRows head(p.query, rows.batch, rows.head(source), params.aligned_query);
+    copy_row<T, kHeadDim>(query_tile, row, head.row(rows.query(source)), head.dtype, head.aligned_chunks,
+                          thread % kLanes, head_dim, valid);
   }
   uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][kRowBlocks][4];
   using QueryReader = BlockReader<T, kHeadDim, Quarters::kDown>;
@@ -258,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
                     lane);
     };
     const BlockReader<T, kHeadDim, Quarters::kAcross> key(key_tile(j), lane);
-    if (!Traits::kGeneral && j >= 0 && plan.view.everyone_sees(cells, first_cell, first_cell + kCells)) {
+    if (!Traits::kGeneral && j >= 0 && plan.view.every_row_sees(cells, first_cell, first_cell + kCells)) {
       seen = (1u << kCells) - 1;
       set_all(scores, 0.0f);
 #pragma unroll
@@ -277,7 +168,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
       bool is_seen = false;
       if (lane < kCells && first_cell + lane < cells.count) {
         plan.tile[lane] = cells.cell(p, first_cell + lane);
-        is_seen = plan.view.anyone_sees(plan.tile[lane]);
+        is_seen = plan.view.some_row_sees(plan.tile[lane]);
       }
       seen = __ballot_sync(kAllLanes, is_seen);
       __syncwarp();
@@ -390,66 +281,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     if (lane % kLanes == 0) {
       static_cast<float*>(p.lse)[(rows.batch * p.q_heads + head) * p.q_len + query_number] = lse[i];
     }
-    const HeadRows out_rows(p.out, rows.batch, head, params.whole_out);
+    const HeadRows out_rows(p.out, rows.batch, head, params.aligned_out);
     T* const out_row = reinterpret_cast<T*>(const_cast<char*>(out_rows.row(query_number)));
 #pragma unroll
     for (int chunk = lane % kLanes; chunk < kHeadDim / kChunk; chunk += kLanes) {
       store_chunk(out_row, query_tile + SharedTile<kHeadDim>::offset(row, chunk), chunk * kChunk, head_dim,
-                  params.whole_out);
+                  params.aligned_out);
     }
-  }
-}
-
-template <typename Traits>
-void launch_rows(ForwardParams& params, const Context& context) {
-  const AttentionParams& p = params.attention;
-  const int64_t group = p.q_heads / p.kv_heads;
-  const auto tiles = [&](int64_t rows) { return (rows + Traits::kRows - 1) / Traits::kRows; };
-  // Dropout bits belong to 16 queries of one head.
-  const bool packs = p.dropout_threshold == 0 && tiles(p.q_len * group) < tiles(p.q_len) * group;
-  params.pack = packs ? static_cast<int>(group) : 1;
-  params.row_tiles = static_cast<int>(tiles(p.q_len * params.pack));
-  params.shared_mask =
-      p.mask.data != nullptr && p.mask.row_stride == 0 && (params.pack == 1 || p.mask.head_stride == 0);
-  const int64_t blocks = params.row_tiles * (p.q_heads / params.pack) * p.batch;
-  launch(forward_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
-}
-
-template <typename T, int kHeadDim, bool kGeneral>
-void launch_forward(ForwardParams& params, const Context& context) {
-  // Twice the rows per warp, where registers allow it, halve what is read from shared memory; half as many blocks must
-  // still keep every multiprocessor at work.
-  constexpr int kRowBlocks = kHeadDim <= (kGeneral ? 64 : 128) ? 2 : 1;
-  using Large = ForwardTraits<T, kHeadDim, kGeneral, kRowBlocks>;
-  const AttentionParams& p = params.attention;
-  const int64_t blocks = (p.q_len + Large::kRows - 1) / Large::kRows * p.q_heads * p.batch;
-  if (p.q_len > Large::kRows / 2 && blocks >= context.sm_count) {
-    launch_rows<Large>(params, context);
-  } else {
-    launch_rows<ForwardTraits<T, kHeadDim, kGeneral, 1>>(params, context);
-  }
-}
-
-template <DType kDType, int kHeadDim>
-void forward(const AttentionParams& p, const Context& context) {
-  using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
-  ForwardParams params;
-  params.attention = p;
-  params.scale = static_cast<float>(p.scale);
-  params.scale_log2 = static_cast<float>(p.scale) * kLog2E;
-  params.softcap = static_cast<float>(p.softcap);
-  params.whole_query = has_whole_chunks(p.query, p.head_dim);
-  params.whole_key = has_whole_chunks(p.key, p.head_dim);
-  params.whole_value = has_whole_chunks(p.value, p.head_dim);
-  params.whole_prefix_key = has_whole_chunks(p.prefix_key, p.head_dim);
-  params.whole_prefix_value = has_whole_chunks(p.prefix_value, p.head_dim);
-  params.whole_out = has_whole_chunks(p.out, p.head_dim);
-
-  const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
-  if (general) {
-    launch_forward<T, kHeadDim, true>(params, context);
-  } else {
-    launch_forward<T, kHeadDim, false>(params, context);
   }
 }
 

@@ -10,11 +10,4 @@ namespace prefix_kernels::cuda::sm80 {
 template <DType kDType, int kHeadDim>
 void forward(const AttentionParams& p, const Context& context);
 
-// The same for few queries against many keys, which are split over blocks. What the rows of a batch share of their
-// prefixes is read once for many of them.
-template <DType kDType, int kHeadDim>
-void decode(const AttentionParams& p, const Context& context);
-
-inline constexpr int64_t kMaxDecodeQueries = 16;
-
 }  // namespace prefix_kernels::cuda::sm80
