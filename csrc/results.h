@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, Attent
 std::vector<at::Tensor> empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs,
                                         BackwardParams& b);
 
-// What arrives at the backward pass, in the layout that the kernels read. Keep it as long as b is used.
+// The backward pass's inputs in the layout that the kernels read. Must live as long as b is used.
 struct ArrivingGradients {
   at::Tensor dout, lse, dlse;
 

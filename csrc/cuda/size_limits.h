@@ -1,4 +1,4 @@
-// How large a call may be: the kernels count rows and columns in 32 bits, and only offsets in memory in 64.
+// The largest call on a GPU: the kernels count rows and columns in 32 bits, and only offsets in memory in 64.
 #pragma once
 
 #include <c10/util/Exception.h>

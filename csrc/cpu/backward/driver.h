@@ -8,6 +8,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// One call: its plan, with the partial sums, and the chunks and sums that threads have taken.
 template <class T>
 struct BackwardJob {
   BackwardPlan<T> plan;
@@ -16,7 +17,7 @@ struct BackwardJob {
 
   BackwardJob(const BackwardParams& params, int threads) : plan(params, threads) {}
 
-  // What there is to sum.
+  // The numbers of tiles and blocks that have partial sums to add.
   int64_t prefix_tiles() const {
     const AttentionParams& p = plan.params.forward;
     return plan.needs.prefix() ? p.num_prefixes * p.kv_heads * ceil_div(p.prefix_len, kBlockK) : 0;
@@ -29,7 +30,7 @@ struct BackwardJob {
   int64_t query_blocks() const { return plan.parts > 1 && plan.needs.dquery ? plan.query_blocks() : 0; }
 };
 
-// Runs a task over one of the ranges that its query blocks fall into.
+// Runs a task for one of the ranges that its query blocks fall into.
 template <class T>
 inline void run_pass(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task) {
   const KeyRange range = w.plan.blocks(task.split, w.pass);
@@ -53,7 +54,7 @@ inline void run_pass(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& ta
   if (w.plan.needs.dquery && w.plan.parts == 1) finish_blocks(w);
 }
 
-// `next`: the task that this thread runs after this one, or null.
+// Runs a task. `next`: the task that this thread runs after it, or null.
 template <class T>
 inline void run_task(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const BackwardTask* next) {
   w.task = &task;
@@ -61,7 +62,7 @@ inline void run_task(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& ta
   for (w.pass = 0; w.pass < w.plan.passes; ++w.pass) run_pass(w, chunk, task);
 }
 
-// The partial tiles that a chunk sums into.
+// Clears the partial tiles that a chunk sums into.
 template <class T>
 void clear_prefix_tiles(const BackwardPlan<T>& plan, int64_t chunk) {
   const int64_t size = plan.prefix_tile_size();
@@ -80,6 +81,7 @@ inline Workspace& backward_workspace() {
   return workspace;
 }
 
+// The body of one thread: takes chunks of tasks until there are none left.
 template <class T>
 void run_backward_tasks(void* argument, int) {
   auto& job = *static_cast<BackwardJob<T>*>(argument);
@@ -107,7 +109,7 @@ void sum_prefix(const BackwardPlan<T>& plan, int64_t index, const Operand& gradi
   const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes, depth = plan.padded_depth;
   const Operand head = head_of(gradient, prefix, kv_head);
   const int64_t length = prefix_length(p, prefix);
-  int64_t part = 0;  // to which the tile belongs
+  int64_t part = 0;  // part that the tile belongs to
   while (part + 1 < plan.parts && plan.part_rows(length, part).end <= first) ++part;
   const int64_t part_begin = plan.part_rows(length, part).begin, chunks = plan.chunks / plan.parts;
   T sum[kMaxHeadDim];
@@ -160,6 +162,7 @@ void sum_queries(const BackwardPlan<T>& plan, int64_t index, T factor) {
   }
 }
 
+// The body of one thread: adds the partial sums of one tile or block after another.
 template <class T>
 void run_backward_sums(void* argument, int) {
   auto& job = *static_cast<BackwardJob<T>*>(argument);

@@ -3,14 +3,13 @@
 //   delta = rowsum(dout * out) - dlse      P = exp(S - lse)      dS = P * (dout V'^T - delta)
 //   dV' = P^T dout        dK' = scale dS^T Q        dQ = scale dS K'
 //
-// One task walks the tiles of keys of one head, or of a part of them; a tile's dK', dV' stay in cache while the blocks
-// of queries pass. Keys stand in the lanes: of a tile K and V are transposed once, while Q, dO and the gradients stay
-// as they are in memory.
+// A task walks the tiles of keys of one head, or a part of them. A tile's dK', dV' stay in cache while the blocks of
+// queries pass. Keys stand in the lanes: a tile's K and V are transposed once, while Q, dO and the gradients keep their
+// layout in memory.
 //   S = Q K^T,  dP = dO V^T       [queries][keys], with the factors of S and dP folded into K^T and V^T
 //   dV += P^T dO,  dK += dS^T Q   [keys][head_dim]
 //   dQ += dS K                    [queries][head_dim], kept for the whole range of queries
-// When prefix gradients alone are asked for, only prefix tiles are visited; when ds is not wanted, V and dP are not
-// read.
+// If only prefix gradients are asked for, only prefix tiles are visited. If ds is not needed, V and dP are not read.
 #pragma once
 
 #include "plan.h"
@@ -18,13 +17,14 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// The state of a block of queries, kept from tile to tile.
 template <class T>
 struct BackwardState {
   QueryBlock block;
-  bool ready;
+  bool ready;  // begin_block was called
   Rows<T> query, dout;
-  T *query_scratch, *dout_scratch;  // [kBlockQ][padded_depth], where the rows cannot be read in place
-  T* dquery;                        // [kBlockQ][padded_depth]; null where not needed
+  T *query_scratch, *dout_scratch;  // [kBlockQ][padded_depth], if the rows cannot be read in place
+  T* dquery;                        // [kBlockQ][padded_depth]; null if not needed
   T lse[kBlockQ];                   // +infinity for a row that sees nothing
   T delta[kBlockQ];
 };
@@ -36,8 +36,8 @@ struct BackwardTile {
   int64_t first;
   int count;
   const T *key_lanes, *value_lanes;  // [head_dim][kKeyStride]
-  Rows<T> key;                       // only for dQ
-  T *dkey, *dvalue;                  // [count][padded_depth]; null where not needed
+  Rows<T> key;                       // filled for dQ only
+  T *dkey, *dvalue;                  // [count][padded_depth]; null if not needed
 };
 
 // Scratch memory for one step, and for the sums of dK' and dV' that do not go into a partial tile.
@@ -50,7 +50,7 @@ struct BackwardScratch {
   uint16_t* bits;                         // [kBlockQ][kKeyStride]
 };
 
-// One thread's tasks: the plan, the blocks of the pass at hand and the memory that they are computed in.
+// The state of one thread: the plan, its current task and pass, and the memory of both.
 template <class T>
 struct BackwardWorker {
   const BackwardPlan<T>& plan;
@@ -66,7 +66,7 @@ struct BackwardWorker {
   BackwardWorker(const BackwardPlan<T>& plan, Workspace& workspace) : plan(plan), p(plan.params.forward) {
     const int64_t blocks = plan.max_blocks(), padded = plan.padded_depth;
     const size_t rows = kBlockQ * padded, tile = kBlockQ * kKeyStride, lanes = p.head_dim * kKeyStride;
-    // The sums of one tile, or of the whole sequence where they wait for another pass.
+    // The sums of one tile, or of the whole sequence if they wait for another pass.
     const bool waits = plan.passes > 1 && plan.splits == 1 && (plan.needs.dkey || plan.needs.dvalue);
     const size_t sums = (waits ? ceil_div(p.k_len, kBlockK) : 1) * kBlockK * padded;
     workspace.reserve(Workspace::bytes_for<BackwardState<T>>(blocks) + blocks * 3 * Workspace::bytes_for<T>(rows) +
@@ -92,6 +92,7 @@ struct BackwardWorker {
   }
 };
 
+// Prefetches the rows of a block of queries.
 template <class T>
 inline void prefetch_block(BackwardWorker<T>& w, const QueryBlock& block) {
   w.prefetcher.add_queries(w.p.query, block);
@@ -99,6 +100,7 @@ inline void prefetch_block(BackwardWorker<T>& w, const QueryBlock& block) {
   if (w.plan.needs.any_ds()) w.prefetcher.add_queries(w.p.out, block);
 }
 
+// Prefetches the rows of a tile of keys and values.
 template <class T>
 inline void prefetch_tile(BackwardWorker<T>& w, const Segment& segment, int64_t first) {
   const int64_t left = segment.length - first, rows = left < kBlockK ? left : kBlockK;
@@ -106,7 +108,7 @@ inline void prefetch_tile(BackwardWorker<T>& w, const Segment& segment, int64_t 
   if (w.plan.needs.ds(segment)) w.prefetcher.add_rows(segment.value, first, rows, w.p.head_dim);
 }
 
-// What the next pass, or the next task, begins with.
+// Prefetches the first block and tile of the next pass or task.
 template <class T>
 inline void prefetch_following(BackwardWorker<T>& w) {
   const bool same_task = w.pass + 1 < w.plan.passes;
@@ -119,8 +121,8 @@ inline void prefetch_following(BackwardWorker<T>& w) {
                   w.plan.part_rows(w.p.k_len, task->part).begin);
 }
 
-// Asks for what follows the step of block i with a tile: the next block that was not met yet, and in the last step of
-// a tile the next tile; after the last tile, what follows.
+// Prefetches the data needed after the step of block i with a tile: the next block, if it is not ready; after the last
+// block the next tile; after the last tile the next pass or task.
 template <class T>
 inline void prefetch_after_step(BackwardWorker<T>& w, int64_t i, const BackwardTile<T>& tile) {
   const Segment& segment = tile.segment;
@@ -139,7 +141,7 @@ inline void prefetch_after_step(BackwardWorker<T>& w, int64_t i, const BackwardT
                       gemm_blocks<T>(kBlockQ, w.plan.padded_depth) * needs.dquery);
 }
 
-// When the first tile meets a block.
+// Loads a block's rows and computes delta, at its first step.
 template <class T>
 inline void begin_block(BackwardWorker<T>& w, BackwardState<T>& state) {
   state.ready = true;
@@ -157,7 +159,7 @@ inline void begin_block(BackwardWorker<T>& w, BackwardState<T>& state) {
   }
 }
 
-// One tile against one block.
+// Adds one tile's contributions to the gradients of one block, and the block's to those of the tile.
 template <class T>
 inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const BackwardTile<T>& tile) {
   constexpr int kN = kLanes<T>;
@@ -205,7 +207,8 @@ inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const B
   }
 }
 
-// Where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or scratch.
+// The memory where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or
+// scratch.
 template <class T>
 inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk,
                     const BackwardTask& task, const Segment& segment, int64_t first, int count) {
@@ -220,6 +223,7 @@ inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<
   return target;
 }
 
+// Writes a tile's finished sums to a gradient of the sequence.
 template <class T>
 inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, const BackwardTask& task, int64_t first,
                        int count, T factor, const T* sums) {
@@ -230,7 +234,7 @@ inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, const Back
                           past_caches);
 }
 
-// Rows [first, first + count) of a segment against every block of the task that may see them.
+// Runs the steps of rows [first, first + count) of a segment with every block of the task that may see them.
 template <class T>
 inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const Segment& segment,
                           int64_t first, int count) {
@@ -263,6 +267,7 @@ inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTas
                static_cast<T>(dropout_rescale(w.p.dropout_threshold)), tile.dvalue);
 }
 
+// Writes dquery of the blocks of a pass.
 template <class T>
 inline void finish_blocks(BackwardWorker<T>& w) {
   const Operand& gradient = w.plan.params.gradients[kDQuery];
@@ -273,7 +278,7 @@ inline void finish_blocks(BackwardWorker<T>& w) {
                             static_cast<T>(w.p.scale), w.states[i].dquery + l * w.plan.padded_depth, past_caches);
 }
 
-// The tiles of the rows `range` of one segment against the blocks of a task.
+// Runs the tiles of the rows `range` of one segment with the blocks of a task.
 template <class T>
 inline void backward_segment(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task, const Segment& segment,
                              KeyRange range) {

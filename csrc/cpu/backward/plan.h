@@ -1,11 +1,11 @@
-// How the backward pass is divided, and where its partial sums live.
+// The division of the backward pass into tasks, and the memory of its partial sums.
 //
-// A task is one (part of the keys, kv head, batch row, range of query blocks), mostly with one part; tasks in this
+// A task is one (part of the keys, kv head, batch row, range of query blocks), mostly with one part. Tasks in this
 // order are cut into chunks, which threads take as they become free. A chunk adds the prefix gradients of its tasks
-// into partial tiles of its own, one per (prefix, kv head) that it meets: heads change slowest, so that most partial
-// tiles have one owner and no copy per batch row exists. Where even single blocks are fewer than keep the threads busy,
-// the keys of each segment fall into parts too, each with tasks of its own; they sum dquery apart. A second pass adds
-// the partial sums in the order of the chunks and parts, so the result does not depend on which thread ran what.
+// into partial tiles of its own, one per (prefix, kv head) that it visits. Heads change slowest, so that most partial
+// tiles have one owner and no copy per batch row exists. If even tasks of single blocks are fewer than keep the threads
+// busy, the keys of each segment fall into parts too, each with tasks and a dquery of its own. A second pass adds the
+// partial sums in the order of the chunks and parts, so the result does not depend on which thread ran what.
 #pragma once
 
 #include "../common/column_parts.h"
@@ -13,6 +13,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// The gradients that a call asks for, and the parts of the work that they need.
 struct Needs {
   bool dquery, dkey, dvalue, dprefix_key, dprefix_value;
 
@@ -25,7 +26,7 @@ struct Needs {
 
   bool visits_sequence() const { return dquery || dkey || dvalue; }
   bool prefix() const { return dprefix_key || dprefix_value; }
-  // What a segment must be visited for, and whether ds is wanted there.
+  // Gradients of a segment that are asked for; its need of ds; its need of a visit.
   bool key(const Segment& s) const { return s.is_prefix() ? dprefix_key : dkey; }
   bool value(const Segment& s) const { return s.is_prefix() ? dprefix_value : dvalue; }
   bool ds(const Segment& s) const { return dquery || key(s); }
@@ -35,6 +36,7 @@ struct Needs {
   bool any_value() const { return dvalue || dprefix_value; }
 };
 
+// A range of query blocks of one head and batch row, over one part of its keys.
 struct BackwardTask {
   int64_t kv_head, batch, split, part;
 };
@@ -46,9 +48,9 @@ struct BackwardPlan {
   BlockPartition partition;
   int64_t padded_depth;  // head_dim in whole vectors: the row stride of every partial tile
   int64_t splits = 1;    // ranges that the query blocks of one head fall into
-  int64_t passes = 1;    // ranges that a task goes through one after another
-  int64_t parts = 1;     // that the keys of every segment fall into; more than one only where each split is one block
-  int64_t tasks = 0;     // those of one part after those of another
+  int64_t passes = 1;    // ranges of query blocks that a task processes one after another
+  int64_t parts = 1;     // parts of the keys of every segment; more than one only if each split is one block
+  int64_t tasks = 0;     // tasks of all parts, one part after another
   int64_t chunks = 0;
   int64_t prefix_tiles = 0;
 
@@ -63,7 +65,7 @@ struct BackwardPlan {
         partition(backward.forward),
         padded_depth(whole_vectors<T>(backward.forward.head_dim)) {
     constexpr int64_t kTasksPerThread = 4;
-    constexpr int64_t kPartialBytes = int64_t{32} << 20;  // more partial sums than this only to occupy every thread
+    constexpr int64_t kPartialBytes = int64_t{32} << 20;  // limit of partial sums, exceeded only to occupy every thread
     const AttentionParams& p = params.forward;
     const int64_t heads = p.batch * p.kv_heads;
     if (heads == 0 || partition.count == 0) return;
@@ -79,7 +81,7 @@ struct BackwardPlan {
       parts = column_parts(heads * splits, threads, visited);
     }
     tasks = heads * splits * parts;
-    chunks = parts * clamp_to(wanted / parts, 1, tasks / parts);  // none has tasks of two parts
+    chunks = parts * clamp_to(wanted / parts, 1, tasks / parts);  // no chunk has tasks of two parts
     if (needs.prefix()) {
       assign_prefix_tiles();
       const int64_t least_chunks = parts * clamp_to(ceil_div(threads, parts), 1, tasks / parts);
@@ -128,15 +130,16 @@ struct BackwardPlan {
     const AttentionParams& p = params.forward;
     return ((t.split * p.batch + t.batch) * p.kv_heads + t.kv_head) * p.k_len * padded_depth;
   }
-  // All heads' together, by (batch row, key head, block).
+  // All heads' query blocks, numbered by (batch row, key head, block).
   int64_t query_blocks() const { return params.forward.batch * params.forward.kv_heads * partition.count; }
-  // Where a part sums the dquery of block `index` of these, when parts > 1.
+  // The memory where a part sums the dquery of query block `index`, if parts > 1.
   T* part_dquery(int64_t part, int64_t index) const {
     return dquery.data() + (part * query_blocks() + index) * kBlockQ * padded_depth;
   }
 
  private:
-  // Bounds a thread's scratch memory; where sums need not wait for the next pass, to what stays in the cache.
+  // The most query blocks of a pass: bounds a thread's scratch memory. If no sums wait for the next pass, a block's
+  // rows stay in the cache.
   int64_t max_pass_blocks() const {
     constexpr int64_t kMaxBlocks = 128, kCachedBytes = int64_t{512} << 10;
     if (needs.visits_sequence()) return kMaxBlocks;

@@ -1,6 +1,6 @@
-// What becomes of a backward step's products while they are still in registers: scores -> probabilities, and their
-// gradients -> dS. Tiles are [kBlockQ][kKeyStride], keys in the lanes; a block is a Vec<T>[rows][vectors] at (row,
-// column) of its group.
+// The steps from scores to probabilities, and from dP to dS, in the backward pass, while they are still in the
+// registers of the matrix product. Tiles are [kBlockQ][kKeyStride], keys in the lanes. A register block is a
+// Vec<T>[rows][vectors] at (row, column) of its group.
 #pragma once
 
 #include "../common/dropout.h"
@@ -9,18 +9,18 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// Scores -> p = e^(scores - lse), once they are capped, biased, and -infinity where a query does not see the key. With
+// Turns scores, once capped, biased, and -infinity for keys that a query does not see, into p = e^(scores - lse). With
 // dropout and no dS to come, the dropped p become 0.
 template <class T>
 struct Probabilities {
   const BackwardTilePlan<T>& plan;
   const BackwardTileBias<T>& bias;
   T* tile;
-  T cap;      // 0: none
-  T* capped;  // tanh of the scores, for ScoreGradients; where there is a cap
+  T cap;      // softcap; 0: none
+  T* capped;  // tanh of the scores, for ScoreGradients; written if there is a cap
   const T* lse;
   const uint16_t* bits;
-  uint32_t threshold;  // 0: keep all
+  uint32_t threshold;  // dropout threshold; 0: keep all
   typename BackwardTilePlan<T>::Group group{};
 
   template <int kRows, int kVectors>
@@ -45,7 +45,7 @@ struct Probabilities {
   }
 
  private:
-  // In the tile: what only some steps need.
+  // Applies, in the tile, the options that only some steps need: cap, bias and visibility.
   __attribute__((noinline)) void adjust(int64_t first_row, int rows, int64_t first_column, int vectors) const {
     constexpr int kN = kLanes<T>;
     const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
@@ -70,8 +70,8 @@ struct Probabilities {
   }
 };
 
-// dp -> ds = p (dp - delta), with dp scaled by 1/(1 - r) where there is dropout. Then the dropped dp count as 0, and p,
-// which dV' = p^T dout is still to read, becomes 0 there.
+// Turns dp into ds = p (dp - delta). With dropout, dp is scaled by 1/(1 - r), the dropped dp count as 0, and the
+// dropped p become 0 for dV' = p^T dout, which reads them afterwards.
 template <class T>
 struct ScoreGradients {
   T* probabilities;
@@ -106,7 +106,7 @@ struct ScoreGradients {
   }
 
  private:
-  // ds of the capped scores -> ds of the scores, in the tile.
+  // Turns ds of the capped scores into ds of the scores, in the tile.
   __attribute__((noinline)) void differentiate_cap(int64_t at, int rows, int vectors) const {
     for (int m = 0; m < rows; ++m) {
       for (int v = 0; v < vectors; ++v) {

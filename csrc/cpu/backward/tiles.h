@@ -2,15 +2,15 @@
 //
 // A step is a block of up to kBlockQ queries times a tile of up to kBlockK keys from one segment. Where the tile
 // crosses a diagonal, vectors of keys that a cell of kCell queries cannot see are not visited. Lanes behind the last
-// key hold anything: no product reads them.
+// key are arbitrary: no product reads them.
 #pragma once
 
 #include "../common/mask.h"
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// Between the rows of a step's tiles, and of keys and values with head_dim in the rows: not a power of two, whose rows
-// would share a few sets of the cache.
+// The distance of rows in a step's tiles, and in keys and values with head_dim in the rows. It is not a power of two,
+// whose rows would share a few sets of the cache.
 inline constexpr int kKeyStride = kBlockK + kCell;
 
 // attn_mask as numbers to add to the scores of a step.
@@ -19,7 +19,7 @@ struct BackwardTileBias {
   enum Kind { kNone, kPerKey, kFull };
   Kind kind = kNone;
   T* data;         // [kKeyStride], or [kBlockQ][kKeyStride]
-  KeyRange shown;  // the tile's keys from the first to the last that some query sees
+  KeyRange shown;  // smallest range of the tile's keys that contains everything some query sees
 
   // Keys [first, first + count) of the segment; buffer holds kBlockQ * kKeyStride.
   BackwardTileBias(const QueryBlock& block, const Segment& segment, int64_t first, int count, T* buffer)
@@ -52,7 +52,7 @@ struct BackwardTileBias {
   }
 
  private:
-  // Up to the next whole vector of zeros.
+  // Copies a row of the mask, followed by zeros up to a whole vector.
   template <class Src>
   static void copy_mask_row(const Src* src, int64_t stride, int count, T* row) {
     int k = 0;
@@ -68,12 +68,12 @@ template <class T>
 struct BackwardTilePlan {
   struct Group {
     int row_begin, row_end, vector_begin, vector_end;
-    bool whole;  // every query sees every key; else the queries' ranges count
+    bool whole;  // every query sees every key; otherwise the queries' ranges apply
   };
 
   Group groups[kBlockQ / kCell];
   int num_groups = 0;
-  LaneIndex<T> begin[kBlockQ];  // keys of the tile that each query sees; only where a group is not whole
+  LaneIndex<T> begin[kBlockQ];  // keys of the tile that each query sees; filled for groups that are not whole
   LaneIndex<T> end[kBlockQ];
 
   // Keys [first, first + count) of the segment, of which the mask shows `shown`.

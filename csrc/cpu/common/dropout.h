@@ -6,7 +6,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// Of 64-bit lanes the low halves; what comes to stand in the high halves of `low` does not matter.
+// Products of the low halves of 64-bit lanes. The high halves of `low` are arbitrary.
 struct MultiplyLanes {
   PREFIX_KERNELS_INLINE PhiloxProduct<Wide> operator()(Wide a, uint32_t b) const {
     const Wide product = multiply_low_halves(a, Wide{} + b);
@@ -14,7 +14,7 @@ struct MultiplyLanes {
   }
 };
 
-inline constexpr int kCalls = kVectorBytes / sizeof(uint64_t);  // of Philox at once, a divisor of 8
+inline constexpr int kCalls = kVectorBytes / sizeof(uint64_t);  // calls of Philox at once, a divisor of 8
 
 // Element i of the result is element source(i) of a and b, one behind the other.
 template <class Element, class Source>
@@ -52,8 +52,9 @@ PREFIX_KERNELS_INLINE void keep_block(Vec<T> (&block)[kRows][kVectors], const ui
     for (int v = 0; v < kVectors; ++v) block[m][v] = keep<T>(block[m][v], bits + m * stride + v * kLanes<T>, threshold);
 }
 
-// [keys][kBlockQ]: rows [first, first + count) of the segment against the block's lanes; both start at multiples of 16
-// of their axis, so that the tile is made of whole Philox cells. The block holds one head.
+// The bits of a tile with queries in the lanes, [keys][kBlockQ]: rows [first, first + count) of the segment against the
+// block's lanes. Both start at multiples of 16 of their axis, so that the tile is made of whole Philox cells. The block
+// holds one head.
 inline void dropout_bits_of_query_lanes(const QueryBlock& block, const Segment& segment, int64_t first, int count,
                                         uint16_t* bits) {
   const AttentionParams& p = *block.params;
@@ -85,12 +86,12 @@ inline void dropout_bits_of_query_lanes(const QueryBlock& block, const Segment& 
   }
 }
 
-// The same with queries in the rows: [kBlockQ][stride]; a row has room for a whole vector of calls behind its last
-// cell.
+// The bits of a tile with keys in the lanes, [kBlockQ][stride]. A row has room for a whole vector of calls behind its
+// last cell.
 inline void dropout_bits_of_key_lanes(const QueryBlock& block, const Segment& segment, int64_t first, int count,
                                       uint16_t* bits, int64_t stride) {
   const AttentionParams& p = *block.params;
-  constexpr int kAdjacent = kCalls < 4 ? kCalls : 4;  // calls of one cell
+  constexpr int kAdjacent = kCalls < 4 ? kCalls : 4;  // calls at once that belong to one cell
   const uint32_t head = static_cast<uint32_t>(block.batch * p.q_heads + block.head(0));
   const uint32_t row_group = static_cast<uint32_t>(block.query(0) / 2);
   const int row_groups = (block.count + kCell - 1) / kCell * (kCell / 2), groups = (count + kCell - 1) / kCell * 4;

@@ -1,10 +1,10 @@
-// A[M][K] B[K][N]: the one matrix product of all five of attention's.
+// A[M][K] B[K][N]: one matrix product that serves all five of attention.
 //
 // B is row-major with N in the SIMD lanes (a multiple of the lane count). A is read one element at a time and
 // broadcast, in its natural layout: row-major (keys times queries) or transposed (values^T times probabilities).
-// Nothing of A is packed, so a tile of 20 prefix rows costs 20 rows. What becomes of a block of results, still in
-// registers, is the caller's: finish(block, row, column), where block is a Vec<T>[rows][vectors]. While blocks are
-// computed, `prefetcher` asks for what comes next, a few lines a block.
+// A is not packed, so a tile of 20 prefix rows costs 20 rows. The caller takes over each block of results, still in
+// registers: finish(block, row, column), where block is a Vec<T>[rows][vectors]. While blocks are computed,
+// `prefetcher` asks for the data of the next steps, a few lines a block.
 #pragma once
 
 #include "prefetch.h"
@@ -13,7 +13,7 @@ namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
 enum class ALayout { kRowMajor, kTransposed };
 
-// Rows of C that one register block holds beside N/lanes = kVectors columns: as many as leave room for B and A.
+// The rows of a register block of C with N/lanes = kVectors columns: as many as leave registers for B and A.
 template <int kVectors>
 constexpr int block_rows() {
 #if defined(__AVX512F__)
@@ -96,14 +96,15 @@ PREFIX_KERNELS_INLINE void gemm_panels(int64_t columns, int64_t rows, int64_t de
   }
 }
 
-// a_stride steps from row to row of A as stored: over m for kRowMajor, over k for kTransposed.
+// Computes the product block by block. a_stride steps from row to row of A as stored: over m for kRowMajor, over k for
+// kTransposed.
 template <ALayout kLayout, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
           Prefetcher& prefetcher, const Finish& finish) {
   gemm_panels<T, kLayout, kMaxBlockVectors>(columns, rows, depth, a, a_stride, b, b_stride, 0, prefetcher, finish);
 }
 
-// About how many whole register blocks a product of this size has.
+// The approximate number of whole register blocks of a product of this size.
 template <class T>
 int64_t gemm_blocks(int64_t rows, int64_t columns) {
   return rows / block_rows<kMaxBlockVectors>() * ceil_div(columns, kMaxBlockVectors * kLanes<T>);
@@ -125,7 +126,7 @@ PREFIX_KERNELS_INLINE void load_block(Vec<T> (&block)[kRows][kVectors], const T*
     for (int v = 0; v < kVectors; ++v) block[m][v] = load(at + m * stride + v * kLanes<T>);
 }
 
-// C += the block. What C holds is added last: sums over many calls then round once a call and not once a term.
+// C += the block. The old value of C is added last: sums over many calls then round once a call and not once a term.
 template <class T>
 struct AddTo {
   T* c;

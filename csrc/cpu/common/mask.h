@@ -1,4 +1,4 @@
-// attn_mask as an additive bias on a tile of scores.
+// Access to attn_mask as numbers to add to scores.
 #pragma once
 
 #include <limits>
@@ -29,7 +29,7 @@ PREFIX_KERNELS_INLINE const Src* mask_row(const MaskOperand& mask, const QueryBl
          block.query(lane) * mask.row_stride;
 }
 
-// Whether all queries of a block share one row of the mask.
+// Tells if all queries of a block share one row of the mask.
 inline bool shares_mask_row(const MaskOperand& mask, const QueryBlock& block) {
   return mask.row_stride == 0 && (block.one_head || mask.head_stride == 0);
 }

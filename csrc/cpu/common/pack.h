@@ -1,5 +1,5 @@
-// Moving operands between their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][lanes] with
-// queries or keys in the lanes.
+// Copies between operands in their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][lanes]
+// with queries or keys in the lanes.
 #pragma once
 
 #include <type_traits>
@@ -35,8 +35,8 @@ T query_factor(const AttentionParams& p) {
   return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
 }
 
-// Whether the rows of a result of `rows` rows are written past the caches: whole lines, of a tensor that the caches of
-// one core would not keep. Lines that are written in full need not be fetched first.
+// Tells if a result of `rows` rows is written past the caches: in whole lines, of a tensor that the caches of one core
+// would not keep. Lines that are written in full need not be fetched first.
 template <class T>
 bool streams(const Operand& x, int64_t rows, int64_t depth) {
   constexpr int64_t kCachedBytes = int64_t{1} << 20;
@@ -79,7 +79,7 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
   }
 }
 
-// Where a lane's row begins in a [batch, q_heads, q_len, head_dim] operand, in elements.
+// Offset of a lane's row in a [batch, q_heads, q_len, head_dim] operand, in elements.
 PREFIX_KERNELS_INLINE int64_t lane_offset(const Operand& x, const QueryBlock& block, int lane) {
   return block.batch * x.batch_stride + block.head(lane) * x.head_stride + block.query(lane) * x.row_stride;
 }
@@ -130,7 +130,7 @@ PREFIX_KERNELS_INLINE void convert_row(const Src* src, int64_t depth, T* dst) {
   for (; d < depth; ++d) dst[d] = static_cast<T>(to_float(src[d]));
 }
 
-// Rows [first, first + count) of one head, converted, in rows of copy_stride that end in zeros.
+// Copies rows [first, first + count) of one head, converted, into rows of copy_stride that end in zeros.
 template <class T>
 void copy_rows(const Operand& x, int64_t first, int count, int64_t depth, T* copy, int64_t copy_stride) {
   dispatch_dtype(x.dtype, [&](auto* tag) {
@@ -155,16 +155,16 @@ Rows<T> rows_in_place(const Operand& x, int64_t first) {
   return {static_cast<const T*>(x.data) + first * x.row_stride, x.row_stride};
 }
 
-// Whether a few consecutive rows, read side by side, fall into different sets of the cache and need no conversion.
+// Tells if a few consecutive rows, read side by side, fall into different sets of the cache and need no conversion.
 template <class T>
 bool rows_spread_in_cache(const Operand& x) {
   constexpr int64_t kSetsBytes = 4096;  // addresses that far apart share a set
   return x.dtype == kComputeDType<T> && x.row_stride * static_cast<int64_t>(sizeof(T)) % kSetsBytes != 0;
 }
 
-// Rows [first, first + count) of a segment's keys or values, `padded` apart: in place where they are dense, else copied
-// to scratch, ending in zeros. Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two apart and
-// would share a few sets of the cache.
+// Rows [first, first + count) of a segment's keys or values, `padded` apart: in place if they are dense, otherwise
+// copied to scratch, ending in zeros. Rows of one head in a [batch, rows, heads, head_dim] layout are a power of two
+// apart and would share a few sets of the cache.
 template <class T>
 Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, int64_t padded, T* scratch) {
   if (x.dtype == kComputeDType<T> && x.row_stride == padded && depth == padded) return rows_in_place<T>(x, first);
@@ -193,7 +193,7 @@ void scale_row(const T* src, int64_t depth, T factor, Dst* dst) {
   for (; d < depth; ++d) dst[d] = from_float<Dst>(src[d] * factor);
 }
 
-// What the rows of a block's queries are in: in place where they are dense, else copied to scratch as by copy_queries.
+// The rows of a block's queries: in place if they are dense, otherwise copied to scratch as by copy_queries.
 template <class T>
 Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded, T* scratch) {
   if (x.dtype == kComputeDType<T> && x.row_stride == padded && block.params->head_dim == padded && block.one_head)
@@ -202,7 +202,7 @@ Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded, T*
   return {scratch, padded};
 }
 
-// The row of a gradient that begins at element `at` = factor * sum, converted.
+// Writes factor * sum, converted, to the row of a gradient that begins at element `at`.
 template <class T>
 void write_gradient_row(const Operand& gradient, int64_t at, int64_t depth, T factor, const T* sum, bool past_caches) {
   dispatch_dtype(gradient.dtype, [&](auto* tag) {
@@ -213,7 +213,7 @@ void write_gradient_row(const Operand& gradient, int64_t at, int64_t depth, T fa
   });
 }
 
-// sum[lane] = sum_d x[lane][d] * y[lane][d], of whole vectors of lanes: 0 behind the last.
+// sum[lane] = sum_d x[lane][d] * y[lane][d], for whole vectors of lanes; 0 behind the last lane.
 template <class T>
 void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum) {
   constexpr int kN = kLanes<T>;

@@ -1,6 +1,6 @@
-// Brings in what comes next while the matrix products run. Rows of one head lie a page or so apart in a [batch, rows,
-// heads, head_dim] layout, where the hardware does not prefetch, and a thread can only wait for some 20 lines at a
-// time: the lines are asked for a few at once, spread over the register blocks of the products in between.
+// Prefetches the data of the next steps while the matrix products run. In a [batch, rows, heads, head_dim] layout, rows
+// of one head lie a page or so apart, where the hardware does not prefetch. A thread can only wait for some 20 lines at
+// a time, so the lines are asked for a few at once, spread over the register blocks of the products.
 #pragma once
 
 #include "tiles.h"
@@ -13,7 +13,7 @@ class Prefetcher {
  public:
   void clear() { count_ = at_ = line_ = lines_ = 0; }
 
-  // Rows [first, first + rows) of one head.
+  // Adds rows [first, first + rows) of one head.
   void add_rows(const Operand& x, int64_t first, int64_t rows, int64_t depth) {
     if (count_ == kMaxRanges || x.data == nullptr || rows <= 0) return;
     const int64_t size = dtype_size(x.dtype);
@@ -23,13 +23,13 @@ class Prefetcher {
     lines_ += rows * lines;
   }
 
-  // The rows of a block's queries, where they belong to one head.
+  // Adds the rows of a block's queries, if they belong to one head.
   void add_queries(const Operand& x, const QueryBlock& block) {
     if (block.one_head)
       add_rows(head_of(x, block.batch, block.head(0)), block.query(0), block.count, block.params->head_dim);
   }
 
-  // To be asked for in about this many calls of advance(): rather in fewer, since some may not come.
+  // Spreads the rows over about this many calls of advance(); over fewer rather than more, since some may not come.
   void spread(int64_t calls) { per_call_ = ceil_div(lines_ * 3, calls < 2 ? 2 : calls * 2); }
 
   void advance() {
@@ -56,7 +56,7 @@ class Prefetcher {
     const char* row;
     int64_t stride;
     int64_t rows;
-    int64_t lines;  // of one row
+    int64_t lines;  // cache lines of one row
   };
   static constexpr int kMaxRanges = 12;
 

@@ -42,7 +42,7 @@ struct SimdTypes<float> {
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));  // 16 bits per lane
   static constexpr int kMantissaBits = 23;
   static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kMinExp = -87.3f;           // exp of less would be subnormal
+  static constexpr float kMinExp = -87.3f;           // exp of a smaller number would be subnormal
 };
 template <>
 struct SimdTypes<double> {
@@ -60,11 +60,11 @@ using Vec = typename SimdTypes<T>::Vec;
 template <class T>
 using Int = typename SimdTypes<T>::Int;
 template <class T>
-using LaneIndex = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // an element of Int<T>
+using LaneIndex = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;  // type of an element of Int<T>
 template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// A count of elements, rounded up to whole vectors.
+// Rounds a count of elements up to whole vectors.
 template <class T>
 constexpr int64_t whole_vectors(int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -87,10 +87,10 @@ PREFIX_KERNELS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Whether a vector is a whole cache line, which stream() may write without reading it first.
+// Tells if a vector is a whole cache line, which stream() may write without reading it first.
 inline constexpr bool kVectorIsLine = kVectorBytes == 64;
 
-// Past the caches, to an aligned address; end_streams() before another thread may read it.
+// Stores past the caches, to an aligned address. Other threads may read it after end_streams().
 template <class T>
 PREFIX_KERNELS_INLINE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
@@ -116,7 +116,7 @@ PREFIX_KERNELS_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// Whether a comparison held in some lane.
+// Tells if a comparison held in some lane.
 template <class T>
 PREFIX_KERNELS_INLINE bool any_lane(Int<T> mask) {
 #if defined(__AVX512F__)

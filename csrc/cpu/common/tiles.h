@@ -1,8 +1,8 @@
-// The geometry of one step: which queries stand in the lanes, which keys in the rows, and who sees whom.
+// Segments of keys and blocks of queries, and the keys that each query sees.
 //
-// A step is a tile of up to kBlockK keys from one segment (a prefix or the sequence; a tile never straddles the seam,
-// since rows need no padding) times a block of up to kBlockQ queries. Tiles start at multiples of kCell rows of their
-// segment. Where the tile crosses a diagonal, cells of kCell keys that a vector of queries cannot see are not visited.
+// A step of a kernel is a tile of up to kBlockK keys from one segment times a block of up to kBlockQ queries. A segment
+// is a prefix or the sequence. A tile never straddles the seam, since rows need no padding, and starts at a multiple of
+// kCell rows of its segment. forward/tiles.h and backward/tiles.h tell which part of a step is computed.
 #pragma once
 
 #include "../../visibility.h"
@@ -20,14 +20,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The keys and values of one batch row and kv head that lie in one piece of memory.
 struct Segment {
-  Operand key;  // data at row 0 of this head; only row_stride and dtype apply
+  Operand key;  // data points to row 0 of this head; only row_stride and dtype apply
   Operand value;
   int64_t length = 0;
-  int64_t id = 0;       // of dropout: 0 is the sequence, 1 + slot a prefix
-  int64_t prefix = -1;  // which prefix of the bank; -1: the sequence
+  int64_t id = 0;       // number in philox.h: 0 is the sequence, 1 + slot a prefix
+  int64_t prefix = -1;  // number of the prefix in the bank; -1: the sequence
   int64_t start = 0;    // a prefix's first column among the row's concatenated prefixes
   int64_t mask_column = 0;
-  bool masked = false;  // whether attn_mask has columns for it
+  bool masked = false;  // attn_mask has columns for the segment
 
   bool is_prefix() const { return prefix >= 0; }
 };
@@ -58,7 +58,8 @@ inline int64_t row_prefix_total(const AttentionParams& p, int64_t b) {
   return total;
 }
 
-// Segment s of batch row b: the prefixes in slot order, then the sequence. `start` is where the prefix begins.
+// Segment s of batch row b: the prefixes in slot order, then the sequence. `start`: the prefix's first column among the
+// row's concatenated prefixes.
 inline Segment make_segment(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t s, int64_t start) {
   Segment segment;
   if (s < p.prefix_slots) {
@@ -91,8 +92,8 @@ inline bool intersects(const KeyRange& a, int64_t begin, int64_t end) {
 
 // ---- query blocks ------------------------------------------------------------------------------------------------
 
-// How the queries of one (batch row, kv head) fall into blocks. Short queries of a group's heads share a block, so that
-// decoding reads its keys once per group; otherwise a block holds one head. Dropout bits are laid out by head.
+// The division of the queries of one (batch row, kv head) into blocks. Short queries of a group's heads share a block,
+// so that decoding reads its keys once per group. Otherwise a block holds one head, as the dropout bits do.
 struct BlockPartition {
   bool packed;
   int64_t group;            // query heads per kv head
@@ -108,13 +109,13 @@ struct BlockPartition {
         count(packed ? blocks_per_head : blocks_per_head * group) {}
 };
 
-// The lanes hold consecutive rows of the group's flattened [group, q_len] queries.
+// A block of queries: consecutive rows of the group's flattened [group, q_len] queries, one per lane.
 struct QueryBlock {
   const AttentionParams* params;
   int64_t batch, kv_head;
-  int64_t first_head, first_query;  // of lane 0
+  int64_t first_head, first_query;  // head and query of lane 0
   int count;                        // valid lanes
-  bool one_head;                    // then the lanes' key ranges are monotone
+  bool one_head;                    // all lanes have one head; their key ranges are then monotone
   int64_t prefix_total;
   int64_t offset;
   KeyRange sequence[kBlockQ];     // visible sequence keys of each lane; the lanes past count repeat the last
@@ -130,7 +131,7 @@ struct QueryBlock {
     first_head = kv_head * partition.group + first_row / p.q_len;
     first_query = first_row % p.q_len;
     one_head = first_query + count <= p.q_len;
-    if (!p.is_causal && p.window_left < 0 && p.window_right < 0) {  // everybody sees everything
+    if (!p.is_causal && p.window_left < 0 && p.window_right < 0) {  // every query sees every column
       for (int l = 0; l < kBlockQ; ++l) {
         sequence[l] = {0, p.k_len};
         prefix_begin[l] = 0;
@@ -144,7 +145,7 @@ struct QueryBlock {
     }
   }
 
-  // Divisions are for the blocks that need them.
+  // Divides only for blocks of several heads.
   int64_t head(int lane) const { return one_head ? first_head : first_head + (first_query + lane) / params->q_len; }
   int64_t query(int lane) const { return one_head ? first_query + lane : (first_query + lane) % params->q_len; }
 
@@ -159,7 +160,7 @@ struct QueryBlock {
     return {clamp_to(prefix_begin[lane] - segment.start, 0, segment.length), segment.length};
   }
 
-  // The rows that each lane sees, counted from row `first` of the segment, as far as they lie in a tile there.
+  // The rows that each lane sees of the tile that begins at row `first` of the segment, counted from `first`.
   template <class Index>
   void tile_ranges(const Segment& segment, int64_t first, Index* begin, Index* end) const {
     for (int l = 0; l < kBlockQ; ++l) {

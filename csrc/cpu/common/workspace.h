@@ -1,4 +1,4 @@
-// Memory that kernels allocate.
+// The memory that kernels allocate.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { std::free(data_); }
 
-  // Starts over with room for at least `bytes`; what take() returned before is gone.
+  // Makes room for at least `bytes`; pointers that take() returned before become invalid.
   void reserve(size_t bytes) {
     used_ = 0;
     if (bytes <= capacity_) return;
@@ -28,7 +28,7 @@ class Workspace {
     capacity_ = round_up(bytes);
   }
 
-  // Returns the memory of an unusually large call.
+  // Frees the memory of an unusually large call.
   void trim() {
     if (capacity_ <= kKeptBytes) return;
     std::free(data_);
@@ -86,7 +86,7 @@ void fill_zero(U* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0;
 }
 
-// How many of the threads have something to do.
+// The number of threads that have a task.
 inline int workers(int threads, int64_t tasks) { return tasks < threads ? static_cast<int>(tasks) : threads; }
 
 }  // namespace prefix_kernels::PREFIX_KERNELS_ISA

@@ -1,7 +1,7 @@
 // The forward pass for the few queries of a decoding step: a block of at most half a vector of them.
 //
-// They would leave most lanes empty, and every key is used only once: what counts is to read keys and values at the
-// speed of memory. So head_dim stands in the lanes, and neither side is transposed:
+// With queries in the lanes most lanes would be empty, and every key is used only once: the time is that of reading
+// keys and values from memory. So head_dim stands in the lanes, and neither side is transposed:
 //   S  = Q K^T         [queries][keys]       lanes along head_dim, summed across them for kLanes keys at a time
 //   P  = e^(S - max)                         lanes along keys, with a running max and sum per query
 //   O += P V           [queries][head_dim]
@@ -11,19 +11,21 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-inline constexpr int kDecodeTile = 32;  // keys: their tile and the values' stay in the first level of the cache
+inline constexpr int kDecodeTile = 32;  // keys of a tile; it and the values' tile stay in the first-level cache
 
 template <class T>
 inline constexpr int kMaxDecodeQueries = kLanes<T> / 2;
 static_assert(2 * kMaxDecodeQueries<float> <= kBlockQ, "a state's memory holds both the queries and their sums");
 static_assert(kDecodeTile <= kBlockK && kDecodeTile % kLanes<float> == 0, "a tile's scratch memory, whole vectors");
 
-// Whether every block of the queries is such a block. Dropout bits are laid out for queries in the lanes.
+// Tells if DecodeBlock computes the blocks of a call. Dropout excludes it: its bits are laid out for queries in the
+// lanes.
 template <class T>
 bool decodes(const AttentionParams& p, const BlockPartition& partition) {
   return partition.rows <= kMaxDecodeQueries<T> && p.dropout_threshold == 0;
 }
 
+// A block of at most half a vector of queries.
 template <class T>
 class DecodeBlock {
  public:
@@ -46,7 +48,7 @@ class DecodeBlock {
     }
   }
 
-  // The rows `range` of a segment.
+  // Adds the rows `range` of a segment.
   void add(const Segment& segment, KeyRange range) {
     range = intersection(range, block_.hull(segment));
     for (int64_t first = range.begin; first < range.end; first += kDecodeTile) {
@@ -56,7 +58,7 @@ class DecodeBlock {
     }
   }
 
-  // Leaves the state as queries in the lanes would.
+  // Writes the state in the layout of forward_step, with queries in the lanes.
   void finish() const {
     for (int l = 0; l < kBlockQ; ++l) {
       state_.reference[l] = l < block_.count ? reference_[l] : -std::numeric_limits<T>::infinity();
@@ -69,7 +71,8 @@ class DecodeBlock {
  private:
   static constexpr int kN = kLanes<T>;
 
-  // The values are asked for while the keys are multiplied, and the next tile's keys while the values are.
+  // Adds a tile. Its values are prefetched while its keys are multiplied, and the next tile's keys while its values
+  // are.
   void add_tile(const Segment& segment, int64_t first, int count, int next_count) {
     const int64_t next = first + count;
     const Bias bias(*this, segment, first, count);
@@ -80,7 +83,7 @@ class DecodeBlock {
     for (int q = 0; q < block_.count; ++q) {
       const KeyRange visible = block_.visible(segment, q);
       const auto in_tile = [&](int64_t row) { return static_cast<Index>(clamp_to(row - first, 0, count)); };
-      soften(q, count, in_tile(visible.begin), in_tile(visible.end), bias);
+      exponentiate(q, count, in_tile(visible.begin), in_tile(visible.end), bias);
     }
     prefetch_rows(segment.key, next, next_count);
     const Rows<T> value = value_rows(segment.value, first, count);
@@ -91,7 +94,7 @@ class DecodeBlock {
 
   using Index = LaneIndex<T>;
 
-  // Into the second level: the first is full.
+  // Prefetches rows into the second-level cache: the first is full.
   void prefetch_rows(const Operand& x, int64_t first, int count) const {
     const int64_t size = dtype_size(x.dtype);
     const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
@@ -99,12 +102,12 @@ class DecodeBlock {
       for (int64_t at = 0; at < p_.head_dim * size; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
   }
 
-  // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that they share. What stands behind
-  // `end` is anything.
+  // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that the queries share. Elements from
+  // `end` on are arbitrary.
   struct Bias {
-    const T* data = nullptr;  // from row `begin` on; null: none
+    const T* data = nullptr;  // numbers from row `begin` on; null: no mask
     int64_t stride = 0;
-    int begin = 0, end;  // the rows from the first to the last that some query sees; none where begin >= end
+    int begin = 0, end;  // smallest range of rows that contains everything some query sees; empty if begin >= end
 
     Bias(const DecodeBlock& decode, const Segment& segment, int64_t first, int count) : end(count) {
       if (!segment.masked) return;
@@ -138,7 +141,7 @@ class DecodeBlock {
     return {scratch_.value, depth_};
   }
 
-  // scores[q][j] = queries[q] . key[j]. What stands behind `count` in a row of scores is anything.
+  // scores[q][j] = queries[q] . key[j]. Elements of a row of scores from `count` on are arbitrary.
   void score_tile(const Segment& segment, int64_t first, int count) const {
     if (depth_ != p_.head_dim) {
       prefetch_rows(segment.value, first, count);
@@ -169,7 +172,7 @@ class DecodeBlock {
     }
   }
 
-  // A few queries from `first_query` on and the keys [begin, end), so many at once that there are kN products.
+  // Multiplies kQueries queries from `first_query` on with the keys [begin, end), kN products at a time.
   template <int kQueries, class Src>
   void score(const Src* key, int64_t stride, int begin, int end, int first_query) const {
     constexpr int kKeys = kN / kQueries;
@@ -198,8 +201,8 @@ class DecodeBlock {
     }
   }
 
-  // The scores of one query in the tile -> probabilities; the rows before `begin` and from `end` on are hidden from it.
-  void soften(int q, int count, Index begin, Index end, const Bias& bias) {
+  // Turns the scores of one query in the tile into probabilities; rows before `begin` and from `end` on are hidden.
+  void exponentiate(int q, int count, Index begin, Index end, const Bias& bias) {
     T* const scores = scratch_.scores + q * kDecodeTile;
     const T cap = static_cast<T>(p_.softcap);
     const Vec<T> hidden = broadcast<T>(-std::numeric_limits<T>::infinity());
@@ -237,7 +240,7 @@ class DecodeBlock {
   const ForwardState<T>& state_;
   const QueryBlock& block_;
   const AttentionParams& p_;
-  const int64_t depth_;  // head_dim in whole vectors
+  const int64_t depth_;  // head_dim, rounded up to whole vectors
   T* const queries_;     // [queries][depth], scaled
   T* const out_;         // [queries][depth]
   const ForwardScratch<T>& scratch_;

@@ -8,6 +8,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// One call: its plan, the tasks that threads have taken, and the partial sums.
 template <class T>
 struct ForwardJob {
   ForwardPlan<T> plan;
@@ -27,7 +28,7 @@ struct ForwardJob {
   }
 };
 
-// The queries of a task and the first tile of its sequence, where it is not divided into parts.
+// Prefetches the queries of a task and, if its columns are not split, the first tile of its sequence.
 template <class T>
 void prefetch_task(const ForwardPlan<T>& plan, const ForwardTask& task, Prefetcher& prefetcher) {
   const AttentionParams& p = plan.params;
@@ -64,7 +65,7 @@ void keep_partial(const ForwardJob<T>& job, int64_t at, const ForwardState<T>& s
     for (int64_t l = 0; l < vectors; ++l) out[d * kBlockQ + l] = state.out[d * kBlockQ + l];
 }
 
-// `next`: the task that this thread runs after this one, or null.
+// Runs a task. `next`: the task that this thread runs after it, or null.
 template <class T>
 void run_task(const ForwardJob<T>& job, const ForwardTask& task, const ForwardTask* next,
               const ForwardScratch<T>& scratch) {
@@ -130,6 +131,7 @@ inline Workspace& forward_workspace() {
   return workspace;
 }
 
+// The body of one thread: takes tasks until there are none left.
 template <class T>
 void run_forward_tasks(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);
@@ -152,6 +154,7 @@ void run_forward_tasks(void* argument, int) {
   workspace.trim();
 }
 
+// The body of one thread: merges the parts of one block after another.
 template <class T>
 void run_forward_merges(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);

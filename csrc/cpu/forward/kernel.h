@@ -1,7 +1,7 @@
 // out = softmax(scale Q [P_k ; K]^T + mask) [P_v ; V],  lse = its normaliser.
 //
-// One task is a few blocks of queries of one head; the tiles of the prefixes and of the sequence pass over them, with
-// an online softmax for each block:
+// A task is a few blocks of queries of one head. The tiles of the prefixes and of the sequence pass over them, with an
+// online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
 //   P^T   = e^(S^T - max)     while S^T is in registers, with a running max and sum per lane
 //   O^T  += V^T P^T           [head_dim][lanes]
@@ -16,14 +16,15 @@ namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
 inline constexpr int kMaxTaskBlocks = 4;
 
-// What a block of queries carries from tile to tile.
+// The state of a block of queries, kept from tile to tile.
 template <class T>
 struct ForwardState {
   QueryBlock block;
   T *query, *out;      // [head_dim][kBlockQ]
-  T *reference, *sum;  // [kBlockQ], of the online softmax
+  T *reference, *sum;  // [kBlockQ], see OnlineSoftmax
 };
 
+// A thread's memory for the blocks of a task, and for one step.
 template <class T>
 struct ForwardScratch {
   ForwardState<T>* states;  // [kMaxTaskBlocks]
@@ -31,7 +32,7 @@ struct ForwardScratch {
   uint16_t* bits;
 
   ForwardScratch(Workspace& workspace, int64_t head_dim) {
-    const int64_t depth = whole_vectors<T>(head_dim);  // decoding keeps rows of whole vectors in the same memory
+    const int64_t depth = whole_vectors<T>(head_dim);  // DecodeBlock keeps rows of whole vectors in the same memory
     const size_t panel = depth * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * depth;
     const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
     workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
@@ -53,7 +54,7 @@ struct ForwardScratch {
   }
 };
 
-// One block against the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given.
+// Adds the rows [tile_first, tile_first + tile_count) of a segment, whose keys and values are given, to one block.
 template <class T>
 void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t tile_first, int tile_count,
                   const Rows<T>& key, const Rows<T>& value, const ForwardScratch<T>& scratch, Prefetcher& prefetcher) {
@@ -91,6 +92,7 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   }
 }
 
+// Loads the queries of a block and clears its sums.
 template <class T>
 void begin_block(const ForwardState<T>& state) {
   const AttentionParams& p = *state.block.params;
@@ -100,6 +102,7 @@ void begin_block(const ForwardState<T>& state) {
   fill_zero(state.sum, kBlockQ);
 }
 
+// Writes out and lse of a block.
 template <class T>
 void finish_block(const ForwardState<T>& state) {
   const QueryBlock& block = state.block;
@@ -109,14 +112,15 @@ void finish_block(const ForwardState<T>& state) {
   for (int l = 0; l < kBlockQ; l += kLanes<T>) {
     const Vec<T> sum = load(state.sum + l);
     store(factor + l, sum != 0 ? rescale / sum : Vec<T>{});
-    store(lse + l, load(state.reference + l) + log<T>(sum));  // -infinity where nothing was summed
+    store(lse + l, load(state.reference + l) + log<T>(sum));  // -infinity for a query that sees nothing
   }
   for (int l = 0; l < block.count; ++l)
     static_cast<T*>(p.lse)[(block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l)] = lse[l];
   unpack_queries<T>(p.out, block, factor, state.out);
 }
 
-// The tiles of the rows `range` of one segment over the blocks of a task. `prefetch_next` names what is wanted then.
+// Adds the tiles of the rows `range` of one segment to the blocks of a task. `prefetch_next` adds to a prefetcher the
+// data needed after them.
 template <class T, class F>
 void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t head_dim,
                      const ForwardScratch<T>& scratch, F prefetch_next) {

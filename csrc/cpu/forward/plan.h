@@ -1,4 +1,4 @@
-// How the forward pass is divided.
+// The division of the forward pass into tasks.
 //
 // A task is a few consecutive blocks of the queries of one head. Where there are fewer tasks than keep the threads
 // busy, the columns [prefixes ; sequence] of each are split too; the partial sums of the parts are then merged in their
@@ -14,7 +14,7 @@ template <class T>
 struct ForwardPlan {
   const AttentionParams& params;
   BlockPartition partition;
-  bool decode;             // whether `decode.h` computes the blocks
+  bool decode;             // the blocks are those of decode.h
   int64_t task_blocks;     // consecutive blocks of one head in a task
   int64_t tasks_per_head;  // ranges of `task_blocks` blocks
   int64_t splits;          // parts of the columns of one task
@@ -47,6 +47,7 @@ struct ForwardPlan {
   }
 };
 
+// Some consecutive blocks of one head, over one part of its columns.
 struct ForwardTask {
   int64_t batch, kv_head, first_block, split;
   int blocks;

@@ -1,5 +1,5 @@
-// What becomes of the forward pass's scores while they are still in the registers of the matrix product: scores ->
-// probabilities. Tiles are [kBlockK][kBlockQ], queries in the lanes; a block is a Vec<T>[rows][vectors] at (row,
+// The step from scores to probabilities in the forward pass, while they are still in the registers of the matrix
+// product. Tiles are [kBlockK][kBlockQ], queries in the lanes. A register block is a Vec<T>[rows][vectors] at (row,
 // column) of its tile.
 #pragma once
 
@@ -9,8 +9,7 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
-// The scores of one step, as the products leave them -> capped, biased, and -infinity where a lane does not see the
-// key.
+// Makes the scores of one step final: capped, biased, and -infinity for keys that a lane does not see.
 template <class T>
 class Scores {
  public:
@@ -83,7 +82,7 @@ class Scores {
   const ForwardTileBias<T>& bias_;
   T cap_;
   bool ranged_ = false;
-  alignas(64) Index begin_[kBlockQ];  // rows of the tile that each lane sees; only where ranged_
+  alignas(64) Index begin_[kBlockQ];  // rows of the tile that each lane sees; filled if ranged_
   alignas(64) Index end_[kBlockQ];
 };
 
@@ -98,12 +97,12 @@ struct OnlineSoftmax {
 
   const Scores<T>& scores;
   T *reference, *sum;  // [kBlockQ]
-  T* tile_sum;         // [kBlockQ], of this tile alone, so that long sums round seldom
+  T* tile_sum;         // [kBlockQ], sum of this tile alone, so that long sums round seldom
   T* out;              // [head_dim][kBlockQ]
   int64_t head_dim;
   const uint16_t* bits;
   uint32_t threshold;
-  int64_t first_row = 0, first_column = 0;  // of the product in the tile
+  int64_t first_row = 0, first_column = 0;  // place of the matrix product in the tile
 
   template <int kRows, int kVectors>
   PREFIX_KERNELS_INLINE void operator()(Vec<T> (&s)[kRows][kVectors], int64_t row, int64_t column) const {

@@ -8,12 +8,13 @@
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
 
+// attn_mask as numbers to add to the scores of a step.
 template <class T>
 struct ForwardTileBias {
   enum Kind { kNone, kPerKey, kFull };
   Kind kind = kNone;
   T* data;        // [count] per key, or [count][kBlockQ]
-  int64_t first;  // the tile without the rows at its ends that are hidden from every lane; a multiple of kCell
+  int64_t first;  // first row of the tile, trimmed of rows at its ends hidden from every lane; a multiple of kCell
   int count;
 
   // Rows [first, first + count) of the segment; buffer holds kBlockK * kBlockQ.
@@ -36,7 +37,7 @@ struct ForwardTileBias {
  private:
   static constexpr T kHidden = -std::numeric_limits<T>::infinity();
 
-  // Keeps the rows [begin, end) out of the count that were filled.
+  // Trims the tile to rows [begin, end) of those that were filled.
   void trim(int begin, int end, int row_size) {
     begin -= begin % kCell;
     data += begin * row_size;
@@ -94,7 +95,7 @@ struct ForwardTilePlan {
   };
   struct Rows {
     int begin, end;            // computed rows, whole cells
-    int core_begin, core_end;  // of these, the rows that every lane sees; the others need the lanes' ranges
+    int core_begin, core_end;  // computed rows that every lane sees; the others need the lanes' ranges
   };
 
   Group groups[kBlockK / kCell];

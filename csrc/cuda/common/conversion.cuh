@@ -28,7 +28,7 @@ __device__ __forceinline__ float load_element(const char* data, DType dtype) {
   }
 }
 
-// A chunk of another dtype, which begins at a multiple of 16 bytes; zero where it does not exist.
+// Converts a chunk of another dtype that begins at a multiple of 16 bytes; zero if it does not exist.
 template <typename T, DType kSource>
 __device__ __forceinline__ uint4 converted_chunk(const char* data, bool exists) {
   if (!exists) return make_uint4(0, 0, 0, 0);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void with_source(DType dtype, const Visit& visit) {
   visit(std::integral_constant<DType, kOther>());
 }
 
-// A chunk element by element, from any address.
+// Loads a chunk element by element, from any address.
 template <typename T>
 __device__ __forceinline__ void gather_chunk(T* shared, const char* row, DType dtype, int column, int head_dim,
                                              bool valid) {

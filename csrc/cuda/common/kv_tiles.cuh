@@ -17,19 +17,19 @@ namespace prefix_kernels::cuda {
 
 struct Cell {
   int segment;  // 0: the sequence; 1 + m: the prefix in slot m
-  int first;    // its first column, counted from the start of the segment
-  int count;    // how many of the 16 columns exist
-  int before;   // of a prefix: columns of the row's prefixes before the cell's, where a window counts them
+  int first;    // the cell's first column, counted from the start of the segment
+  int count;    // columns that exist, of 16
+  int before;   // columns of the row's prefixes before the cell's, if a window counts them; 0 in the sequence
 };
 
-// One batch row's prefixes.
+// The prefixes of one batch row.
 struct PrefixSlots {
-  int slots;           // 0 without any prefix
-  int cells_per_slot;  // of the longest
-  int total;           // columns that exist in all
+  int slots;           // prefix slots; 0 without any prefix
+  int cells_per_slot;  // cells of the longest prefix
+  int total;           // columns that exist in all slots together
   bool full;           // every cell has 16 columns
-  int only_prefix;     // of a single slot: the prefix, and its length
-  int only_length;
+  int only_prefix;     // number of the prefix, if there is a single slot
+  int only_length;     // length of that prefix
 
   __device__ __forceinline__ PrefixSlots(const AttentionParams& p, int64_t batch)
       : slots(static_cast<int>(p.prefix_slots)),
@@ -58,8 +58,8 @@ struct PrefixSlots {
     return slots == 1 ? only_length : static_cast<int>(prefix_length(p, prefix_of_row(p, batch, slot)));
   }
 
-  // The cells before a column of the mask, for which every slot has prefix_len columns; `more`: of a cell begun, how
-  // many columns are missing to count it.
+  // The number of cells before a column of the mask, in which every slot has prefix_len columns. `more` is added to the
+  // column first: kCell - 1 counts a cell that has begun, 0 does not.
   __device__ __forceinline__ int cells_before(const AttentionParams& p, int mask_column, int more) const {
     if (cells_per_slot == 0) return 0;
     const int slot = mask_column / static_cast<int>(p.prefix_len);
@@ -67,7 +67,7 @@ struct PrefixSlots {
     return slot * cells_per_slot + min((in_slot + more) / kCell, cells_per_slot);
   }
 
-  // The columns that exist before this slot's.
+  // The number of columns that exist in the slots before this one.
   __device__ __forceinline__ int columns_before(const AttentionParams& p, int64_t batch, int slot) const {
     int columns = 0;
 #pragma unroll 1
@@ -80,10 +80,10 @@ struct PrefixSlots {
 struct VisitedCells {
   int64_t batch;
   PrefixSlots prefixes;
-  int prefix_begin;    // the first cell of the prefixes
-  int prefix_cells;    // visited ones, which come first
+  int prefix_begin;    // number of the first visited cell of the prefixes
+  int prefix_cells;    // visited cells of the prefixes, which come first
   int sequence_begin;  // the first column of the sequence, a multiple of 16
-  int count;           // of all cells
+  int count;           // all visited cells
 
   __device__ __forceinline__ VisitedCells(const AttentionParams& p, int64_t batch_row, int64_t first, int64_t last)
       : batch(batch_row), prefixes(p, batch_row), prefix_begin(0) {
@@ -112,23 +112,23 @@ struct VisitedCells {
   }
 };
 
-// What one query sees.
+// The columns that one query sees.
 struct QueryView {
   Span sequence;     // columns of the sequence
-  int prefix_begin;  // the first column among the row's prefixes, those that exist
+  int prefix_begin;  // first visible column, counted over the existing columns of the row's prefixes
 
   __device__ __forceinline__ QueryView(const AttentionParams& p, const PrefixSlots& prefixes, int64_t position)
       : sequence(to_span(visible_sequence(p, position))),
         prefix_begin(static_cast<int>(visible_prefix_begin(p, position, prefixes.total))) {}
 
-  // Of a cell's columns those that it sees, counted from the cell's first.
+  // The columns of a cell that the query sees, counted from the cell's first.
   __device__ __forceinline__ Span in(const Cell& cell) const {
     if (cell.segment == 0) return {sequence.begin - cell.first, min(cell.count, sequence.end - cell.first)};
     return {prefix_begin - cell.before, cell.count};
   }
 };
 
-// One of key or value: copies tiles of visited cells into shared memory. All threads of the block take part.
+// Copies tiles of visited cells, of either key or value, into shared memory. All threads of the block take part.
 template <typename T, int kHeadDim, int kThreads>
 class TileLoader {
   static constexpr int kLanes = kLanesPerRow<kHeadDim>;
@@ -136,7 +136,7 @@ class TileLoader {
   static_assert(kRowsPerPass % kCell == 0, "the threads of a warp work on one cell");
 
  public:
-  // `aligned_sequence`, `aligned_prefix`: has_aligned_chunks.
+  // `aligned_sequence`, `aligned_prefix`: results of has_aligned_chunks.
   __device__ __forceinline__ TileLoader(const Operand& sequence, bool aligned_sequence, const Operand& prefix,
                                         bool aligned_prefix, int64_t batch, int kv_head, int thread)
       : sequence_(sequence),
@@ -179,8 +179,8 @@ class TileLoader {
   }
 
  private:
-  // The tile lies in one segment of `length` rows: its rows follow one another. Those that do not exist are zero up to
-  // the tile's end.
+  // Copies a tile that lies in one segment of `length` rows, so that its rows are consecutive. Rows that do not exist
+  // become zero, up to the tile's end.
   template <int kCells>
   __device__ __forceinline__ void load_run(T* tile, const HeadRows& segment, int first_column, int length,
                                            int head_dim) const {

@@ -9,7 +9,7 @@ __device__ __forceinline__ int mask_bytes(const MaskOperand& mask) {
   return mask.is_bool ? 1 : dtype_bytes(mask.dtype);
 }
 
-// What the element at `data` adds to a score: -inf hides its column.
+// The number that the mask element at `data` adds to a score; -inf hides its column.
 __device__ __forceinline__ float element_bias(const MaskOperand& mask, const char* data) {
   if (mask.is_bool) return *data != 0 ? 0.0f : -INFINITY;
   return load_element(data, mask.dtype);

@@ -1,4 +1,4 @@
-// The only place that knows whether nvcc or the host compiler reads the kernels.
+// The only file that tells nvcc and the host compiler apart.
 //
 // nvcc sees CUDA itself. The host compiler finds the same names in tests/emulator, where a block's threads are fibers.
 #pragma once
@@ -25,14 +25,14 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// Bytes left free after each piece of a kernel's shared memory, and the declaration of a piece: on the host an access
-// to shared memory outside all declared pieces is an error.
+// Bytes left free after each piece of a kernel's shared memory, and the declaration of a piece. The emulator reports an
+// access outside all declared pieces as an error.
 inline constexpr int kSharedGap = 0;
 __device__ __forceinline__ void shared_buffer(void*, size_t) {}
 
-// The same number, pin_to_register in a register: what follows from it is computed from it, where it is needed. Without
-// this the compiler takes addresses that change from tile to tile apart and keeps a register for every sum; after it,
-// constants added to an address become part of instructions.
+// Stops the compiler from keeping every value derived from x alive instead of x itself. Without it, addresses that
+// change from tile to tile are split into sums with a register each; with it, constants added to an address become part
+// of the instructions.
 __device__ __forceinline__ int pin_to_register(int x) {
   asm volatile("" : "+r"(x));
   return x;

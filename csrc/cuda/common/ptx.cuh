@@ -46,7 +46,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
                : "memory");
 }
 
-// The same, each matrix transposed: lane l receives the elements l / 4 of rows 2 (l % 4) and 2 (l % 4) + 1.
+// Four 8 x 8 matrices as ldmatrix_x4, each transposed: lane l receives elements l / 4 of rows 2 (l % 4), 2 (l % 4) + 1.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

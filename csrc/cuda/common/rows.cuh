@@ -1,9 +1,9 @@
 // Rows of global memory into a shared tile, whatever their dtype and alignment, and finished rows back.
 //
 // A chunk is the 8 elements that a thread writes into the tile at once. Rows whose chunks all begin at multiples of 16
-// bytes are read 16 bytes at a time: those of the tile's own type by cp.async, others by loads, to be converted and
-// stored (conversion.cuh). What is not aligned so is loaded element by element. Chunks beyond the head dim, and rows
-// that do not exist, are zero.
+// bytes are read 16 bytes at a time: rows of the tile's own type by cp.async, others by loads that are converted and
+// stored (conversion.cuh). Rows without that alignment are loaded element by element. Chunks beyond the head dim, and
+// rows that do not exist, become zero.
 #pragma once
 
 #include "conversion.cuh"
@@ -15,19 +15,19 @@ namespace prefix_kernels::cuda {
 template <int kHeadDim>
 inline constexpr int kLanesPerRow = kHeadDim % 64 == 0 ? 8 : 4;
 
-// Whether an operand's rows may be read 16 bytes at a time.
+// Tells if an operand's rows may be read 16 bytes at a time: every chunk of 8 elements is aligned.
 inline bool has_aligned_chunks(const Operand& x, int64_t head_dim) {
   const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
   return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-// One head of an operand.
+// The rows of one head of an operand.
 struct HeadRows {
   const char* data;
-  int64_t row_stride;  // in elements
+  int64_t row_stride;  // distance of rows in elements
   DType dtype;
-  bool aligned_chunks;  // has_aligned_chunks
+  bool aligned_chunks;  // result of has_aligned_chunks
 
   __device__ __forceinline__ HeadRows(const Operand& x, int64_t batch, int64_t head, bool aligned)
       : data(static_cast<const char*>(x.data) + (batch * x.batch_stride + head * x.head_stride) * dtype_bytes(x.dtype)),
@@ -38,15 +38,15 @@ struct HeadRows {
   __device__ __forceinline__ const char* row(int64_t i) const { return data + i * row_stride * dtype_bytes(dtype); }
 };
 
-// Whether rows go into a tile of T by cp.async.
+// Tells if rows go into a tile of T by cp.async.
 template <typename T>
 __device__ __forceinline__ bool goes_async(DType dtype, bool aligned_chunks) {
   return aligned_chunks && dtype == kDTypeOf<T>;
 }
 
 // Copies one row; every one of the kLanesPerRow<kHeadDim> threads that share it calls this with its number, and with
-// the address of the first of its chunks in the tile. What arrives by cp.async is there after its wait, what does not
-// at once; for other threads, both after the next barrier.
+// the address of the first of its chunks in the tile. Chunks copied by cp.async are there after its wait, all others at
+// once. Other threads see both after the next barrier.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dtype, bool aligned_chunks,
                                             int lane_of_row, int head_dim, bool valid) {
@@ -77,8 +77,8 @@ __device__ __forceinline__ void copy_chunks(T* first, const char* row, DType dty
   }
 }
 
-// Rows [first, first + kRows) of another dtype whose chunks are aligned, those below `count`, to the rows of a tile:
-// the work of kThreads threads.
+// Converts rows [first, first + kRows) of another dtype, aligned, into the rows of a tile; rows from `count` on become
+// zero. kThreads threads share the work.
 template <typename T, int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void convert_rows(T* tile, const HeadRows& rows, int first, int count, int thread,
                                              int head_dim) {

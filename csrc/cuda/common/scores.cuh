@@ -1,7 +1,7 @@
-// What happens to the scores of a cell between the two products: scale, softcap, mask, visibility, dropout.
+// The scores of a cell between the two products: scale, softcap, mask, visibility, dropout.
 //
-// A thread holds, of a 16 x 16 block, the rows g and g + 8 with g = lane / 4, and of each the columns 2t, 2t + 1, 2t +
-// 8, 2t + 9 with t = lane % 4: `left` and `right` are two accumulators of mma_16816.
+// With g = lane / 4 and t = lane % 4, a thread holds columns 2t, 2t + 1, 2t + 8, 2t + 9 of rows g and g + 8 of a 16 x
+// 16 block: `left` and `right` are two accumulators of mma_16816.
 #pragma once
 
 #include "../../philox.h"
@@ -11,13 +11,14 @@
 namespace prefix_kernels::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr int kColumnsPerThread = 4;  // of a row of a cell
+inline constexpr int kColumnsPerThread = 4;  // columns of a cell's row that one thread holds
 
 __device__ __forceinline__ float minus_infinity() { return -INFINITY; }
 
-// The k-th of the thread's columns.
+// The k-th of a thread's columns in a cell.
 __device__ __forceinline__ int column_of(int lane, int k) { return 2 * (lane % 4) + (k & 1) + 8 * (k >> 1); }
 
+// Sets to -inf the scores of columns that a thread's rows, `top` and `bottom`, do not see.
 __device__ __forceinline__ void hide_unseen(float (&left)[4], float (&right)[4], Span top, Span bottom, int lane) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
@@ -33,10 +34,10 @@ __device__ __forceinline__ float softcapped(float x, float cap) {
   return cap * (1 - __fdividef(2.0f, 1 + power));
 }
 
-// The mask over one cell.
+// The part of attn_mask over one cell.
 struct CellMask {
   const MaskOperand& mask;
-  int64_t column;  // the cell's first, in the mask
+  int64_t column;  // the mask's column at the cell's first
   bool applies;
 
   __device__ __forceinline__ CellMask(const AttentionParams& p, const Cell& cell) : mask(p.mask) {
@@ -45,7 +46,7 @@ struct CellMask {
     applies = mask.data != nullptr && (in_sequence || mask.prefix_columns > 0);
   }
 
-  // What is added to the score of one of the cell's columns that exist: -inf where the mask hides it.
+  // The number that the mask adds to the score of an existing column of the cell; -inf hides it.
   __device__ __forceinline__ float bias(int64_t batch, int64_t head, int64_t query, int in_cell) const {
     if (!applies) return 0.0f;
     const int64_t at = batch * mask.batch_stride + head * mask.head_stride + query * mask.row_stride +
@@ -53,7 +54,7 @@ struct CellMask {
     return element_bias(mask, static_cast<const char*>(mask.data) + at * mask_bytes(mask));
   }
 
-  // The same for the thread's columns; 0 where they do not exist.
+  // The mask's numbers for the thread's columns; 0 for columns that do not exist.
   __device__ __forceinline__ void load(float (&biases)[kColumnsPerThread], int64_t batch, int64_t head, int64_t query,
                                        int columns, int lane) const {
 #pragma unroll
@@ -64,7 +65,7 @@ struct CellMask {
   }
 };
 
-// Scores of one row, two of `left` and two of `right` from index `from` on, made final: natural units.
+// Makes the scores of one row final, in natural units: two of `left` and two of `right` from index `from` on.
 __device__ __forceinline__ void finish_scores(float (&left)[4], float (&right)[4], int from, float scale, float softcap,
                                               const float (&bias)[kColumnsPerThread], Span seen, int lane) {
 #pragma unroll
@@ -76,8 +77,8 @@ __device__ __forceinline__ void finish_scores(float (&left)[4], float (&right)[4
   }
 }
 
-// Sets to zero what dropout drops of one row, from index `from` on. `left_bits` and `right_bits` decide on its columns
-// in 0..7 and 8..15 of the cell: 16 bits for the even one, 16 for the odd one.
+// Sets one row's dropped elements to zero, from index `from` on. `left_bits` and `right_bits` decide on its columns in
+// 0..7 and 8..15 of the cell: 16 bits for the even column, 16 for the odd one.
 __device__ __forceinline__ void drop_elements(float (&left)[4], float (&right)[4], int from, uint32_t left_bits,
                                               uint32_t right_bits, uint32_t threshold) {
 #pragma unroll
@@ -87,7 +88,7 @@ __device__ __forceinline__ void drop_elements(float (&left)[4], float (&right)[4
   }
 }
 
-// Sets to zero what dropout drops of both rows: `row_cell` is the number of the block's 16 rows among the queries.
+// Sets both rows' dropped elements to zero; `row_cell` is the number of the block's 16 rows among the queries.
 __device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], uint64_t seed, uint32_t threshold,
                                          int row_cell, int64_t head, const Cell& cell, int lane) {
   const PhiloxWords words = philox(seed, row_cell * 8 + lane / 4, cell.first / kCell * 4 + lane % 4,
@@ -96,7 +97,7 @@ __device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], ui
   drop_elements(left, right, 2, words.word[2], words.word[3], threshold);
 }
 
-// The same for one row, where the block's rows are not 16 queries that follow one another.
+// Sets one row's dropped elements to zero, for blocks whose rows are not 16 consecutive queries.
 __device__ __forceinline__ void drop_out_row(float (&left)[4], float (&right)[4], int from, uint64_t seed,
                                              uint32_t threshold, int query, int64_t head, const Cell& cell, int lane) {
   const PhiloxWords words = philox(seed, query / 16 * 8 + query % 8, cell.first / kCell * 4 + lane % 4,

@@ -1,8 +1,8 @@
 // Tiles of 16-bit rows in shared memory, and the tensor cores' operands read from them.
 //
 // A row's 16-byte chunks are permuted so that the eight rows of an 8 x 8 matrix, which ldmatrix reads at once, lie in
-// eight different groups of four banks: by the row's number among 8 where rows are multiples of 128 bytes, by that of
-// its pair among 4 where they are odd multiples of 64.
+// eight different groups of four banks. The permutation is the row's number among 8 if rows are multiples of 128 bytes,
+// and the number of its pair among 4 if they are odd multiples of 64.
 #pragma once
 
 #include "conversion.cuh"
@@ -20,10 +20,10 @@ struct SharedTile {
 
   __host__ __device__ static constexpr int bytes(int rows) { return rows * kHeadDim * 2; }
 
-  // What the chunk numbers of a row are combined with.
+  // The number that a row's chunk numbers are XORed with.
   __device__ __forceinline__ static int permutation(int row) { return kPermuted == 8 ? row & 7 : (row >> 1) & 3; }
 
-  // Where a chunk of a row stands, in elements.
+  // Position of a chunk of a row in the tile, in elements.
   __device__ __forceinline__ static int offset(int row, int chunk) {
     return row * kHeadDim + (chunk ^ permutation(row)) * kChunk;
   }
@@ -33,7 +33,7 @@ struct SharedTile {
 // right, bottom right. Across: top left, top right, bottom left, bottom right.
 enum class Quarters { kDown, kAcross };
 
-// Reads 16 x 16 blocks of a tile; one lane's part of the addresses is computed once. With rows as stored in the tile:
+// Reads 16 x 16 blocks of a tile and computes one lane's part of the addresses once. With rows as stored in the tile:
 //
 //   operand of mma_16816                       quarters  function
 //   A = block                                  down      load
@@ -65,7 +65,7 @@ class BlockReader {
   }
 
  private:
-  // Block columns, of two chunks each, after which the permutation begins anew, as it does after sixteen rows.
+  // Block columns (two chunks each) after which the permutation repeats. It also repeats after sixteen rows.
   static constexpr int kColumns = Tile::kPermuted / 2;
 
   __device__ __forceinline__ const T* address(int block_row, int block_column) const {

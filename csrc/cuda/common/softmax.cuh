@@ -1,8 +1,8 @@
 // The online softmax of a warp's rows, in base 2.
 //
-// Scores arrive tile by tile. Per row are kept the maximum so far and the sum of exp(score - maximum); when the maximum
-// grows, what was summed before, and the output with it, is scaled down. A thread sums its own columns; the four that
-// share a row add up at the end.
+// Scores arrive tile by tile. Each row keeps its maximum so far and its sum of exp(score - maximum). When the maximum
+// grows, the sum and the output so far are scaled down. A thread sums its own columns; the four threads that share a
+// row add up at the end.
 #pragma once
 
 #include "scores.cuh"
@@ -11,29 +11,30 @@ namespace prefix_kernels::cuda {
 
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Over the four threads that hold a row.
+// The maximum of a row, over the four threads that hold it.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
+// The sum of a row, over the four threads that hold it.
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The finished row, whose output is to be scaled by `factor`. Parts of a row are merged by maximum and sum: where a
-// mask pushes all scores to the least float, the logarithm of the sum would be lost in lse.
+// A finished row; its output is multiplied by `factor`. Parts of a row are merged by maximum and sum and not by lse: if
+// a mask pushes all scores to the least float, lse rounds the logarithm of the sum away.
 struct RowResult {
   float factor;
-  float maximum;  // in natural units
-  float sum;      // of exp(score - maximum)
+  float maximum;  // largest score, in natural units
+  float sum;      // sum of exp(score - maximum)
 
   __device__ __forceinline__ float lse() const { return sum > 0.0f ? maximum + logf(sum) : minus_infinity(); }
 };
 
-// kRowBlocks: 16-row blocks of the warp. kScaled: scores are final, in natural units; else they are products of query
-// and key, to be scaled by a positive number, which costs one instruction less per score.
+// kRowBlocks: 16-row blocks of the warp. kScaled: scores are final, in natural units. Otherwise they are products of
+// query and key whose positive scale is still to be applied, which saves one instruction per score.
 template <int kRowBlocks, bool kScaled>
 class OnlineSoftmax {
  public:
@@ -48,8 +49,8 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities relative to the maximum so far, to which it brings `out`. `factor` takes scores to
-  // base 2.
+  // Turns scores into probabilities relative to the maximum so far, and rescales `out` to that maximum. `factor` takes
+  // scores to base 2.
   template <int kColumns, int kOut>
   __device__ __forceinline__ void update(float (&scores)[kRowBlocks][kColumns][4], float (&out)[kRowBlocks][kOut][4],
                                          float factor) {
@@ -68,7 +69,7 @@ class OnlineSoftmax {
         grew = grew || now[m][half_row] > maximum_[m][half_row];
       }
     }
-    // Mostly nothing grows, after the first tiles.
+    // Rare after the first tiles.
     if (__any_sync(kAllLanes, grew)) {
 #pragma unroll
       for (int m = 0; m < kRowBlocks; ++m) {
@@ -107,7 +108,7 @@ class OnlineSoftmax {
     }
   }
 
-  // Of row half_row * 8 + lane / 4 of block m; `scale` takes scores to natural units.
+  // The result of row half_row * 8 + lane / 4 of block m; `scale` takes scores to natural units.
   __device__ __forceinline__ RowResult finish(int m, int half_row, float scale) const {
     const float sum = row_sum(sum_[m][half_row]);
     if (sum == 0.0f) return {0.0f, minus_infinity(), 0.0f};

@@ -1,18 +1,18 @@
-// dkey, dvalue, dprefix_key and dprefix_value.
+// The gradients of keys and values, of the sequence and of the prefixes.
 //
-//   dK' = scale ds^T Q      dV' = p^T dO      summed over the heads of the group and, for a prefix, over the rows that
-//   name it
+//   dK' = scale ds^T Q      dV' = p^T dO
 //
-// One block owns kBlockN columns of one segment of one kv head and meets every query tile that sees them:
+// Both are summed over the heads of the group and, for a prefix, over the rows that name it. A block owns kBlockN
+// columns of one segment of one kv head and visits every query tile that sees them:
 //
-//   keys, values of the block     in registers, as left operands, or in shared memory where the sums leave no room
+//   keys, values of the block     in registers, as left operands, or in shared memory if the sums leave no room
 //   query, dout tiles             two stages of shared memory, filled by cp.async while the other is at work
 //   S^T = K Q^T, dP^T = V dO^T    one warp: kTiles x 16 columns against 16 queries at a time
 //   dV += P^T dO, dK += dS^T Q    left operands straight from the registers; sums in registers to the end
 //
-// For prefix gradients alone delta is formed on the way, so that query, out and dout are read once and nothing else is.
-// Few columns leave warps over: they share the queries of a tile instead (WarpLayout). A prefix's visits are split over
-// blocks; their sums meet in reduce.cuh.
+// For prefix gradients alone, delta is computed here, so that query, out and dout are read once and nothing else is. If
+// the columns are too few for all warps, several warps share columns and divide the queries of a tile (WarpLayout). A
+// prefix's visits are split over blocks, whose sums reduce.cuh adds.
 #pragma once
 
 #include "delta.cuh"
@@ -41,8 +41,8 @@ struct ColumnsParams {
   int sequence_tiles;
 };
 
-// One kernel. kWantsDKey, kWantsDValue: which sums it has; kGeneral: mask, softcap, dropout, windows over the prefix;
-// kFusesDelta: delta is formed from out, which is then streamed with dout, and not read.
+// The traits of one columns kernel. kWantsDKey, kWantsDValue: the sums that it computes; kGeneral: mask, softcap,
+// dropout, windows over the prefix; kFusesDelta: delta is computed from out, which is streamed with dout, and not read.
 template <typename T_, int kHeadDim_, bool kWantsDKey_, bool kWantsDValue_, bool kGeneral_, bool kFusesDelta_ = false>
 struct ColumnsTraits {
   using T = T_;
@@ -53,13 +53,13 @@ struct ColumnsTraits {
   static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;    // blocks of 16 columns of a warp
   static constexpr int kWarpN = kTiles * kCell;            // columns of a warp
   static constexpr int kBlockN = kBackwardWarps * kWarpN;  // columns of a block
-  // Queries of a stage.
+  // The queries of a stage.
   static constexpr int kBlockM = kHeadDim == 256 && kGeneral                          ? 16
                                  : kHeadDim > 128 || (kHeadDim == 128 && kFusesDelta) ? 32
                                                                                       : 64;
-  // What a stage streams: query, dout, and out.
+  // The tiles that a stage streams: query, dout and, for delta, out.
   static constexpr int kStreams = 2 + kFusesDelta;
-  // Which of the block's keys and values the sums leave registers for; kGeneral kernels need some for their options.
+  // The sums leave registers for the block's keys, or values; kGeneral kernels need some for their options.
   static constexpr bool kKeyInRegisters =
       kHeadDim == 256 ? kWantsDKey && !kGeneral : !kGeneral || (kHeadDim != 64 && kHeadDim != 128);
   static constexpr bool kValueInRegisters = kHeadDim == 32 || kHeadDim == 96;
@@ -67,23 +67,23 @@ struct ColumnsTraits {
                 "keys and values pass through the stages on their way to the registers");
 };
 
-// Whether the registers hold dK and dV together.
+// Tells if the registers hold dK and dV together.
 template <int kHeadDim>
 inline constexpr bool kBothSums = kHeadDim <= 128;
 
 inline constexpr int kNoColumn = 0x7FFFFFFF;
 
-// What a stage holds beside its tiles: one entry for each query of the tile.
+// The part of a stage beside its tiles: one entry for each query of the tile.
 template <int kBlockM, typename Tiles>
 struct QueryInfo {
   float reference[kBlockM];  // softmax_reference(lse)
   float delta[kBlockM];
-  int begin[kBlockM];  // columns [begin, end) of the segment are visible
+  int begin[kBlockM];  // visible columns of the segment: [begin, end)
   int end[kBlockM];
   Tiles next;  // the visit after the tile's
-  // Of the tile, where the kernel is general.
+  // The tile's ScoreCell, in general kernels.
   int first_query, head, segment, queries;
-  const char* mask;  // mask_row
+  const char* mask;  // result of mask_row
   uint64_t seed;
 };
 
@@ -110,7 +110,7 @@ struct ColumnsShared {
 
   char* memory;
 
-  // Of a stage: 0 the queries, 1 dout, 2 out.
+  // A tile of a stage; `which`: 0 the queries, 1 dout, 2 out.
   __device__ __forceinline__ T* tile(int stage, int which) const {
     return reinterpret_cast<T*>(memory + (kStreams * stage + which) * (kTileBytes + kSharedGap));
   }
@@ -120,8 +120,8 @@ struct ColumnsShared {
   __device__ __forceinline__ ColumnsOwner& owner() const {
     return *reinterpret_cast<ColumnsOwner*>(memory + kOwnerOffset);
   }
-  // Rows [part * kBlockM, ...) of the block's keys (0) or values (1): where they stay, or, before the first stage is
-  // filled, on their way to the registers.
+  // Memory of rows [part * kBlockM, ...) of the block's keys (0) or values (1). Rows on their way to the registers use
+  // the first stage before it is filled.
   __device__ __forceinline__ T* columns(int which, int part) const {
     if (which == 0 ? !kHasKey : !kHasValue) return tile(which, part);
     return reinterpret_cast<T*>(memory + (which == 0 ? kKeyOffset : kValueOffset)) + part * kBlockM * kHeadDim;
@@ -159,7 +159,7 @@ __device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& param
   return owner;
 }
 
-// The part of row `row` of two tiles that one of kLanes lanes takes in the sum of their products.
+// One lane's part of the dot product of row `row` of two tiles, which kLanes lanes share.
 template <typename T, int kHeadDim, int kLanes>
 __device__ __forceinline__ float row_product(const T* x, const T* y, int row, int lane_of_row) {
   using Tile = SharedTile<kHeadDim>;
@@ -172,7 +172,7 @@ __device__ __forceinline__ float row_product(const T* x, const T* y, int row, in
   return sum;
 }
 
-// Of a segment whose gradient was not asked for, dvalue is skipped.
+// Computes the sums of one block of columns. dvalue is skipped for segments whose gradient was not asked for.
 template <typename Traits>
 __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const ColumnsParams params) {
   using T = typename Traits::T;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   const Shared shared{shared_memory()};
   shared.declare();
 
-  // Registers are for the sums: what is needed now and then waits in shared memory.
+  // The accumulators need the registers, so data that is seldom used is kept in shared memory.
   if (thread == 0) shared.owner() = columns_owner(params, kBlockN);
   __syncthreads();
   const ColumnsOwner& owner = shared.owner();
@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   Tiles first_tiles;
   first_tiles.begin(p, owner);
   if (!first_tiles.done()) {
-    const int warp_row = layout().resident * Traits::kWarpN;  // among the block's columns
-    // The block's keys and values, by way of the stages.
+    const int warp_row = layout().resident * Traits::kWarpN;  // the warp's first row among the block's columns
+    // The block's keys and values arrive by way of the stages.
     Resident<T, kHeadDim, kTiles, Traits::kKeyInRegisters> key;
     Resident<T, kHeadDim, kTiles, Traits::kValueInRegisters> value;
     const auto copy_columns = [&](const Operand& x, bool aligned, int stage) {
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
 
     float lse = 0.0f, delta = 0.0f;
 
-    // Starts copying what `tiles` visits. What fetch loads by itself is stored by describe, when it has arrived.
+    // Starts copying the current visit of `tiles`. lse and delta are loaded into registers, from which describe()
+    // stores them when they have arrived.
     const auto fetch = [&](const Tiles& tiles, int stage) {
       const int first = tiles.first_query(), b = tiles.batch, h = tiles.head();
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
@@ -267,8 +268,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
         const bool exists = i < q_len;
         info.reference[thread] = exists ? softmax_reference<kGeneral>(lse) : kInfinity;
         info.delta[thread] = exists ? delta : 0.0f;
-        // Rows beyond the last query are skipped in blocks of 16; in a block with queries they go on like those, so
-        // that its first and last row tell what the block sees.
+        // Rows beyond the last query are skipped in blocks of 16. In a block with queries they continue the visible
+        // columns, so that the block's first and last row give the columns that it sees.
         const Span visible = tiles.visible(p, i);
         const bool in_block = i / kCell * kCell < q_len;
         info.begin[thread] = in_block ? visible.begin : kNoColumn;
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
 
     const auto work = [&](int stage) {
       const typename Shared::Info& info = shared.info(stage);
-      // Read anew for every stage: the sums leave no registers to keep it in.
+      // Computed anew for every stage: the sums leave no registers to keep it in.
       const WarpLayout warps = layout();
       const int warp_column = owner.first + warps.resident * Traits::kWarpN;
 #pragma unroll 1
@@ -412,7 +413,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     }
   };
   if constexpr (kWantsDValue) {
-    // P was summed as it is where dropout kept it.
+    // The sum holds the kept P without dropout's factor, which is applied here.
     if (adds_dvalue())
       finish(dvalue, owner.is_prefix ? kDPrefixValue : kDValue, params.partial_dvalue, params.scalars.rescale);
   }

@@ -1,4 +1,4 @@
-// delta = rowsum(dout * out) - dlse, by which dp becomes ds: one value for each query of each head.
+// delta = rowsum(dout * out) - dlse, with which ds = p (dp - delta): one value for each query of each head.
 //
 // A group of lanes reads a row 16 bytes a lane at a time and sums it by shuffles.
 #pragma once
@@ -16,7 +16,7 @@ struct DeltaParams {
   int64_t q_heads;
   int64_t q_len;
   int head_dim;
-  bool aligned_chunks;  // of out and dout
+  bool aligned_chunks;  // has_aligned_chunks of both out and dout
 };
 
 inline constexpr int kDeltaThreads = 128;
@@ -28,7 +28,7 @@ inline constexpr int kDeltaLanes = kHeadDim <= 32    ? 4
                                                      : 32;
 
 template <int kHeadDim>
-inline constexpr int kDeltaRows = kDeltaThreads / kDeltaLanes<kHeadDim>;  // of a block
+inline constexpr int kDeltaRows = kDeltaThreads / kDeltaLanes<kHeadDim>;  // rows of a block
 
 // The sum of the eight products of two chunks.
 template <typename T>

@@ -12,7 +12,7 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// The left operand of `score`: kTiles x 16 rows of a shared tile, held in registers or read each time.
+// The left operand of `score`: kTiles x 16 rows of a shared tile, kept in registers or read each time.
 template <typename T, int kHeadDim, int kTiles, bool kInRegisters>
 class Resident {
  public:
@@ -56,7 +56,7 @@ __device__ __forceinline__ void clear(float (&sums)[kTiles][kBlocks][4]) {
   }
 }
 
-// Which of the warp's blocks of 16 rows take part; kAll says at compile time that all do.
+// The warp's blocks of 16 rows that take part; kAll says at compile time that all do.
 template <int kTiles, bool kAll>
 struct ActiveTiles {
   bool tile[kTiles];
@@ -109,14 +109,14 @@ __device__ __forceinline__ void accumulate(float (&sums)[kTiles][kHeadDim / 8][4
 inline constexpr int kBackwardWarps = 4;
 inline constexpr int kBackwardThreads = kBackwardWarps * kWarpSize;
 
-// Few resident rows leave warps over: those take the same rows and other parts of the stream, and their sums are added
-// at the end.
+// The division of resident rows and stream among the warps. If the resident rows are fewer than the warps can own,
+// several warps take the same rows and different parts of the stream, and their sums are added at the end.
 struct WarpLayout {
-  int resident;  // which of the resident parts this warp owns
-  int parts;     // of the stream: 1, 2 or 4
-  int part;      // this warp's
+  int resident;  // number of the resident part that this warp owns
+  int parts;     // parts of the stream: 1, 2 or 4
+  int part;      // number of this warp's part of the stream
 
-  // `needed` resident parts, of kBackwardWarps at most.
+  // `needed`: resident parts, at most kBackwardWarps.
   __device__ __forceinline__ WarpLayout(int warp, int needed) {
     const int owners = needed <= 1 ? 1 : needed <= 2 ? 2 : kBackwardWarps;
     resident = warp % owners;
@@ -125,7 +125,7 @@ struct WarpLayout {
   }
 };
 
-// Bytes that add_parts wants.
+// Shared memory that add_parts needs, in bytes.
 template <int kHeadDim, int kTiles>
 inline constexpr int kPartsBytes = kBackwardWarps / 2 * kTiles * kCell * kHeadDim * 4;
 

@@ -1,18 +1,18 @@
-// Finished sums to rows of a gradient, in the gradient's own dtype.
+// Stores of finished sums to rows of a gradient, in the gradient's own dtype.
 #pragma once
 
 #include "../../common/rows.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Whether pairs of adjacent elements, the first at an even column, may be written at once.
+// Tells if pairs of adjacent elements, the first at an even column, may be written at once.
 inline bool has_aligned_pairs(const Operand& x, int64_t head_dim) {
   const int64_t any = x.batch_stride | x.head_stride | x.row_stride | head_dim;
   const uintptr_t pair = x.dtype == DType::kFloat64 ? 16 : x.dtype == DType::kFloat32 ? 8 : 4;
   return any % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % pair == 0;
 }
 
-// Columns `column` and `column` + 1, those that exist.
+// Stores columns `column` and `column` + 1 of a row, if they exist.
 template <typename V>
 __device__ __forceinline__ void store_pair(V* row, int column, int head_dim, bool aligned_pairs, float x, float y) {
   if (aligned_pairs) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_pair(char* row, DType dtype, int column, i
   }
 }
 
-// The sums of a warp's kTiles x 16 rows, times `factor`, to rows [first, ...) of `rows`, those below `count`.
+// Stores the sums of a warp's kTiles x 16 rows, times `factor`, to rows [first, count) of `rows`.
 template <typename V, int kHeadDim, int kTiles>
 __device__ __forceinline__ void store_sums(V* rows, int64_t row_stride, bool aligned_pairs, int first, int count,
                                            int head_dim, float factor, const float (&sums)[kTiles][kHeadDim / 8][4],

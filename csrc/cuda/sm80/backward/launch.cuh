@@ -1,11 +1,11 @@
-// Which kernels a backward pass launches, and with how many blocks.
+// The kernels that a backward pass launches, and their numbers of blocks.
 //
 //   asked for                        launched
-//   any but dvalue, dprefix_value    delta.cuh, unless prefixes of one tile are all that is asked for
-//   dkey, dvalue, dprefix_*          backward_columns.cuh: once for prefixes and sequences together where both want the
-//                                    same sums; dK and dV apart where the registers do not hold both
+//   any but dvalue, dprefix_value    delta.cuh, unless only gradients of prefixes of one tile are asked for
+//   dkey, dvalue, dprefix_*          columns.cuh: once for prefixes and sequences together if both want the same sums;
+//                                    dK and dV apart if the registers do not hold both
 //   dprefix_* of several blocks      reduce.cuh
-//   dquery                           backward_rows.cuh
+//   dquery                           rows.cuh
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Options that the plain kernels do without.
+// Tells if a call needs the general kernels: the plain ones have no mask, softcap, dropout or windows over the prefix.
 inline bool is_general(const AttentionParams& p) {
   return p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 ||
          (p.window_includes_prefix && p.window_left >= 0);
@@ -43,7 +43,8 @@ class Backward {
   }
 
  private:
-  // Where one block meets all of a prefix's columns, no other reads the same rows of out.
+  // Tells if the columns kernel computes delta: if one block owns all columns of a prefix, no other reads the same rows
+  // of out.
   bool fuses_delta() const {
     const bool alone = !b_.needs(kDQuery) && !b_.needs(kDKey) && !b_.needs(kDValue);
     return kBothSums<kHeadDim> && alone && b_.needs(kDPrefixKey) &&
@@ -68,8 +69,7 @@ class Backward {
            context_.stream, params);
   }
 
-  // ---- columns
-  // -------------------------------------------------------------------------------------------------------
+  // ---- columns ----
 
   // The sums that one launch forms of a prefix or of a sequence.
   struct Sums {
@@ -85,7 +85,7 @@ class Backward {
       if (fuses_delta()) {
         launch_columns<ColumnsTraits<T, kHeadDim, true, true, kGeneral, true>>(true, false);
       } else {
-        // One kernel sums dK and, where it is wanted, dV; the other dV alone.
+        // The first kernel sums dK and, if asked for, dV; the second dV alone.
         launch_columns<ColumnsTraits<T, kHeadDim, true, true, kGeneral>>(prefix.dkey, sequence.dkey);
         launch_columns<ColumnsTraits<T, kHeadDim, false, true, kGeneral>>(prefix.any() && !prefix.dkey,
                                                                           sequence.any() && !sequence.dkey);
@@ -98,17 +98,17 @@ class Backward {
     if (partial_dvalue_ != nullptr) launch_reduce(partial_dvalue_, kDPrefixValue);
   }
 
-  // How many blocks share a prefix's columns, and where their sums wait for each other.
+  // Decides how many blocks share a prefix's columns, and allocates memory for their partial sums.
   template <bool kGeneral>
   void plan_prefixes(const Sums& prefix) {
     using Traits = ColumnsTraits<T, kHeadDim, true, kBothSums<kHeadDim>, kGeneral>;
     splits_ = 1;
     if (!prefix.any()) return;
     const int64_t owners = p_.num_prefixes * p_.kv_heads * ceil_div(p_.prefix_len, Traits::kBlockN);
-    // Visits of an owner, if the rows name all prefixes equally often.
+    // The visits of an owner, if the rows name all prefixes equally often.
     const int64_t rows = std::max<int64_t>(1, p_.batch * p_.prefix_slots / p_.num_prefixes);
     const int64_t visits = rows * p_.q_heads / p_.kv_heads * ceil_div(p_.q_len, Traits::kBlockM);
-    // Enough blocks to fill the GPU once; each with enough visits to be worth its partial sums.
+    // The blocks fill the GPU once, and each has enough visits to be worth its partial sums.
     constexpr int64_t kBlocksPerMultiprocessor = 2, kLeastVisits = 4;
     splits_ =
         std::clamp<int64_t>(context_.sm_count * kBlocksPerMultiprocessor / owners, 1, ceil_div(visits, kLeastVisits));
@@ -153,8 +153,7 @@ class Backward {
            context_.stream, params);
   }
 
-  // ---- rows
-  // ----------------------------------------------------------------------------------------------------------
+  // ---- rows ----
 
   template <bool kGeneral>
   void launch_rows() {

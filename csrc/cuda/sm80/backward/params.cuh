@@ -1,11 +1,11 @@
-// What the kernels of the backward pass share.
+// The parameters and copies that the kernels of the backward pass share.
 #pragma once
 
 #include "../../common/rows.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Which operands may be read 16 bytes at a time.
+// The operands that may be read 16 bytes at a time.
 struct AlignedChunks {
   bool query, out, dout, key, value, prefix_key, prefix_value;
 
@@ -17,9 +17,9 @@ struct AlignedChunks {
   }
 };
 
-// Copies rows [first, first + kRows) of one head into a shared tile; rows from `count` on are zero. For kernels whose
-// registers are taken: what does not go by cp.async moves one chunk after another, or one element. kIsT: the rows are
-// known to be of type T.
+// Copies rows [first, first + kRows) of one head into a shared tile; rows from `count` on become zero. It spares
+// registers: rows that cannot go by cp.async move one chunk, or one element, after another. kIsT: the rows are known to
+// be of type T.
 template <typename T, int kHeadDim, int kRows, int kThreads, bool kIsT>
 __device__ __forceinline__ void copy_rows(T* tile, const HeadRows& rows, int first, int count, int head_dim) {
   using Tile = SharedTile<kHeadDim>;

@@ -9,33 +9,33 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Columns [first, first + ...) of a segment.
+// The columns of a segment that a block owns.
 struct ColumnsOwner {
   bool is_prefix;
-  int index;  // the batch row, or the prefix
+  int index;  // number of the batch row, or of the prefix
   int kv_head;
-  int first;   // of the block's columns, in the segment
-  int rows;    // of the segment in memory
-  int length;  // of the segment that is valid
-  int split;   // of the prefix's visits, this block's
+  int first;   // first column of the block, counted in the segment
+  int rows;    // rows of the segment in memory
+  int length;  // valid rows of the segment
+  int split;   // number of this block's part of the prefix's visits
   int splits;
 };
 
-// The visits of one owner, and which one is at hand. Plain data, so that it can wait in shared memory. Every thread of
-// a warp makes each call.
+// The visits of one owner, and the current one. Plain data, so that it can be kept in shared memory. Every thread of a
+// warp makes each call.
 //
 // A row that names a prefix in a slot is a pair, batch * slots + slot; for the sequence a pair is a batch row.
-// kGeneral: whether there may be padding, or windows over prefixes.
+// kGeneral: there may be padding, or windows over prefixes.
 template <int kBlockM, int kBlockN, bool kGeneral>
 struct QueryTiles {
   ColumnsOwner owner;
   int group, tiles;  // heads of the group, query tiles of a head
-  int visit, end;    // among all visits of the owner; at end there is none at hand
+  int visit, end;    // current visit among all of the owner's, and the first that is not this block's
   int pair, head_in_group, tile;
-  int tile_begin, tile_end;        // those tiles of the pair's row that see the block's columns
+  int tile_begin, tile_end;        // tiles of the pair's row that see the block's columns
   int prefix_start, prefix_total;  // columns before the slot's, and all, among the row's prefixes
   int batch;
-  int segment;  // of Philox: 0 the sequence, 1 + m the prefix in slot m
+  int segment;  // number in philox.h: 0 the sequence, 1 + m the prefix in slot m
 
   __device__ __forceinline__ bool done() const { return visit >= end; }
   __device__ __forceinline__ int head() const { return owner.kv_head * group + head_in_group; }
@@ -99,7 +99,7 @@ struct QueryTiles {
     }
   }
 
-  // Goes to a pair: which tiles of its row see the block's columns.
+  // Goes to a pair and finds the tiles of its row that see the block's columns.
   __device__ __forceinline__ void see(const AttentionParams& p, int next_pair) {
     pair = next_pair;
     const int slots = owner.is_prefix ? static_cast<int>(p.prefix_slots) : 1;

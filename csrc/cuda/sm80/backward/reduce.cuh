@@ -1,5 +1,5 @@
-// Prefix gradients from the float32 sums of several blocks: added in the blocks' order, so that the result repeats bit
-// for bit.
+// The prefix gradients from the float32 sums of several blocks. They are added in the blocks' order, so that the result
+// repeats bit for bit.
 #pragma once
 
 #include "gradient_rows.cuh"
@@ -19,7 +19,7 @@ struct ReduceParams {
 
 inline constexpr int kReduceThreads = 128;
 
-// One thread for each pair of adjacent elements.
+// Sums one pair of adjacent elements per thread.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kReduceThreads) reduce_partial(const ReduceParams params) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;

@@ -1,15 +1,15 @@
-// dquery.
+// The gradient of the queries.
 //
 //   dquery = scale ds K'      over the row's prefixes and its sequence
 //
-// One block owns kBlockM queries of one head and meets every cell of 16 columns that some of them see (kv_tiles.cuh):
+// A block owns kBlockM queries of one head and visits every cell of 16 columns that some of them see (kv_tiles.cuh):
 //
 //   query, dout rows           in registers, as left operands (dout of head dim 256: in shared memory)
 //   key, value tiles           two stages of shared memory, filled by cp.async while the other is at work
 //   S = Q K'^T, dP = dO V'^T   one warp: kTiles x 16 queries against 16 columns at a time
 //   dQ += dS K'                left operand straight from the registers; sums in registers to the end
 //
-// Few queries leave warps over: they share the columns of a tile instead (WarpLayout).
+// If the queries are too few for all warps, several warps share queries and divide the columns of a tile (WarpLayout).
 #pragma once
 
 #include "../../common/kv_tiles.cuh"
@@ -25,7 +25,7 @@ struct RowsParams {
   const float* delta;  // [batch, q_heads, q_len]
   ScoreScalars scalars;
   AlignedChunks aligned;
-  bool aligned_pairs;  // of dquery
+  bool aligned_pairs;  // has_aligned_pairs of dquery
   int query_tiles;     // blocks: (batch * q_heads + head) * query_tiles + tile
 };
 
@@ -40,22 +40,22 @@ struct RowsTile {
   static_assert(kBlockM <= 2 * kBlockN, "query and dout pass through the stages on their way to the registers");
 };
 
-// One entry for each query of the block.
+// The softmax reference, delta and visible columns of each query of the block.
 template <int kBlockM>
 struct RowInfo {
   float reference[kBlockM];  // softmax_reference(lse)
   float delta[kBlockM];
-  int begin[kBlockM];  // columns [begin, end) of the sequence are visible
+  int begin[kBlockM];  // visible columns of the sequence: [begin, end)
   int end[kBlockM];
-  int prefix_begin[kBlockM];  // and those from here on of the row's prefixes
+  int prefix_begin[kBlockM];  // first visible column of the row's prefixes
 };
 
-// Which queries the block owns, and the columns that they see.
+// The queries that the block owns, and the cells that they see.
 struct RowsOwner {
   int batch;
   int head;
   int first;
-  int queries;  // up to kBlockM
+  int queries;  // number of queries, at most kBlockM
   VisitedCells cells;
 };
 
@@ -89,14 +89,14 @@ struct RowsShared {
 
   char* memory;
 
-  // Of a stage: 0 the keys, 1 the values.
+  // A tile of a stage; `which`: 0 the keys, 1 the values.
   __device__ __forceinline__ T* tile(int stage, int which) const {
     return reinterpret_cast<T*>(memory + (2 * stage + which) * (kTileBytes + kSharedGap));
   }
   __device__ __forceinline__ Info& info() const { return *reinterpret_cast<Info*>(memory + kTilesBytes); }
   __device__ __forceinline__ RowsOwner& owner() const { return *reinterpret_cast<RowsOwner*>(memory + kOwnerOffset); }
-  // Rows [part * kBlockN, ...) of the block's queries (0) or dout (1): where they stay, or, before the first stage is
-  // filled, on their way to the registers.
+  // Memory of rows [part * kBlockN, ...) of the block's queries (0) or dout (1). Rows on their way to the registers use
+  // the first stage before it is filled.
   __device__ __forceinline__ T* rows(int which, int part) const {
     if (which == 0 || Tile::kDOutInRegisters) return tile(which, part);
     return reinterpret_cast<T*>(memory + kDOutOffset) + part * Tile::kBlockN * kHeadDim;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
   const Shared shared{shared_memory()};
   shared.declare();
 
-  // Registers are for the sums: what is needed now and then waits in shared memory.
+  // The accumulators need the registers, so data that is seldom used is kept in shared memory.
   if (thread == 0) shared.owner() = rows_owner(p, params.query_tiles, kBlockM);
   __syncthreads();
   const RowsOwner& owner = shared.owner();
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
 
   if (cells.count > 0) {
     const WarpLayout warps = layout();
-    const int warp_row = warps.resident * Tile::kWarpM;  // among the block's queries
-    // What the block knows of its queries, and the queries themselves by way of the stages.
+    const int warp_row = warps.resident * Tile::kWarpM;  // the warp's first row among the block's queries
+    // Loads the block's RowInfo, and its queries and dout by way of the stages.
     typename Shared::Info& info = shared.info();
     if (thread < kBlockM) {
       const bool exists = thread < owner.queries;

@@ -1,4 +1,4 @@
-// From S and dP to P and dS, one cell of 16 queries x 16 keys at a time, in place and in registers.
+// The step from S and dP to P and dS: one cell of 16 queries x 16 keys at a time, in place and in registers.
 //
 //   p = exp(s - lse)    ds = p (dp - delta)    with softcap c, s = c tanh(x / c):  ds (1 - tanh^2(x / c))
 //   with dropout:  dv takes p where kept;  dp where kept is scaled by 1 / (1 - r), elsewhere 0
@@ -15,14 +15,14 @@ namespace prefix_kernels::cuda::sm80 {
 
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// The lse by which p = exp(s - lse), to base 2 where no mask is added: with the least float as a mask, s and lse are so
+// The lse in p = exp(s - lse), to base 2 unless a mask may be added: with the least float as a mask, s and lse are so
 // low that their difference is finite and their multiples are not. A query that sees no key has p = 0.
 template <bool kGeneral>
 __device__ __forceinline__ float softmax_reference(float lse) {
   return lse == -kInfinity ? kInfinity : kGeneral ? lse : lse * kLog2E;
 }
 
-// What a lane knows of the queries that it holds: two where they are resident, four where they are streamed.
+// The lse and delta of the queries that a lane holds: two queries if they are resident, four if they are streamed.
 template <bool kKeysResident>
 struct LaneQueries {
   static constexpr int kCount = kKeysResident ? 4 : 2;
@@ -30,7 +30,7 @@ struct LaneQueries {
   float delta[kCount];      // rowsum(dout * out) - dlse
 };
 
-// attn_mask of a query and the first column of a segment; null where the segment is unmasked.
+// Address in attn_mask of a query and the first column of a segment; null if the segment is unmasked.
 __device__ __forceinline__ const char* mask_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t query,
                                                 int segment) {
   const MaskOperand& mask = p.mask;
@@ -41,13 +41,13 @@ __device__ __forceinline__ const char* mask_row(const AttentionParams& p, int64_
              mask_bytes(mask);
 }
 
-// Where a cell lies.
+// The place of a cell among queries and keys.
 struct ScoreCell {
-  int first_key;    // in its segment
-  int first_query;  // in the batch row
+  int first_key;    // the cell's first key, counted in its segment
+  int first_query;  // the cell's first query, counted in the batch row
   int head;         // batch * q_heads + head
-  int segment;      // of Philox: 0 the sequence, 1 + m the prefix in slot m
-  int queries;      // that exist, of 16 or more
+  int segment;      // number in philox.h: 0 the sequence, 1 + m the prefix in slot m
+  int queries;      // queries from the first on that exist; more than 16 may
   uint64_t seed;
   const char* mask;  // attn_mask at (first_query, first_key); null: none
 
@@ -56,13 +56,13 @@ struct ScoreCell {
   }
 };
 
-// Scalars of the scores, computed once on the host.
+// The scalars of the scores, computed once on the host.
 struct ScoreScalars {
   float scale;
   float scale_log2;      // scale log2(e)
   float scale_over_cap;  // scale / softcap
   float softcap;         // 0: off
-  float rescale;         // of what dropout keeps
+  float rescale;         // factor on elements that dropout keeps
   uint32_t threshold;
 
   static ScoreScalars of(const AttentionParams& p) {
@@ -82,7 +82,7 @@ struct ScoreScalars {
 __device__ __forceinline__ int streamed_row(int u) { return u / 2 * 8 + threadIdx.x % 4 * 2 + u % 2; }
 __device__ __forceinline__ int resident_row(int v) { return threadIdx.x % kWarpSize / 4 + v * 8; }
 
-// Bit 4n + e: whether dropout keeps scores[n][e].
+// The elements that dropout keeps: bit 4n + e is that of scores[n][e].
 template <bool kKeysResident>
 __device__ __forceinline__ uint32_t kept(const ScoreCell& cell, const ScoreScalars& scalars) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -119,7 +119,7 @@ __device__ __forceinline__ uint32_t kept(const ScoreCell& cell, const ScoreScala
   return bits;
 }
 
-// What attn_mask adds to the score of (query, key) of the cell.
+// The number that attn_mask adds to the score of (query, key) of the cell.
 __device__ __forceinline__ float mask_bias(const MaskOperand& mask, const ScoreCell& cell, int query, int key) {
   const int64_t at = query * mask.row_stride + key * mask.column_stride;
   return element_bias(mask, cell.mask + at * mask_bytes(mask));
@@ -130,7 +130,8 @@ __device__ __forceinline__ float tanh_by_exp2(float x) {
   return 1.0f - 2.0f / (1.0f + ptx::exp2_approx(2.0f * kLog2E * x));
 }
 
-// Bit i of the elements of a cell that a lane holds, s[i / 4][i % 4]: hides(query, key) of those offsets in the cell.
+// The elements of a cell that are hidden: bit i is that of s[i / 4][i % 4] and equals hides(query, key), offsets in the
+// cell.
 template <bool kKeysResident, typename Hides>
 __device__ __forceinline__ uint32_t hidden_elements(const Hides& hides) {
   uint32_t hidden = 0;
@@ -143,7 +144,7 @@ __device__ __forceinline__ uint32_t hidden_elements(const Hides& hides) {
   return hidden;
 }
 
-// s becomes p as dV takes it, dp becomes ds. kWantsDs: false leaves dp alone. `hidden`: hidden_elements.
+// Turns s into p as dV takes it, and dp into ds. kWantsDs: false leaves dp alone. `hidden`: result of hidden_elements.
 template <bool kGeneral, bool kKeysResident, bool kWantsDs>
 __device__ __forceinline__ void finish_cell(float (&s)[2][4], float (&dp)[2][4],
                                             const LaneQueries<kKeysResident>& queries, const ScoreCell& cell,

@@ -6,13 +6,13 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// The (batch row, slot) pairs that take part in entry's block, or none. All lanes of a warp call it; `entries` is
-// written where not null.
+// Counts the (batch row, slot) pairs that take part in the block of `entry`, 0 if another block serves it. All lanes of
+// a warp call it; the pairs are written to `entries` unless it is null.
 __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entry, int per_block, int lane,
                                               int* entries) {
   const int slots = static_cast<int>(p.prefix_slots), count = static_cast<int>(p.batch) * slots;
   if (p.prefix_ids == nullptr) {
-    // All name the same prefix, or each another.
+    // Either all rows name the same prefix, or each row another.
     const int bunch = p.num_prefixes == 1 ? per_block : 1;
     const int found = entry % bunch == 0 ? min(bunch, count - entry) : 0;
     for (int i = lane; entries != nullptr && i < found; i += kWarpSize) entries[i] = entry + i;
@@ -40,7 +40,8 @@ __device__ __forceinline__ int gather_entries(const AttentionParams& p, int entr
   return min(found, per_block);
 }
 
-// The columns of a prefix of `length` that padding leaves to some of the rows that share it.
+// The smallest range of the columns of a prefix of `length` that contains everything padding leaves visible to the rows
+// that share it.
 __device__ __forceinline__ Span shown_to_any(const AttentionParams& p, const int* entries, int count, int length) {
   if (p.mask.prefix_columns == 0) return {0, length};
   const int slots = static_cast<int>(p.prefix_slots);

@@ -1,18 +1,19 @@
 // Few queries against many keys: decoding.
 //
-// Reading keys and values is all the work, so every block reads its own part of them, once, for all queries that want
-// it. A block has up to kRows rows, (entry, query, head of the group), that share a key head; what has more rows than
-// that is read by several blocks, next to each other in the grid. A block's entries are
+// Reading keys and values takes all the time, so every block reads its own part of them once, for all queries that need
+// it. A block has up to kRows rows, (entry, query, head of the group), that share a key head. A part that more rows
+// need is read by several blocks, next to each other in the grid. A block's entries are
 //
-//   of a part of a sequence: that batch row alone;
-//   of a part of a prefix: up to kRows / (queries * group) of the (batch row, slot) pairs that name it. Of all that do,
-//   in order, the first of each such bunch has a block; the others' blocks have nothing to do. A prefix that the rows
-//   of a batch share is thus read once for as many of them as fill a block: 128 rows, or 64 above head dim 128.
+//   for a part of a sequence: that batch row alone;
+//   for a part of a prefix: up to kRows / (queries * group) of the (batch row, slot) pairs that name it. The pairs are
+//   taken in order, in bunches of that size. The first pair of a bunch has a block; the others' blocks return at once.
+//   A prefix that the rows of a batch share is thus read once for as many of them as fill a block: 128 rows, or 64
+//   above head dim 128.
 //
 // A part is cut into cells of 16 columns; each of the block's warps has its own ring of cells in flight. The rows are
-// cut into tiles of 16, one to a warp: where there are fewer tiles than warps, the warps of one tile divide the cells
-// among them, each with its own softmax. Their results are merged in the block, the blocks' by merge_kernel, both in
-// fixed order.
+// cut into tiles of 16, one to a warp. If there are fewer tiles than warps, the warps of one tile divide the cells
+// among them, each with its own softmax. The results of warps are merged in the block, those of blocks by merge_kernel,
+// both in fixed order.
 #pragma once
 
 #include "../../common/softmax.cuh"
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   shared_buffer(rows, Traits::kRowsBytes);
   shared_buffer(warp_shares, Traits::kSharesBytes);
 
-  // Which part of which columns this is, and who wants it.
+  // The block's part of the columns, and the entries that need it.
   const bool is_prefix = static_cast<int>(blockIdx.x) < params.prefix_blocks;
   const int block = is_prefix ? blockIdx.x : blockIdx.x - params.prefix_blocks;
   const int first_row = block % params.blocks_per_entry * kRows, number = block / params.blocks_per_entry;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   if (!is_prefix && thread == 0) entries[0] = entry;
   __syncthreads();
   const int row_count = min(kRows, entries_here * params.rows_per_entry - first_row);
-  // This warp has a tile of rows, and its share of the cells: all of one warp's ring in `cell_lanes`.
+  // A warp has one tile of rows and, of every `cell_lanes` rings of cells, one.
   int tiles = 1;
   while (tiles * kCell < row_count) tiles *= 2;
   const int cell_lanes = kWarps / tiles;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 
   const int batch = is_prefix ? entry / slots : entry;
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
-  Span columns;  // all parts together
+  Span columns;  // columns of all parts together
   if (is_prefix) {
     columns = shown_to_any(p, entries, entries_here, static_cast<int>(prefix_length(p, owner)));
   } else {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const int part_end = min(columns.end, part_begin + cells_per_part * kCell);
 
   if (thread < kRows) {
-    const int number_of_row = first_row + min(thread, row_count - 1);  // what is left over repeats the last row
+    const int number_of_row = first_row + min(thread, row_count - 1);  // surplus threads repeat the last row
     const int of_entry = number_of_row % params.rows_per_entry, taken = entries[number_of_row / params.rows_per_entry];
     DecodeRow row;
     row.batch = is_prefix ? taken / slots : taken;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     rows[thread] = row;
   }
   __syncthreads();
-  // A warp's ring: stage i holds a cell of keys, then one of values.
+  // Stage i of a warp's ring: a cell of keys, then one of values.
   const auto stage = [&](int ring, int i) {
     return reinterpret_cast<T*>(shared_memory() + (ring * kStages + i % kStages) * 2 * Traits::kCellStride);
   };
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 #pragma unroll 1
   for (int i = 0; first_column(tiles == 1 ? warp : 0, i) < part_end; ++i) {
     ptx::cp_async_wait<kStages - 2>();
-    // All who read cells i have them, and none reads cells i - 1 any more.
+    // Cells i have arrived for all warps that read them, and no warp reads cells i - 1 any more.
     if (tiles == 1)
       __syncwarp();
     else
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     const int number_of_row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
     const DecodeRow& row = rows[number_of_row];
     float most = minus_infinity(), sum = 0.0f;
-    // Of this row, as the warps of its tile have it.
+    // Index of this row in the results of warp w.
     const auto row_of = [&](int w) { return w * kCell + number_of_row % kCell; };
     const int first_warp = number_of_row / kCell;
     for (int w = first_warp; w < kWarps; w += tiles) most = fmaxf(most, warp_shares[row_of(w)].maximum);

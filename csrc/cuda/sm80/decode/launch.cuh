@@ -26,7 +26,7 @@ void launch_decode(const AttentionParams& p, const Context& context) {
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
   params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
 
-  // Enough parts for a few blocks on every multiprocessor, of a few cells for every warp.
+  // The parts give every multiprocessor a few blocks, and every warp of a block a few cells.
   constexpr int64_t kLeastColumns = kHeadDim <= 128 ? 256 : 128;
   const auto parts = [&](int64_t columns, int64_t owners) {
     const int64_t wanted = (int64_t{context.sm_count} * Traits::kBlocksPerSM + owners - 1) / owners;
@@ -58,7 +58,7 @@ void decode(const AttentionParams& p, const Context& context) {
   using T = std::conditional_t<kDType == DType::kFloat16, half, bfloat16>;
   using Narrow = DecodeTraits<T, kHeadDim, false>;
   using Wide = DecodeTraits<T, kHeadDim, true>;
-  // Rows that share a prefix, on average over the bank.
+  // The rows that share a prefix, on average over the bank.
   const int64_t entries = p.prefix_len > 0 ? p.batch * p.prefix_slots : 0;
   const int64_t sharing = entries / std::max<int64_t>(p.num_prefixes, 1) * p.q_len * (p.q_heads / p.kv_heads);
   if (entries > p.num_prefixes && sharing > Narrow::kRows && Wide::kSharedBytes <= context.shared_bytes)

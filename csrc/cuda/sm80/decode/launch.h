@@ -7,8 +7,8 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// The same for few queries against many keys, which are split over blocks. What the rows of a batch share of their
-// prefixes is read once for many of them.
+// Attention of few queries (at most kMaxDecodeQueries) over many keys, which are split over blocks. A prefix that rows
+// of the batch share is read once for many of them. kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim.
 template <DType kDType, int kHeadDim>
 void decode(const AttentionParams& p, const Context& context);
 

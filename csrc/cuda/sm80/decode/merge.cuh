@@ -5,7 +5,7 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// One warp per row: the parts' results, in their order.
+// Merges the parts' results in their order, one warp per row.
 template <typename Traits>
 __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
   using T = typename Traits::T;
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
   if (row >= p.batch * p.q_heads * p.q_len) return;
   const int64_t query = row % p.q_len, head = row / p.q_len % p.q_heads, batch = row / p.q_len / p.q_heads;
   const Share* const shares = params.partial_share + row * params.parts;
-  // Of a slot without a prefix nothing was written.
+  // Nothing was written for a slot without a prefix.
   const auto exists = [&](int part) {
     const int slot = part / max(1, params.prefix_parts);
     return slot >= p.prefix_slots || params.prefix_parts == 0 || prefix_of_row(p, batch, slot) >= 0;

@@ -5,7 +5,7 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// What a part of a row's columns weighs among the others: sum * exp(maximum).
+// The weight of a part of a row's columns among the others: sum * exp(maximum).
 struct Share {
   float maximum;
   float sum;
@@ -21,31 +21,31 @@ struct DecodeParams {
   float softcap;
   float dropout_rescale;
   int rows_per_entry;    // queries * heads of a group
-  int blocks_per_entry;  // of kRows rows each
+  int blocks_per_entry;  // blocks of kRows rows
   int prefix_parts;      // parts of each prefix
   int sequence_parts;    // parts of each sequence
-  int parts;             // of a row: prefix_slots * prefix_parts + sequence_parts
-  int prefix_blocks;     // they come first
+  int parts;             // parts of a row: prefix_slots * prefix_parts + sequence_parts
+  int prefix_blocks;     // blocks of prefixes, which come first in the grid
   float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
   Share* partial_share;  // [batch * q_heads * q_len, parts]
-  bool aligned_query;    // has_aligned_chunks
+  bool aligned_query;    // results of has_aligned_chunks
   bool aligned_key;
   bool aligned_value;
   bool aligned_prefix_key;
   bool aligned_prefix_value;
 };
 
-// One of the block's rows.
+// A row of a block: one query of one head.
 struct DecodeRow {
   int batch;
   int head;
   int query;
-  int segment;  // as in Cell
-  Span seen;    // columns of the segment
+  int segment;  // number as in Cell
+  Span seen;    // columns of the segment that the row sees
 };
 
-// Wide blocks, of twice the rows, are for prefixes that more rows share than fill a narrow one, on GPUs that give a
-// block the shared memory.
+// Wide blocks have twice the rows. They serve prefixes that more rows share than fill a narrow block, on GPUs that give
+// a block the shared memory.
 template <typename Element, int kHeadDim_, bool kWide_>
 struct DecodeTraits {
   using T = Element;
@@ -55,7 +55,7 @@ struct DecodeTraits {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = kWarps * kCell;
   static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : 2;
-  // As many as the host code plans for.
+  // The blocks per SM that the host code plans for.
   static constexpr int kBlocksPerSM = kHeadDim <= 64 ? (kWide ? 2 : 3) : (kWide ? 1 : 2);
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
@@ -67,7 +67,7 @@ struct DecodeTraits {
   static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kWarps * kCellStride;
   static constexpr int kRowsOffset = kQueryOffset + kQueryBytes;
   static constexpr int kRowsBytes = kRows * sizeof(DecodeRow);
-  // First the entries, then the warps' shares.
+  // Memory for the entries and later for the warps' shares.
   static constexpr int kSharesOffset = kRowsOffset + kRowsBytes + kSharedGap;
   static constexpr int kSharesBytes = kRows * sizeof(Share);
   static_assert(sizeof(int) <= sizeof(Share), "the entries, at most one a row, fit where the shares go");

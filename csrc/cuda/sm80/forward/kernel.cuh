@@ -3,13 +3,13 @@
 //   S = scale Q K'^T      P = softmax(S)      out = P V'      lse = log sum exp S
 //
 // A block of four warps owns kRows rows: queries of one head, or of several heads that share keys, the head running
-// fastest. A warp owns 16 kRowBlocks of them alone: it never exchanges scores with another. Keys and values pass by in
-// tiles of kCells cells, two buffers each:
+// fastest. A warp owns 16 kRowBlocks rows alone and never exchanges scores with another. Keys and values stream through
+// shared memory in tiles of kCells cells, two buffers each:
 //
 //   copy   | K0 | V0 | K1        | V1        | K2        | V2 ...
 //   compute           S = Q K0^T   out += P V0  S = Q K1^T
 //
-// Scores stay in registers: a thread's accumulators of S are, packed to 16 bits, its operand of P V'.
+// Scores stay in registers: a thread's accumulators of S, packed to 16 bits, are its operand of P V'.
 #pragma once
 
 #include "../../common/softmax.cuh"
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     shared_buffer(value_tile(j), Traits::kTileBytes);
   }
 
-  // Made anew for every tile, as the readers are.
+  // Loaders, like readers, are made anew for every tile: they keep no registers from tile to tile.
   using Loader = TileLoader<T, kHeadDim, Traits::kThreads>;
   const auto load_keys = [&](int j) {
     const Loader loader(p.key, params.aligned_key, p.prefix_key, params.aligned_prefix_key, rows.batch, rows.kv_head,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   float out[kRowBlocks][2 * kBlocksOfHead][4];
   set_all(out, 0.0f);
 
-  // Before tile 0, a turn that only copies: every copy has one place in the code.
+  // Turn -1 only copies, so that every copy has one place in the code.
 #pragma unroll 1
   for (int j = -1; j < tiles; ++j) {
     const int first_cell = j * kCells;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
 
     // S = Q K'^T
     float scores[kRowBlocks][2 * kCells][4];
-    unsigned seen = 0;  // one bit per cell
+    unsigned seen = 0;  // one bit per cell of the tile that some row sees
     const auto finish_row = [&](int m, int c, int from, const Cell& cell, Span seen_columns) {
       float bias[kColumnsPerThread];
       if (params.shared_mask) {
@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     }
   }
 
-  // Of the queries' tile, a warp has read its own rows alone: they take the output, and leave in whole chunks. The
-  // rows' views have served.
+  // A warp's output takes the place of its own queries, which no other warp reads, and is written in whole chunks. lse
+  // takes the place of the rows' views, which are not read any more.
   ptx::cp_async_wait<0>();
   __syncthreads();  // without any tile, other threads' copies of queries may still be under way
   float* const lse = reinterpret_cast<float*>(plan.views);

@@ -24,8 +24,8 @@ void launch_rows(ForwardParams& params, const Context& context) {
 
 template <typename T, int kHeadDim, bool kGeneral>
 void launch_forward(ForwardParams& params, const Context& context) {
-  // Twice the rows per warp, where registers allow it, halve what is read from shared memory; half as many blocks must
-  // still keep every multiprocessor at work.
+  // Twice the rows per warp, if the registers allow it, halve the reads from shared memory. The blocks, half as many,
+  // must still keep every multiprocessor at work.
   constexpr int kRowBlocks = kHeadDim <= (kGeneral ? 64 : 128) ? 2 : 1;
   using Large = ForwardTraits<T, kHeadDim, kGeneral, kRowBlocks>;
   const AttentionParams& p = params.attention;

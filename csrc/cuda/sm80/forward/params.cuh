@@ -7,12 +7,12 @@ namespace prefix_kernels::cuda::sm80 {
 
 struct ForwardParams {
   AttentionParams attention;
-  float scale;       // from scores to natural units,
-  float scale_log2;  // and to base 2
+  float scale;       // takes products of query and key to natural units
+  float scale_log2;  // takes them to base 2
   float softcap;
-  int pack;            // heads packed into a block's rows
+  int pack;            // heads whose rows alternate in a block
   int row_tiles;       // blocks per (batch row, packed heads)
-  bool shared_mask;    // all rows of a block have the same mask
+  bool shared_mask;    // all rows of a block have the same mask row
   bool aligned_query;  // has_aligned_chunks
   bool aligned_key;
   bool aligned_value;
@@ -26,12 +26,12 @@ struct ForwardTraits {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGeneral = kGeneral_;     // mask, softcap, dropout or a scale that is not positive
-  static constexpr int kRowBlocks = kRowBlocks_;  // per warp
+  static constexpr int kRowBlocks = kRowBlocks_;  // 16-row blocks of a warp
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = kCell * kRowBlocks;
   static constexpr int kRows = kWarps * kWarpRows;
-  // As many as registers and shared memory allow without spills.
+  // The most blocks per SM that registers and shared memory allow without spills.
   static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kGeneral ? 3 : 2)
                                       : kHeadDim == 32 ? 4
                                       : kHeadDim <= 96 ? 3

@@ -5,14 +5,14 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Which queries and heads a block's rows stand for: of one batch row and one key head.
+// The queries and heads of a block's rows, all of one batch row and one key head.
 struct BlockRows {
   int batch;
   int kv_head;
   int first_head;
-  int pack;   // heads, running fastest
-  int first;  // the block's first row, among all queries of these heads
-  int last;   // its last row that exists, counted from the first
+  int pack;   // heads whose rows alternate, the head running fastest
+  int first;  // number of the block's first row among all queries of these heads
+  int last;   // last row that exists, counted from `first`
 
   __device__ __forceinline__ int query(int row) const { return pack == 1 ? first + row : (first + row) / pack; }
   __device__ __forceinline__ int head(int row) const {
@@ -20,11 +20,11 @@ struct BlockRows {
   }
 };
 
-// What a warp's rows see: all of them, and any of them.
+// The columns that all rows of a warp see, and those that any of them sees.
 struct WarpView {
   Span seen_by_all{0, 0};     // columns of the sequence
   Span seen_by_any{0, 0};     // columns of the sequence
-  int prefix_cells_seen = 0;  // visited cells, from the first on, of which every row sees 16 columns
+  int prefix_cells_seen = 0;  // the first visited cells, those of which every row sees all 16 columns
   bool sees_prefix = false;
 
   __device__ __forceinline__ WarpView(const VisitedCells& cells, const QueryView& first, const QueryView& last) {
@@ -38,7 +38,7 @@ struct WarpView {
     }
   }
 
-  // A warp without rows.
+  // The view of a warp without rows.
   __device__ __forceinline__ WarpView() {}
 
   __device__ __forceinline__ bool every_row_sees(const VisitedCells& cells, int begin, int end) const {
@@ -54,14 +54,15 @@ struct WarpView {
   }
 };
 
-// What a warp decides once, kept in shared memory: registers are for the products.
+// A warp's decisions, made once. They are kept in shared memory, because the accumulators need the registers.
 template <int kRows, int kCells, bool kMasked>
 struct WarpPlan {
   BlockRows rows;
-  VisitedCells cells;  // of the block
+  VisitedCells cells;  // cells that the block visits
   WarpView view;
-  Cell tile[kCells];                         // the tile at hand,
-  float bias[kMasked ? kCells * kCell : 1];  // and what a mask adds to its columns, where that is the same for all rows
+  Cell tile[kCells];  // cells of the current tile
+  float
+      bias[kMasked ? kCells * kCell : 1];  // a mask shared by all rows: the numbers that it adds to the tile's columns
   QueryView views[kRows];
 };
 
