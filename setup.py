@@ -1,4 +1,4 @@
-"""What makes the extension module, and which PyTorch the built package asks for; the rest is in pyproject.toml."""
+"""Builds the extension module and pins the PyTorch that the package asks for; the rest is in pyproject.toml."""
 
 import sys
 from pathlib import Path

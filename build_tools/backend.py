@@ -10,7 +10,7 @@ from __future__ import annotations
 from .environment import TORCH_REQUIREMENT, BuildError, find_compiler, find_torch, require_torch
 
 try:
-    # The hooks that stay as they are.
+    # Hooks of setuptools that need no torch of their own.
     from setuptools.build_meta import (  # noqa: F401
         build_editable,
         build_sdist,
@@ -23,7 +23,7 @@ except ImportError:
 
 
 def _wheel_requirements(config_settings=None) -> list[str]:
-    # Here already, before gigabytes are downloaded for a build that cannot work.
+    # A build that cannot work ends here, before gigabytes are downloaded for it.
     find_compiler()
     torch = find_torch()
     if torch is None:

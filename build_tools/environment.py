@@ -1,7 +1,7 @@
-"""What the build finds on this machine: PyTorch, the CUDA toolkit, the C++ compiler, free memory.
+"""The machine that the build runs on: PyTorch, the CUDA toolkit, the C++ compiler, free memory.
 
-Needs the standard library alone, so that it can speak before setuptools or torch are imported. Whatever is missing ends
-the build with one sentence that says what to run.
+The module needs the standard library alone, so that it works before setuptools or torch are imported. A missing part
+ends the build with one sentence that says what to run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _read_torch(folder: Path) -> Torch | None:
 
 
 def _torch_of_interpreter() -> Path | None:
-    """Where ``import torch`` leads in a plain run of this interpreter.
+    """Find the folder of torch that a plain run of this interpreter imports.
 
     A build front end that isolates the build hides the target environment by environment variables, but runs the
     target's own interpreter: without those variables it tells where the target's torch is.
@@ -146,7 +146,7 @@ def find_cuda_toolkit(environ: Mapping[str, str] = os.environ) -> CudaToolkit | 
 
 @dataclass(frozen=True)
 class CudaPlan:
-    """Which CUDA kernels to build: none when ``architectures`` is empty, and ``reason`` says why."""
+    """The CUDA kernels to build: none if ``architectures`` is empty, and ``reason`` says why."""
 
     reason: str
     toolkit: CudaToolkit | None = None
@@ -171,7 +171,7 @@ def plan_cuda(
 
     Args:
         torch: the PyTorch compiled against.
-        toolkit: what `find_cuda_toolkit` found.
+        toolkit: result of `find_cuda_toolkit`.
         sources: the CUDA sources of this version.
         environ: read for ``PREFIX_KERNELS_CUDA`` (0: no CUDA kernels, 1: fail rather than leave them out) and
             ``TORCH_CUDA_ARCH_LIST``.
@@ -244,7 +244,7 @@ def _compiles(compiler: list[str], flags: list[str], source: str) -> bool:
 
 
 def parallel_jobs(environ: Mapping[str, str] = os.environ) -> int:
-    """How many compilers to run side by side: ``MAX_JOBS``, else as many as cores and free memory carry."""
+    """Number of compilers to run side by side: ``MAX_JOBS``, else as many as cores and free memory carry."""
     asked = environ.get("MAX_JOBS", "")
     if asked:
         if not asked.isdigit() or asked == "0":
@@ -267,6 +267,6 @@ def _free_memory() -> int | None:
         if ceiling != "max":
             limits.append(int(ceiling) - int((group / "memory.current").read_text()))
     except OSError:
-        # Not Linux, or no version 2 control group: what was read so far has to do.
+        # Not Linux, or no version 2 control group: the limits read so far have to do.
         pass
     return min(limits) if limits else None

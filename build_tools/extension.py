@@ -61,14 +61,14 @@ class KernelExtension(Extension):
     def __init__(
         self, name: str, torch_sources: Sequence[str], kernel_sources: Sequence[str], cuda_sources: Sequence[str]
     ) -> None:
-        # What setuptools calls sources is what a source distribution holds.
+        # setuptools copies its `sources` into a source distribution.
         super().__init__(name, [*torch_sources, *kernel_sources, *cuda_sources], language="c++")
         self.torch_sources, self.kernel_sources, self.cuda_sources = torch_sources, kernel_sources, cuda_sources
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One compiler call. Beside the object it leaves the command and what the compiler said."""
+    """A compiler call. Beside the object it leaves its command and the compiler's messages."""
 
     source: str
     object: Path
@@ -79,7 +79,7 @@ class Unit:
         return self.object.with_suffix(".log")
 
     def is_current(self) -> bool:
-        """Whether the object was made by this very command after every file it was made from had its last change."""
+        """Tell if this very command made the object, after the last change of every file it was made from."""
         record, dependencies = self.object.with_suffix(".cmd"), self.object.with_suffix(".d")
         try:
             if record.read_text() != shlex.join(self.command):
@@ -109,12 +109,12 @@ class Unit:
 
 
 def define(name: str, text: str) -> str:
-    """A -D flag that defines ``name`` as a string literal."""
+    """Make a -D flag that defines ``name`` as a string literal."""
     return f'-D{name}="{text}"'
 
 
 def cxx_flags() -> list[str]:
-    """The flags of every C++ file. The user's come first: some environments ask for -O2 or an -march of their own."""
+    """Flags of every C++ file. The user's come first: some environments ask for -O2 or an -march of their own."""
     users = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
     return [*users, *_CXX_FLAGS]
 
