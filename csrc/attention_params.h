@@ -23,11 +23,11 @@ struct Operand {
   DType dtype = DType::kFloat32;
 };
 
-// Of the columns of a batch row those from the first to the last that its mask shows; [0, 0) where it shows none.
+// The smallest ranges of columns that contain everything a batch row's mask shows; [0, 0) is empty.
 struct ShownColumns {
-  int32_t prefix_begin;  // among the mask's prefix columns
+  int32_t prefix_begin;  // range of the prefix columns
   int32_t prefix_end;
-  int32_t begin;  // among the sequence's
+  int32_t begin;  // range of the sequence's columns
   int32_t end;
 };
 
@@ -37,10 +37,10 @@ struct MaskOperand {
   int64_t head_stride = 0;
   int64_t row_stride = 0;
   int64_t column_stride = 0;
-  bool is_bool = false;        // true: attend where nonzero; false: added to the scores
-  int64_t prefix_columns = 0;  // columns before the sequence's: prefix_slots * prefix_len, or 0: the prefix is unmasked
+  bool is_bool = false;        // true: nonzero elements attend; false: elements are added to the scores
+  int64_t prefix_columns = 0;  // the mask's first columns: prefix_slots * prefix_len, or 0: the prefix is unmasked
   DType dtype = DType::kFloat32;
-  const ShownColumns* shown = nullptr;  // on a GPU: [batch], or one where batch_stride is 0; null: not known
+  const ShownColumns* shown = nullptr;  // device memory, [batch], or [1] if batch_stride is 0; null: mask not scanned
 };
 
 struct AttentionParams {
@@ -52,7 +52,7 @@ struct AttentionParams {
   int64_t head_dim = 0;
   int64_t prefix_len = 0;    // rows of each prefix in the bank
   int64_t num_prefixes = 0;  // prefixes in the bank
-  int64_t prefix_slots = 0;  // prefixes that one batch row may see, one after another
+  int64_t prefix_slots = 0;  // most prefixes that one batch row sees, one after another
 
   Operand query;         // [batch, q_heads, q_len, head_dim]
   Operand key;           // [batch, kv_heads, k_len, head_dim]
@@ -77,7 +77,7 @@ struct AttentionParams {
 
   uint32_t dropout_threshold = 0;  // an element is dropped when its 16 random bits are below this; 0: no dropout
   uint64_t dropout_seed = 0;
-  const int64_t* dropout_seed_ptr = nullptr;  // on a GPU: where the seed stands; null: dropout_seed
+  const int64_t* dropout_seed_ptr = nullptr;  // the seed in device memory; null: dropout_seed
 };
 
 struct BackwardParams {

@@ -16,7 +16,7 @@
 #else
 #define PREFIX_KERNELS_LIBRARY prefix_kernels
 #endif
-// One step more, so that the macro's argument is replaced before torch makes a name of it.
+// Expands the macro's argument before torch makes a name of it.
 #define PREFIX_KERNELS_DEFINE(library, m) TORCH_LIBRARY(library, m)
 #define PREFIX_KERNELS_IMPLEMENT(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 

@@ -1,4 +1,4 @@
-// Dropout bits, keyed by element and not by tile: the only definition, for host and device code.
+// The only definition of the dropout bits, for host and device code: keyed by element and not by tile.
 //
 // One Philox4x32-7 call (Salmon et al., 2011) decides eight elements with 16 bits each: rows {r, r + 8} times columns
 // {2t, 2t+1, 2t+8, 2t+9} of a 16 x 16 cell, which are the elements that one thread holds of two adjacent accumulators
@@ -57,7 +57,7 @@ PREFIX_KERNELS_HOST_DEVICE uint64_t dropout_seed(const AttentionParams& p) {
   return p.dropout_seed_ptr != nullptr ? static_cast<uint64_t>(*p.dropout_seed_ptr) : p.dropout_seed;
 }
 
-// A kept element is scaled by this, the exact inverse of the probability of keeping it.
+// The factor on kept elements: the exact inverse of the probability of keeping one.
 PREFIX_KERNELS_HOST_DEVICE double dropout_rescale(uint32_t threshold) {
   return threshold < 65536u ? 65536.0 / (65536.0 - threshold) : 0.0;
 }

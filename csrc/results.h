@@ -20,7 +20,7 @@ using Gradients = std::array<at::Tensor, kNumGradients>;
 // The gradients asked for and b's view of them: not yet written, or zero where there is no query.
 Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b);
 
-// What arrives at the backward pass, in the layout that the kernels read. Keep it as long as b is used.
+// The backward pass's inputs in the layout that the kernels read. Must live as long as b is used.
 struct ArrivingGradients {
   at::Tensor dout, out, lse, dlse;
 

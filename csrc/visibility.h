@@ -1,4 +1,4 @@
-// Which keys a query sees: the only definition, for host and device code.
+// The only definition of the keys that a query sees, for host and device code.
 //
 // Query i of batch row b stands at position i + offset(b) of the sequence's axis. The row's prefixes end where the
 // sequence begins: column c of its concatenated prefixes has position c - prefix_total.
@@ -65,7 +65,8 @@ PREFIX_KERNELS_HOST_DEVICE KeyRange queries_of_sequence(const AttentionParams& p
   return range;
 }
 
-// The same for columns up to `last` of the row's concatenated prefixes. The inverse of visible_prefix_begin.
+// The queries [begin, end) of a row with this offset that see at least one of the columns up to `last` of the row's
+// concatenated prefixes. The inverse of visible_prefix_begin.
 PREFIX_KERNELS_HOST_DEVICE KeyRange queries_of_prefix(const AttentionParams& p, int64_t last, int64_t prefix_total,
                                                       int64_t offset) {
   KeyRange range{0, p.q_len};

@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,11 @@ from torch import Tensor
 from prefix_kernels import autograd, functional
 
 CHECKOUT = Path(__file__).parent.parent
+# Last, because an installed package comes before the checkout's folder of its source.
+sys.path.append(str(CHECKOUT))
+
+from build_tools.sources import CUDA_SOURCES  # noqa: E402
+
 EMULATOR = CHECKOUT / "tests" / "emulator"
 # "debug": kernels that a debugger can step through line by line; "coverage": gcov counts the lines that ran.
 VARIANT = os.environ.get("PREFIX_KERNELS_EMULATOR", "")
@@ -68,9 +74,8 @@ class EmulatedBuildError(RuntimeError):
 
 
 def kernel_sources() -> list[Path]:
-    """Every kernel of the CUDA build, in the order of setup.py."""
-    text = (CHECKOUT / "setup.py").read_text().partition("CUDA_SOURCES")[2].partition("\n]")[0]
-    return [CHECKOUT / line.strip(' ",') for line in text.splitlines() if line.strip().endswith('.cu",')]
+    """Every kernel of the CUDA build, in the order of build_tools/sources.py."""
+    return [CHECKOUT / source for source in CUDA_SOURCES if source.endswith(".cu")]
 
 
 def _digest(path: Path) -> str:

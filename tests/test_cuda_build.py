@@ -24,10 +24,12 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
-sys.path.insert(0, str(CHECKOUT / "csrc"))
+# Last, because an installed package comes before the checkout's folder of its source.
+sys.path.append(str(CHECKOUT))
 
-from build_environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
-from build_extension import CUDA_FLAGS, Unit  # noqa: E402
+from build_tools.environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
+from build_tools.extension import CUDA_FLAGS, Unit  # noqa: E402
+from build_tools.sources import CUDA_SOURCES  # noqa: E402
 
 FIGURES = Path(__file__).with_name("sass_instructions.json")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -43,8 +45,8 @@ MAY_SPILL = {
 
 
 def kernel_sources() -> list[str]:
-    """The .cu files of setup.py, relative to the checkout."""
-    return re.findall(r'"(csrc/cuda/.*\.cu)"', (CHECKOUT / "setup.py").read_text())
+    """The .cu files of the build, relative to the checkout."""
+    return [source for source in CUDA_SOURCES if source.endswith(".cu")]
 
 
 def find_cuobjdump(toolkit: CudaToolkit) -> str:

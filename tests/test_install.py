@@ -49,7 +49,7 @@ def _is_one_sentence(text: str) -> bool:
 
 @pytest.fixture(scope="module")
 def build_environment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_environment", CHECKOUT / "csrc" / "build_environment.py")
+    spec = importlib.util.spec_from_file_location("build_environment", CHECKOUT / "build_tools" / "environment.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -134,7 +134,9 @@ def _write_torch(folder: Path, version: str, cuda: str | None = None) -> Path:
     return torch_folder
 
 
-REQUIREMENTS = "import build_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
+REQUIREMENTS = (
+    "import build_tools.backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
+)
 
 
 def test_an_isolated_build_uses_the_torch_of_the_target_environment(tools):
@@ -144,24 +146,24 @@ def test_an_isolated_build_uses_the_torch_of_the_target_environment(tools):
         "hidden = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}\n"
         "sys.path[:] = [entry for entry in sys.path if entry not in hidden]\n"
     )
-    path = os.pathsep.join([str(CHECKOUT / "csrc"), str(tools)])
+    path = os.pathsep.join([str(CHECKOUT), str(tools)])
     assert "No module named 'torch'" in _python("-c", "import torch", PYTHONPATH=path).stderr
     run = _python("-c", REQUIREMENTS, PYTHONPATH=path, PYTHONNOUSERSITE="1")
     assert run.stdout.strip() == "[] []", run.stderr
-    found = "from build_environment import find_torch; print(find_torch().requirement)"
+    found = "from build_tools.environment import find_torch; print(find_torch().requirement)"
     assert _python("-c", found, PYTHONPATH=path).stdout.strip() == f"torch=={RELEASE}.*"
 
 
 def test_an_isolated_build_asks_for_torch_where_the_target_has_none(bare_python):
     python, environment = bare_python
-    path = os.pathsep.join([str(CHECKOUT / "csrc"), environment["PYTHONPATH"]])
+    path = os.pathsep.join([str(CHECKOUT), environment["PYTHONPATH"]])
     run = _python("-c", REQUIREMENTS, executable=python, PYTHONPATH=path)
     assert run.stdout.strip() == "['torch>=2.11'] ['torch>=2.11']", run.stderr
 
 
 def test_an_isolated_build_without_a_compiler_ends_before_anything_is_downloaded(bare_python):
     python, environment = bare_python
-    path = os.pathsep.join([str(CHECKOUT / "csrc"), environment["PYTHONPATH"]])
+    path = os.pathsep.join([str(CHECKOUT), environment["PYTHONPATH"]])
     run = _python("-c", REQUIREMENTS, executable=python, PYTHONPATH=path, PATH="/nonexistent")
     assert run.returncode != 0
     assert "no C++ compiler was found" in run.stderr
@@ -172,15 +174,15 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
     python, environment = bare_python
     tree = tmp_path / "tree"
     files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", ".clang-format"]
-    for folder in ("csrc", "prefix_kernels", "tests", "examples"):
+    for folder in ("build_tools", "csrc", "prefix_kernels", "tests", "examples"):
         sources = (path for path in (CHECKOUT / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES)
         files += [str(path.relative_to(CHECKOUT)) for path in sources if path.name != "_compiled_torch.py"]
     for file in files:
         (tree / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / file, tree / file)
     (tree / "prefix_kernels" / "_compiled_torch.py").write_text('VERSION = "of this machine"')
-    make = f"import os; os.chdir({str(tree)!r}); import build_backend; print(build_backend.build_sdist('.'))"
-    path = os.pathsep.join([str(tree / "csrc"), environment["PYTHONPATH"]])
+    make = f"import os; os.chdir({str(tree)!r}); import build_tools.backend as b; print(b.build_sdist('.'))"
+    path = os.pathsep.join([str(tree), environment["PYTHONPATH"]])
     run = _python("-c", make, executable=python, PYTHONPATH=path)
     assert run.returncode == 0, run.stderr
     with tarfile.open(tree / run.stdout.split()[-1]) as archive:

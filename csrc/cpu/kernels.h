@@ -1,4 +1,4 @@
-// What the build of one ISA offers: a table of functions, the same for every ISA.
+// The table of functions that the build of one ISA offers, the same for every ISA.
 #pragma once
 
 #include "../attention_params.h"

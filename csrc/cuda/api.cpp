@@ -4,7 +4,7 @@
 #include "check_range.h"
 #include "device.h"
 #include "dispatch.h"
-#include "limits.h"
+#include "size_limits.h"
 
 namespace prefix_kernels::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// Which GPUs the compiled kernels run on.
+// The GPUs that the compiled kernels run on.
 #pragma once
 
 #include <algorithm>
@@ -7,9 +7,9 @@
 
 namespace prefix_kernels::cuda {
 
-// Whether code compiled for `entry`, in the notation of TORCH_CUDA_ARCH_LIST ("8.0", "9.0a", "9.0+PTX"), runs on a GPU
-// of compute capability major.minor: machine code on later minor versions, PTX on everything later, and what ends in a
-// letter on that very GPU (a) or its family (f).
+// Tells if code compiled for `entry`, in the notation of TORCH_CUDA_ARCH_LIST ("8.0", "9.0a", "9.0+PTX"), runs on a GPU
+// of compute capability major.minor. Machine code runs on later minor versions, PTX on everything later, and code whose
+// entry ends in a letter on that very GPU (a) or its family (f).
 inline bool runs_on(std::string entry, int major, int minor) {
   const std::string ptx = "+PTX";
   const bool has_ptx = entry.size() > ptx.size() && entry.compare(entry.size() - ptx.size(), ptx.size(), ptx) == 0;
@@ -23,7 +23,8 @@ inline bool runs_on(std::string entry, int major, int minor) {
   return has_ptx && last != 'f' && entry_major < major;
 }
 
-// Throws what the user of the GPU `name` should read where none of the `compiled`, separated by semicolons, runs on it.
+// Throws std::runtime_error, with the remedy, if no architecture of `compiled` (separated by semicolons) runs on the
+// GPU `name`.
 inline void check_architecture(const std::string& compiled, int major, int minor, const std::string& name) {
   for (size_t begin = 0; begin < compiled.size();) {
     const size_t end = std::min(compiled.find(';', begin), compiled.size());

@@ -1,4 +1,4 @@
-// Refusing integers that are out of range where they stand: in the device's memory.
+// The range check of integers in device memory.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct RangeCheck {
   int64_t count;
   int64_t least;
   int64_t most;
-  char name[16];  // of the argument, for the message
+  char name[16];  // name of the argument, for the message
 };
 
 // Prints the argument, what was expected and what came, and traps, as torch does for an index out of range.

@@ -1,4 +1,4 @@
-// What a kernel's host function knows of the device that it launches on; no torch, no CUDA headers.
+// The device that a kernel is launched on, for host code without torch and CUDA headers.
 #pragma once
 
 #include <cstddef>

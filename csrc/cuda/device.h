@@ -18,7 +18,7 @@ class Device {
   explicit Device(const at::Tensor& tensor);
   ~Device();
 
-  // On the device's current stream; valid as long as this object is.
+  // The device and its current stream; valid as long as this object is.
   const Context& context() const { return context_; }
 
   // Tells the emulator's memory checks what the kernels may touch; a GPU needs no telling.
@@ -31,7 +31,7 @@ class Device {
   static void* allocate(void* owner, size_t bytes);
 
   std::unique_ptr<Guard> guard_;
-  at::Tensor like_;  // where workspaces are allocated
+  at::Tensor like_;  // tensor on whose device workspaces are allocated
   std::vector<at::Tensor> workspaces_;
   Context context_;
 };

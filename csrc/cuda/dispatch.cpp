@@ -4,8 +4,9 @@
 
 #include "padding.h"
 #include "simt/simt.h"
-#include "sm80/backward.h"
-#include "sm80/forward.h"
+#include "sm80/backward/launch.h"
+#include "sm80/decode/launch.h"
+#include "sm80/forward/launch.h"
 
 namespace prefix_kernels::cuda {
 namespace {
@@ -21,11 +22,13 @@ void with_head_dim(int64_t head_dim, Call call) {
   call(std::integral_constant<int, 256>());
 }
 
-// Whether keys are split over blocks: where the rows of a key head, (query, head of the group) pairs, are few, or their
-// tiles too few to go round, or where most of what they read are prefixes that rows of the batch share.
-bool decodes(const AttentionParams& p, const Context& context) {
+// Tells if the decode kernel, which splits the keys over blocks, serves a call of few queries. It does if the rows of a
+// key head, (query, head of the group) pairs, are few; if their tiles are fewer than the multiprocessors; or if most of
+// the columns are prefixes that rows of the batch share.
+bool uses_decode_kernel(const AttentionParams& p, const Context& context) {
   if (p.q_len > sm80::kMaxDecodeQueries) return false;
-  constexpr int64_t kFewRows = 16, kTileRows = 64;  // of the forward kernels, at least
+  constexpr int64_t kFewRows = 16;
+  constexpr int64_t kTileRows = 64;  // rows of the forward kernels' smallest tile
   const int64_t rows = p.q_len * (p.q_heads / p.kv_heads);
   const int64_t tiles = p.batch * p.kv_heads * ((rows + kTileRows - 1) / kTileRows);
   const bool shares = p.prefix_len >= p.k_len && p.num_prefixes < p.batch * p.prefix_slots;
@@ -35,7 +38,7 @@ bool decodes(const AttentionParams& p, const Context& context) {
 template <DType kDType>
 void forward_sm80(AttentionParams p, const Context& context) {
   find_padding(p, context);
-  const bool few_queries = decodes(p, context);
+  const bool few_queries = uses_decode_kernel(p, context);
   with_head_dim(p.head_dim, [&](auto head_dim) {
     if (few_queries)
       sm80::decode<kDType, head_dim>(p, context);
@@ -49,7 +52,7 @@ void backward_sm80(BackwardParams b, const Context& context) {
   if (b.needs(kDQuery) || b.needs(kDKey) || b.needs(kDValue) || b.forward.mask.prefix_columns > 0)
     find_padding(b.forward, context);
   else
-    b.forward.mask = {};  // it covers no column that is visited
+    b.forward.mask = {};  // the mask covers no column that is visited
   with_head_dim(b.forward.head_dim, [&](auto head_dim) { sm80::backward<kDType, head_dim>(b, context); });
 }
 

@@ -1,4 +1,4 @@
-// The one switch over dtype, head dim and variant.
+// The only switch over dtype, head dim and kernel variant.
 #pragma once
 
 #include "../attention_params.h"

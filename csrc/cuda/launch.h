@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/platform.cuh"
 #include "context.h"
-#include "platform.cuh"
 
 #if !defined(__CUDACC__)
 #include "emulator_launch.h"
@@ -31,7 +31,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Params& params) {
-  // What a kernel may have without asking.
+  // Shared memory per block that needs no attribute of the kernel, in bytes.
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,6 +1,6 @@
+#include "common/mask.cuh"
+#include "common/padding.cuh"
 #include "launch.h"
-#include "mask.cuh"
-#include "padding.cuh"
 #include "padding.h"
 
 namespace prefix_kernels::cuda {
@@ -16,8 +16,8 @@ struct PaddingParams {
   int k_len;
 };
 
-// From the first to the last of `count` columns that the mask shows, `first` being one block's part of them: every
-// thread looks at some, and the block's warps meet in `memory`.
+// The smallest range of the `count` columns at `row` that contains everything the mask shows. All threads of the block
+// take part; its warps exchange their ranges through `memory`.
 __device__ Span shown_columns(const MaskOperand& mask, const char* row, int count, int* memory) {
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   Span shown{kNowhere, 0};
@@ -42,7 +42,7 @@ __device__ Span shown_columns(const MaskOperand& mask, const char* row, int coun
   return shown.end > 0 ? shown : Span{0, 0};
 }
 
-// One block per row of the mask.
+// Scans one row of the mask per block.
 __global__ void __launch_bounds__(kThreads) find_padding_kernel(const PaddingParams params) {
   const MaskOperand& mask = params.mask;
   int* const memory = reinterpret_cast<int*>(shared_memory());

@@ -1,5 +1,5 @@
-// Padding: columns that the mask of a batch row hides from all its queries, before the first that it shows and after
-// the last. The kernels neither visit nor load them.
+// Padding: the columns before the first and after the last that a batch row's mask shows to any of its queries. The
+// kernels neither visit nor load them.
 #pragma once
 
 #include "../attention_params.h"
@@ -7,7 +7,7 @@
 
 namespace prefix_kernels::cuda {
 
-// Finds p.mask.shown on the device, where all queries of a batch row have one mask: [batch, 1, 1, columns].
+// Fills p.mask.shown on the device if all queries of a batch row share one mask row: [batch, 1, 1, columns].
 void find_padding(AttentionParams& p, const Context& context);
 
 }  // namespace prefix_kernels::cuda

@@ -27,8 +27,8 @@ def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation
     return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
 
 
-def _decode(name: str, old: str, new: str, *probes: str) -> Mutation:
-    return Mutation(f"decode: {name}", "sm80/decode.cuh", old, new, DECODE, probes or ("decode",))
+def _decode(name: str, old: str, new: str, *probes: str, file: str = "sm80/decode/kernel.cuh") -> Mutation:
+    return Mutation(f"decode: {name}", file, old, new, DECODE, probes or ("decode",))
 
 
 def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
@@ -44,7 +44,7 @@ def _padding(name: str, old: str, new: str) -> Mutation:
     return Mutation(f"padding: {name}", "padding.cu", old, new, PADDING, probes)
 
 
-FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward.cuh", "sm80/backward_columns.cuh", "sm80/backward_rows.cuh"
+FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
 KEY_BARRIER = (
     "    ptx::cp_async_wait<1>();\n    __syncthreads();  // all have key tile j, and none reads tile j - 1 any more\n"
 )
@@ -86,7 +86,7 @@ BARRIERS = [
     ),
     _backward(
         "warps' sums are added before they are written",
-        "sm80/backward_gemm.cuh",
+        "sm80/backward/gemm.cuh",
         "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "    }\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "backward of a few columns",
@@ -160,13 +160,13 @@ COPIES = [
 EDGES = [
     _forward(
         "one column too many of a prefix",
-        "kv_tiles.cuh",
+        "common/kv_tiles.cuh",
         "max(0, min(kCell, prefixes.length(p, batch, slot) - column))",
         "max(0, min(kCell, prefixes.length(p, batch, slot) + 1 - column))",
     ),
     _forward(
         "the sequence begins one cell late",
-        "kv_tiles.cuh",
+        "common/kv_tiles.cuh",
         "sequence_begin + (i - prefix_cells) * kCell;\n      return",
         "sequence_begin + (i + 1 - prefix_cells) * kCell;\n      return",
     ),
@@ -187,20 +187,20 @@ EDGES = [
     _forward("rows beyond the last are read", FORWARD_KERNEL, "row <= rows.last;", "true;"),
     _forward(
         "chunks beyond the head dim are read",
-        "rows.cuh",
+        "common/rows.cuh",
         "valid && (lane_of_row + chunk) * kChunk < head_dim",
         "valid",
         "forward of a head dim of 40",
     ),
     _backward(
         "rows beyond the last are written",
-        "sm80/gradient_rows.cuh",
+        "sm80/backward/gradient_rows.cuh",
         "      if (row >= count) continue;\n",
         "",
     ),
     _backward(
         "delta of rows beyond the last",
-        "sm80/delta.cuh",
+        "sm80/backward/delta.cuh",
         "  if (row < params.rows && lane == 0) params.delta",
         "  if (lane == 0) params.delta",
     ),
@@ -212,7 +212,7 @@ EDGES = [
     _padding("columns of the prefix taken for the sequence's", "  row += mask.prefix_columns", "  row += 0"),
     _forward(
         "a cell that padding leaves in part is not visited",
-        "kv_tiles.cuh",
+        "common/kv_tiles.cuh",
         "min((in_slot + more) / kCell",
         "min(in_slot / kCell",
         "forward of padding",
@@ -222,10 +222,11 @@ EDGES = [
         "max(any.end, shown.end)}",
         "min(any.end, shown.end)}",
         "decode of padding",
+        file="sm80/decode/entries.cuh",
     ),
     _backward(
         "columns: a tile that padding leaves in part is not visited",
-        "sm80/query_tiles.cuh",
+        "sm80/backward/query_tiles.cuh",
         "if (columns.end <= columns.begin)",
         "if (columns.end < owner.first + kBlockN)",
         "backward of padding",
@@ -236,33 +237,33 @@ EDGES = [
 MEMORY = [
     _forward(
         "shared memory for one value buffer too few",
-        FORWARD_KERNEL,
+        "sm80/forward/params.cuh",
         "kPlanOffset = kValueOffset + 2 * kTileStride",
         "kPlanOffset = kValueOffset + 1 * kTileStride",
     ),
     _forward(
         "a launch with too little shared memory",
-        FORWARD_KERNEL,
+        "sm80/forward/params.cuh",
         "kSharedBytes = kPlanOffset + kWarps * kPlanStride",
         "kSharedBytes = kPlanOffset + (kWarps - 1) * kPlanStride",
     ),
     _forward(
         "16-byte copies of rows that are not aligned",
-        "rows.cuh",
+        "common/rows.cuh",
         "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
         "return strides != -1 ||",
         "forward of odd rows",
     ),
     _forward(
         "16-byte loads of float32 rows that are aligned to 4 bytes",
-        "rows.cuh",
+        "common/rows.cuh",
         "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
         "return x.dtype == DType::kFloat32 ||",
         "forward of an odd float32 prefix",
     ),
     Mutation(
         "decode: rows beyond the last of a prefix that is converted",
-        "rows.cuh",
+        "common/rows.cuh",
         "first + row(i) < count &&",
         "first + row(i) < count + kRows &&",
         DECODE,
@@ -292,7 +293,12 @@ MEMORY = [
         "ring = cell_lane; ring < kWarps; ring += kWarps",
         "decode of a shared prefix",
     ),
-    _decode("results of slots without a prefix", "      if (!exists(part)) continue;\n", ""),
+    _decode(
+        "results of slots without a prefix",
+        "      if (!exists(part)) continue;\n",
+        "",
+        file="sm80/decode/merge.cuh",
+    ),
     _decode(
         "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"
     ),
@@ -305,7 +311,7 @@ MEMORY = [
     ),
     _backward(
         "a row of the partial sums that nobody writes",
-        "sm80/gradient_rows.cuh",
+        "sm80/backward/gradient_rows.cuh",
         "if (row >= count) continue;",
         "if (row + 1 >= count) continue;",
         "backward of many rows to one prefix",
@@ -315,16 +321,19 @@ MEMORY = [
 ARITHMETIC = [
     _forward(
         "quarters of an operand swapped",
-        "shared_tile.cuh",
+        "common/shared_tile.cuh",
         "a[1] = pack2<T>(left[2], left[3])",
         "a[1] = pack2<T>(right[0], right[1])",
     ),
     _forward(
-        "halves of two operands swapped", "shared_tile.cuh", "b_left[2] = {b[0], b[1]}", "b_left[2] = {b[0], b[2]}"
+        "halves of two operands swapped",
+        "common/shared_tile.cuh",
+        "b_left[2] = {b[0], b[1]}",
+        "b_left[2] = {b[0], b[2]}",
     ),
     _forward(
         "the second chunk under way stored over the first",
-        "rows.cuh",
+        "common/rows.cuh",
         "Tile::offset(row(i), chunk(i))) = chunks[i]",
         "Tile::offset(row(0), chunk(i))) = chunks[i]",
         "forward of a float32 prefix",
@@ -332,7 +341,7 @@ ARITHMETIC = [
     # Both files hold the function that becomes wrong, and the linker takes one of the two.
     Mutation(
         "halves of a converted chunk swapped",
-        "conversion.cuh",
+        "common/conversion.cuh",
         "pack2<T>(a.z, a.w), pack2<T>(b.x, b.y)",
         "pack2<T>(b.x, b.y), pack2<T>(a.z, a.w)",
         FORWARD + BACKWARD,
@@ -346,7 +355,7 @@ ARITHMETIC = [
     ),
     _backward(
         "the least float times log2(e)",
-        "sm80/backward_scores.cuh",
+        "sm80/backward/scores.cuh",
         "exponent = (score - queries.reference[q]) * kLog2E;",
         "exponent = score * kLog2E - queries.reference[q] * kLog2E;",
         "backward of the least float",
@@ -355,30 +364,33 @@ ARITHMETIC = [
     _backward("an accumulator that starts as it is", ROWS, "  clear(dquery);\n", ""),
     _forward(
         "a shuffle that not all lanes reach",
-        "softmax.cuh",
+        "common/softmax.cuh",
         "  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
         "  return x > 0 ? x : fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
     ),
     _forward(
         "a row's sum over the wrong lanes",
-        "softmax.cuh",
+        "common/softmax.cuh",
         "return x + __shfl_xor_sync(kAllLanes, x, 2);",
         "return x + __shfl_xor_sync(kAllLanes, x, 4);",
     ),
     _forward(
-        "the sum keeps its scale when the maximum grows", "softmax.cuh", "          sum_[m][half_row] *= shrink;\n", ""
+        "the sum keeps its scale when the maximum grows",
+        "common/softmax.cuh",
+        "          sum_[m][half_row] *= shrink;\n",
+        "",
     ),
     _backward(
         "dropout of the neighbour's keys",
-        "sm80/backward_scores.cuh",
+        "sm80/backward/scores.cuh",
         "e % 2 == odd",
         "e % 2 != odd",
         "backward with every option",
     ),
-    _backward("delta without dlse", "sm80/delta.cuh", "params.dlse[row] : 0.0f", "0.0f : 0.0f"),
+    _backward("delta without dlse", "sm80/backward/delta.cuh", "params.dlse[row] : 0.0f", "0.0f : 0.0f"),
     _backward(
         "a split left out of the sum",
-        "sm80/reduce.cuh",
+        "sm80/backward/reduce.cuh",
         "int split = 0;",
         "int split = 1;",
         "backward of many rows to one prefix",

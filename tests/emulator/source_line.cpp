@@ -60,7 +60,7 @@ std::string output_of(const std::string& command) {
   return output;
 }
 
-// "/work/main/csrc/cuda/sm80/x/../forward.cuh:120 (discriminator 3)" -> "sm80/forward.cuh:120"
+// "/work/main/csrc/cuda/sm80/x/../rows.cuh:120 (discriminator 3)" -> "sm80/rows.cuh:120"
 std::string shortened(const std::string& line) {
   const std::string place = line.substr(0, line.find(" (discriminator"));
   const std::filesystem::path path = std::filesystem::path(place).lexically_normal();

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent.parent
-for folder in (CHECKOUT / "tests", CHECKOUT / "csrc"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(CHECKOUT / "tests") not in sys.path:
+    sys.path.insert(0, str(CHECKOUT / "tests"))
+# For build_tools; last, because the package that was built comes before the checkout's folder of its source.
+sys.path.append(str(CHECKOUT))
 
 from helpers import nan_filled  # noqa: E402
 

@@ -1,9 +1,9 @@
-// One kernel of one warp per function of csrc/cuda/ptx.cuh, for tests/gpu/test_ptx_conformance.py: compiled by nvcc for
-// a GPU and by g++ for the emulator, given the same bytes.
+// One kernel of one warp per function of csrc/cuda/common/ptx.cuh, for tests/gpu/test_ptx_conformance.py: compiled by
+// nvcc for a GPU and by g++ for the emulator, given the same bytes.
 #include <cstring>
 
+#include "../../csrc/cuda/common/ptx.cuh"
 #include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/ptx.cuh"
 
 namespace prefix_kernels::cuda {
 namespace {

@@ -1,4 +1,4 @@
-"""Every instruction of ``csrc/cuda/ptx.cuh``, on random data: a GPU against the emulator, the emulator against torch.
+"""Every instruction of ``ptx.cuh``, on random data: a GPU against the emulator, the emulator against torch.
 
 What the emulator cannot see is whether the inline assembly is right: its operands, its constraints, the layout of the
 fragments. The GPU's half is skipped where there is none.
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_environment import find_compiler, find_cuda_toolkit
 from emulated import build_library, kernel_object, runtime_objects
+
+from build_tools.environment import find_compiler, find_cuda_toolkit
 
 CHECKOUT = Path(__file__).parent.parent.parent
 SOURCE = Path(__file__).with_name("ptx_conformance.cu")
@@ -38,7 +39,7 @@ def emulated():
 @pytest.fixture(scope="session")
 def gpu(tmp_path_factory):
     """The kernels for the GPU at hand."""
-    from build_extension import CUDA_FLAGS
+    from build_tools.extension import CUDA_FLAGS
 
     toolkit = find_cuda_toolkit()
     assert toolkit is not None, "nvcc is neither on PATH nor in CUDA_HOME"
@@ -140,7 +141,9 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e
 
 
 def test_every_instruction_has_its_case():
-    wrappers = set(re.findall(r"__device__ __forceinline__ \w+ (\w+)\(", (CHECKOUT / "csrc/cuda/ptx.cuh").read_text()))
+    wrappers = set(
+        re.findall(r"__device__ __forceinline__ \w+ (\w+)\(", (CHECKOUT / "csrc/cuda/common/ptx.cuh").read_text())
+    )
     tested = {name.removesuffix("_half").removesuffix("_bfloat16") for name in INSTRUCTIONS}
     # Both are part of every copy that is tested.
     assert wrappers - tested == {"shared_address", "cp_async_commit"}

@@ -1,7 +1,8 @@
 // The gradients that are asked for, from the scores computed once more; every sum in a fixed order, without atomics.
 //
-//     p = exp(s - lse)    dp = dout v' (kept / (1 - r))    ds = p (dp - delta) slope    delta = rowsum(dout * out) -
-//     dlse dquery = scale ds K'        dK' = scale ds^T query        dV' = (p kept / (1 - r))^T dout
+//     delta = rowsum(dout * out) - dlse
+//     p = exp(s - lse)    dp = dout v' (kept / (1 - r))    ds = p (dp - delta) slope
+//     dquery = scale ds K'    dK' = scale ds^T query    dV' = (p kept / (1 - r))^T dout
 //
 // Three kernels, each one warp per row: delta and dquery by query, dK' and dV' by key. A key's warp visits the queries
 // of its group's heads 32 at a time, one per lane; a prefix's key those of all batch rows that name its prefix.
@@ -17,8 +18,8 @@ template <class T>
 struct BackwardRows {
   BackwardParams b;
   Factors<T> factors;
-  T* delta;        // [batch, q_heads, q_len]; null where no score's gradient is asked for
-  bool of_prefix;  // the columns of the prefixes, or those of the sequences
+  T* delta;        // [batch, q_heads, q_len]; null if no score's gradient is asked for
+  bool of_prefix;  // true: columns of the prefixes; false: columns of the sequences
 };
 
 PREFIX_KERNELS_HOST_DEVICE RowGrid column_grid(const AttentionParams& p, bool of_prefix) {
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(c
   });
 }
 
-// Calls visit(batch, segment_of) for what holds the columns `outer` of the sequences, or of the prefixes: for one batch
-// row, or for every batch row and slot that names the prefix. segment_of(query) is what a query sees of it.
+// Calls visit(batch, segment_of) for every use of sequence or prefix `outer`: for one batch row, or for every batch row
+// and slot that names the prefix. segment_of(query) is the run of its columns that a query sees.
 template <class Visit>
 __device__ void for_each_user(const AttentionParams& p, bool of_prefix, int64_t outer, Visit visit) {
   const int64_t slots = of_prefix ? p.prefix_slots : 1;

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "../../attention_params.h"
-#include "../numeric.cuh"
-#include "../platform.cuh"
+#include "../common/numeric.cuh"
+#include "../common/platform.cuh"
 
 namespace prefix_kernels::cuda::simt {
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ Element narrow(T x) {
     return from_float<Element>(static_cast<float>(x));
 }
 
-// Where row `row` of head `head` of an operand begins, in elements; `outer` is its batch row or prefix.
+// Offset of row `row` of head `head` of an operand, in elements; `outer` is its batch row or prefix.
 __device__ inline int64_t row_offset(const Operand& x, int64_t outer, int64_t head, int64_t row) {
   return outer * x.batch_stride + head * x.head_stride + row * x.row_stride;
 }

@@ -1,10 +1,11 @@
 // out = softmax(scores) V', lse = logsumexp(scores), one warp per query.
 //
-// The columns that the query sees are taken 32 at a time, one per lane. With the maximum m and the sum l so far,
-//     m' = max(m, max_j s_j)    l' = l exp(m - m') + sum_j exp(s_j - m')    o' = o exp(m - m') + sum_j exp(s_j - m')
-//     v_j
-// and in the end out = o / l and lse = m + log(l). The scores belong to lanes by column, o by element of the head dim;
-// the weights cross over in shared memory.
+// The columns that the query sees are taken 32 at a time, one per lane. With the maximum m and the sum l so far:
+//     m' = max(m, max_j s_j)
+//     l' = l exp(m - m') + sum_j exp(s_j - m')
+//     o' = o exp(m - m') + sum_j exp(s_j - m') v_j
+// At the end out = o / l and lse = m + log(l). Lanes hold scores by column and o by element of the head dim; the
+// weights cross over in shared memory.
 #pragma once
 
 #include "scores.cuh"

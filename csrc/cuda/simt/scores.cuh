@@ -10,11 +10,11 @@
 
 namespace prefix_kernels::cuda::simt {
 
-// Quotients that are the same for every score: on the device a division is a call, and what it finds in registers moves
-// to memory.
+// Quotients that are the same for every score, computed on the host: on the device a division is a call that moves
+// registers to memory.
 template <class T>
 struct Factors {
-  T rescale;          // of what dropout keeps
+  T rescale;          // factor on elements that dropout keeps
   T inverse_softcap;  // 0: off
 
   explicit Factors(const AttentionParams& p)
@@ -22,14 +22,14 @@ struct Factors {
         inverse_softcap(p.softcap > 0 ? static_cast<T>(1 / p.softcap) : T(0)) {}
 };
 
-// One query of one head.
+// A query of one head.
 struct Query {
   int64_t batch;
   int64_t head;
   int64_t index;
 };
 
-// Query heads that share one key head. Numbers of heads fit in 32 bits, whose division is no call.
+// The number of query heads that share one key head. It fits in 32 bits, whose division is no call.
 __device__ inline int group_size(const AttentionParams& p) {
   return static_cast<int>(p.q_heads) / static_cast<int>(p.kv_heads);
 }
@@ -38,21 +38,21 @@ __device__ inline int64_t kv_head_of(const AttentionParams& p, int64_t head) {
   return static_cast<int>(head) / group_size(p);
 }
 
-// Where the query stands among the rows of lse.
+// Index of the query among the rows of lse.
 __device__ inline int64_t lse_index(const AttentionParams& p, const Query& q) {
   return (q.batch * p.q_heads + q.head) * p.q_len + q.index;
 }
 
 PREFIX_KERNELS_HOST_DEVICE RowGrid query_grid(const AttentionParams& p) { return {p.batch, p.q_heads, p.q_len}; }
 
-// The run of columns that a query sees of one operand: of one of its prefixes, or of its sequence.
+// A run of columns that a query sees: those of one of its prefixes, or of its sequence.
 struct Segment {
   bool is_prefix;
-  int64_t outer;  // the prefix, or the batch row
+  int64_t outer;  // number of the prefix, or of the batch row
   int64_t begin;  // the visible columns [begin, end), counted from the segment's start
   int64_t end;
   int64_t mask_column;  // the mask's column at the segment's start; -1: the mask does not cover it
-  uint32_t id;          // as dropout counts segments
+  uint32_t id;          // the segment's number in philox.h
 
   __device__ const Operand& key(const AttentionParams& p) const { return is_prefix ? p.prefix_key : p.key; }
   __device__ const Operand& value(const AttentionParams& p) const { return is_prefix ? p.prefix_value : p.value; }
@@ -98,7 +98,7 @@ __device__ void for_each_segment(const AttentionParams& p, const Query& q, Visit
   }
 }
 
-// What the mask adds to a score: -inf hides it.
+// The number that the mask adds to a score; -inf hides it.
 template <class T>
 __device__ T mask_bias(const AttentionParams& p, const Query& q, const Segment& segment, int64_t column) {
   if (segment.mask_column < 0) return T(0);
@@ -114,7 +114,7 @@ __device__ T mask_bias(const AttentionParams& p, const Query& q, const Segment& 
 template <class T>
 struct Score {
   T value;
-  T slope;  // of the value by the scaled product
+  T slope;  // derivative of the value by the scaled product
 };
 
 // The score of query and key from their product.
@@ -128,7 +128,7 @@ __device__ Score<T> score(const AttentionParams& p, const Factors<T>& factors, c
   return {static_cast<T>(p.softcap) * bent + bias, T(1) - bent * bent};
 }
 
-// What dropout multiplies a probability with, the rescaling of what is kept apart.
+// Tells if dropout keeps an element.
 __device__ inline bool is_kept(const AttentionParams& p, const Query& q, const Segment& segment, int64_t column) {
   if (p.dropout_threshold == 0) return true;
   const uint32_t i = static_cast<uint32_t>(q.index), j = static_cast<uint32_t>(column);

@@ -1,4 +1,4 @@
-// What the simt kernels share: one warp works on one row, and its lanes hold the row's head dim in turn.
+// The helpers of the simt kernels: one warp works on one row, and its lanes hold the row's head dim in turn.
 #pragma once
 
 #include "../launch.h"
@@ -6,8 +6,8 @@
 
 namespace prefix_kernels::cuda::simt {
 
-inline constexpr int kWarps = 4;      // in a block; they share nothing
-inline constexpr int kMinBlocks = 1;  // on a multiprocessor: without it ptxas spills registers to fit more blocks
+inline constexpr int kWarps = 4;      // warps in a block, which share nothing
+inline constexpr int kMinBlocks = 1;  // blocks per SM; without this bound ptxas spills registers to fit more
 inline constexpr int kPerLane = kMaxHeadDim / kWarpSize;  // elements of a row that one lane holds
 
 // A grid of [outers, heads, rows] rows: of queries, or of the columns of sequences or prefixes.
@@ -58,7 +58,7 @@ __device__ void copy_row(T* target, const Operand& x, int64_t offset, int head_d
   });
 }
 
-// One lane's product of a row in shared memory with a row of any type.
+// The dot product of a row in shared memory with a row of any type, computed by one lane.
 template <class T, class Element>
 __device__ T product(const T* row, const Element* other, int head_dim) {
   T sum = 0;
@@ -67,7 +67,7 @@ __device__ T product(const T* row, const Element* other, int head_dim) {
   return sum;
 }
 
-// The same with a row of an operand.
+// The dot product of a row in shared memory with a row of an operand, computed by one lane.
 template <class T>
 __device__ T product(const T* row, const Operand& x, int64_t offset, int head_dim) {
   T sum = 0;
@@ -92,7 +92,7 @@ __device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int cou
   }
 }
 
-// The same with rows of an operand.
+// Adds weighted rows of an operand.
 template <class T>
 __device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int count, const Operand& x, int64_t offset,
                                   int head_dim) {
@@ -118,7 +118,7 @@ __device__ void store_row(const T (&sums)[kPerLane], T factor, const Operand& x,
 template <class Params>
 void launch_rows(void (*kernel)(Params), const RowGrid& grid, size_t bytes_per_warp, const Context& context,
                  const Params& params) {
-  // What a grid may have at most along x, and along y and z.
+  // The largest grid along x, and along y and z.
   constexpr int64_t kMaxX = (int64_t{1} << 31) - 1, kMaxYZ = 65535;
   if (grid.outers == 0 || grid.heads == 0 || grid.rows == 0) return;
   const auto at_most = [](int64_t x, int64_t most) { return static_cast<unsigned>(x < most ? x : most); };

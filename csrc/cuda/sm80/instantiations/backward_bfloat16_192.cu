@@ -1,4 +1,4 @@
-#include "../backward.cuh"
+#include "../backward/launch.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 

@@ -1,4 +1,4 @@
-#include "../decode.cuh"
+#include "../decode/launch.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 

@@ -1,4 +1,4 @@
-#include "../forward.cuh"
+#include "../forward/launch.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 

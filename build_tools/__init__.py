@@ -1,0 +1,1 @@
+"""Compiling and packaging prefix_kernels; used by setup.py and pip, not installed."""

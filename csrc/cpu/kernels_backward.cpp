@@ -1,5 +1,0 @@
-#include "backward_driver.h"
-
-namespace prefix_kernels::PREFIX_KERNELS_ISA {
-template void attention_backward<PREFIX_KERNELS_SCALAR>(const BackwardParams&, int, RunWorkers);
-}

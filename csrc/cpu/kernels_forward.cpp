@@ -1,5 +1,0 @@
-#include "forward_driver.h"
-
-namespace prefix_kernels::PREFIX_KERNELS_ISA {
-template void attention_forward<PREFIX_KERNELS_SCALAR>(const AttentionParams&, int, RunWorkers);
-}

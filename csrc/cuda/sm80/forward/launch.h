@@ -1,0 +1,13 @@
+// The forward pass of float16 and bfloat16 on tensor cores, for host code that knows neither torch nor CUDA.
+#pragma once
+
+#include "../../../attention_params.h"
+#include "../../context.h"
+
+namespace prefix_kernels::cuda::sm80 {
+
+// kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim. At least one batch row and one query.
+template <DType kDType, int kHeadDim>
+void forward(const AttentionParams& p, const Context& context);
+
+}  // namespace prefix_kernels::cuda::sm80
