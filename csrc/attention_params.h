@@ -61,6 +61,9 @@ struct AttentionParams {
   Operand prefix_value;  // [num_prefixes, kv_heads, prefix_len, head_dim]
   Operand out;           // [batch, q_heads, q_len, head_dim]
   void* lse = nullptr;   // [batch, q_heads, q_len] contiguous; float, or double for double queries
+  // Sum over the row of exp(score - lse), laid out like lse; null: not asked for. It is 1 but for a mask that moves all
+  // scores so far that lse rounds the logarithm of the sum away.
+  void* row_mass = nullptr;
   MaskOperand mask;
 
   const int64_t* prefix_ids = nullptr;     // [batch, prefix_slots] contiguous; -1 is none; null: see prefix_of_row

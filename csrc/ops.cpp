@@ -26,14 +26,12 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 template <auto kForward>
-std::tuple<at::Tensor, at::Tensor> forward_on(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                              const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
-                                              const OptionalTensor& attn_mask, const OptionalTensor& prefix_ids,
-                                              const OptionalTensor& prefix_lens, const OptionalTensor& query_offsets,
-                                              const OptionalTensor& dropout_seed, double dropout_p, bool is_causal,
-                                              std::optional<double> scale, std::optional<int64_t> query_offset,
-                                              int64_t window_left, int64_t window_right, bool window_includes_prefix,
-                                              double softcap) {
+Results forward_on(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                   const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
+                   const OptionalTensor& attn_mask, const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
+                   const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed, double dropout_p,
+                   bool is_causal, std::optional<double> scale, std::optional<int64_t> query_offset,
+                   int64_t window_left, int64_t window_right, bool window_includes_prefix, double softcap) {
   const OptionalTensor some_key = key, some_value = value;
   return kForward({query, some_key, some_value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens,
                    query_offsets, dropout_seed, dropout_p, is_causal, scale, query_offset, window_left, window_right,
@@ -66,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
 PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? "
-      "prefix_value, " PREFIX_KERNELS_OPTIONS ") -> (Tensor out, Tensor lse)");
+      "prefix_value, " PREFIX_KERNELS_OPTIONS ") -> (Tensor out, Tensor lse, Tensor row_mass)");
   m.def(
       "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor? key, Tensor? value, Tensor? prefix_key, "
       "Tensor? prefix_value, Tensor? out, Tensor lse, " PREFIX_KERNELS_OPTIONS

@@ -18,13 +18,16 @@ at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.st
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, AttentionParams& p) {
+Results empty_results(const at::Tensor& query, AttentionParams& p) {
   const at::ScalarType lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
   at::Tensor lse = at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(lse_type));
   p.out = make_operand(out);
   p.lse = lse.mutable_data_ptr();
-  return {out, lse};
+  const bool mask_is_added = p.mask.data != nullptr && !p.mask.is_bool;
+  at::Tensor row_mass = mask_is_added ? at::empty_like(lse) : at::empty({0}, lse.options());
+  if (mask_is_added) p.row_mass = row_mass.mutable_data_ptr();
+  return {out, lse, row_mass};
 }
 
 Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b) {

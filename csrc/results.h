@@ -10,9 +10,12 @@
 
 namespace prefix_kernels {
 
-// (out, lse), not yet written, and p's view of them. out is laid out [B, Sq, Hq, D], so that merging the heads
-// afterwards is free; lse is float, or double for double queries.
-std::tuple<at::Tensor, at::Tensor> empty_results(const at::Tensor& query, AttentionParams& p);
+// (out, lse, row_mass), not yet written. out is laid out [B, Sq, Hq, D], so that merging the heads afterwards is free;
+// lse is float, or double for double queries; row_mass is like lse where a mask is added to the scores, else [0].
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// The results and p's view of them.
+Results empty_results(const at::Tensor& query, AttentionParams& p);
 
 // dquery, dkey, dvalue, dprefix_key, dprefix_value; [0] where a gradient is not asked for.
 using Gradients = std::array<at::Tensor, kNumGradients>;

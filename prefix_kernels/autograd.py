@@ -20,7 +20,7 @@ _NUM_DIFFERENTIABLE = len(ops.DIFFERENTIABLE)
 _NUM_TENSOR_OPTIONS = len(ops.TENSOR_OPTIONS)
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep what the gradients asked for need: the ``setup_context`` of ``prefix_kernels::forward``.
 
     Raises:
@@ -31,7 +31,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
             "attn_mask: expected a mask that does not require a gradient, got requires_grad=True; detach it"
         )
     query, key, value, prefix_key, prefix_value, *options = inputs
-    out, lse = output
+    out, lse, row_mass = output
     needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
     dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
     visits_sequence = dquery or dkey or dvalue
@@ -45,6 +45,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
         prefix_value if visits_prefix and (dquery or dprefix_key) else None,
         out if ds else None,
         lse,
+        row_mass,
         *options[:_NUM_TENSOR_OPTIONS],
     )
     ctx.options = options[_NUM_TENSOR_OPTIONS:]
@@ -55,19 +56,31 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def gradients_from_saved(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *, operator: Callable[..., Sequence[Tensor]] | None = None
+    ctx: Any,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    drow_mass: None,
+    *,
+    operator: Callable[..., Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments of ``prefix_kernels::forward``: its ``backward``.
+
+    The kernels form probabilities as ``exp(score - lse)``. Those of a row whose lse has lost the logarithm of its sum,
+    as with a mask of -1e9 or the least float everywhere, are too large by one factor, ``row_mass``. Gradients are
+    linear in probability times incoming gradient, so the incoming ones are divided by it.
 
     Args:
         operator: takes and returns what ``prefix_kernels::backward`` does. Default: that operator.
     """
-    query, key, value, prefix_key, prefix_value, out, lse, *tensor_options = ctx.saved_tensors
+    query, key, value, prefix_key, prefix_value, out, lse, row_mass, *tensor_options = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * (_NUM_DIFFERENTIABLE + ops.NUM_OPTIONS)
     if dout is None and dlse is None:
         return tuple(gradients)
     if dout is None:
         dout = torch.zeros_like(query)
+    if row_mass.numel() > 0:
+        dout = (dout / row_mass.unsqueeze(-1)).to(dout.dtype)
+        dlse = None if dlse is None else dlse / row_mass
     if operator is None:
         operator = _Backward.apply if under_transform() else ops.backward
     computed = operator(
@@ -109,7 +122,7 @@ def under_transform() -> bool:
 
 # Dynamo cannot trace an autograd.Function below a transform: code that it compiles runs such a transform eagerly.
 @torch.compiler.disable
-def forward_under_transform(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward_under_transform(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``prefix_kernels::forward`` under any stack of transforms."""
     return _Forward.apply(*arguments)
 
@@ -118,14 +131,14 @@ class _Forward(torch.autograd.Function):
     """``prefix_kernels::forward`` for transforms."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return ops.forward(*arguments)
 
     setup_context = staticmethod(save_for_backward)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients_from_saved(ctx, dout, dlse)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, drow_mass: None) -> tuple[Tensor | None, ...]:
+        return gradients_from_saved(ctx, dout, dlse, drow_mass)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

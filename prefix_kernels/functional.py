@@ -189,7 +189,7 @@ def prefix_attention(
         if forward_ad._current_level >= 0:
             _refuse_tangents(query, key, value, prefix_key, prefix_value, attn_mask)
         forward = autograd.forward_under_transform if autograd.under_transform() else ops.forward
-        out, lse = forward(
+        out, lse, _ = forward(
             query,
             key,
             value,

@@ -19,14 +19,17 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("prefix_kernels::forward")
-def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
     # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
     for name, x in zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False):
         if x is not None and x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
     batch, heads, q_len, head_dim = query.shape
     out = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
-    return out, query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
+    lse = query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
+    mask = rest[len(DIFFERENTIABLE) - 1]
+    is_added = mask is not None and mask.dtype != torch.bool
+    return out, lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
 
 
 def _empty_gradient(like: Tensor) -> Tensor:

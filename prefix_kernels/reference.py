@@ -183,7 +183,10 @@ def prefix_attention_reference(
         probabilities = scores.softmax(-1).masked_fill(~any_visible, 0.0)
         lse = scores.new_full(scores.shape[:-1], -math.inf)
         if scores.shape[-1] > 0:
-            lse = scores.logsumexp(-1).masked_fill(~any_visible[..., 0], -math.inf)
+            # Autograd's exp(scores - lse) of scores.logsumexp(-1) is wrong where lse has lost the sum's logarithm.
+            largest = scores.detach().amax(-1, keepdim=True)
+            lse = (scores - largest).exp().sum(-1).log() + largest[..., 0]
+            lse = lse.masked_fill(~any_visible[..., 0], -math.inf)
         threshold = dropout_threshold(dropout_p)
         if threshold > 0:
             seed = int(dropout_seed)

@@ -21,7 +21,7 @@ def like_on_cuda(value):
 def properties(arguments, needs):
     """Shape, strides and dtype of every result of both operators."""
     inputs, options = arguments[:5], arguments[5:]
-    out, lse = torch.ops.prefix_kernels.forward(*arguments)
+    out, lse, _ = torch.ops.prefix_kernels.forward(*arguments)
     gradients = torch.ops.prefix_kernels.backward(
         torch.empty_like(out), torch.empty_like(lse), *inputs, out, lse, *options, inputs[1].shape[2], needs
     )

@@ -92,14 +92,14 @@ bool is_double(const at::Tensor& query) { return query.scalar_type() == at::kDou
 
 std::string isa() { return chosen_isa().name; }
 
-std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
+Results forward(const AttentionArguments& args) {
   validate_forward(args);
   const at::Tensor& query = args.query;
   AttentionParams p = make_params(args, args.key->size(2));
   HostIntegers integers;
   integers.attach(args, p);
 
-  const std::tuple<at::Tensor, at::Tensor> results = empty_results(query, p);
+  const Results results = empty_results(query, p);
   const CpuKernels& kernels = chosen_isa().kernels;
   (is_double(query) ? kernels.forward_double : kernels.forward_float)(p, at::get_num_threads(), run_workers);
   return results;

@@ -15,7 +15,7 @@ namespace prefix_kernels::cpu {
 // The ISA of the kernels in use: PREFIX_KERNELS_CPU_ISA where set, else the best that this processor runs.
 std::string isa();
 
-std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args);
+Results forward(const AttentionArguments& args);
 
 // The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,

@@ -55,18 +55,19 @@ void may_read_inputs(const AttentionArguments& args, const Device& device) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args) {
+Results forward(const AttentionArguments& args) {
   validate_forward(args);
   AttentionParams p = make_params(args, args.key->size(2));
   check_limits(p);
   Device device(args.query);
-  const std::tuple<at::Tensor, at::Tensor> results = empty_results(args.query, p);
+  const Results results = empty_results(args.query, p);
   if (p.batch == 0 || p.q_len == 0) return results;
   DeviceIntegers integers;
   integers.attach(args, p, device);
   may_read_inputs(args, device);
   device.may_write(std::get<0>(results), "out");
   device.may_write(std::get<1>(results), "lse");
+  device.may_write(std::get<2>(results), "row_mass");
   dispatch_forward(p, device.context());
   return results;
 }

@@ -11,7 +11,7 @@
 
 namespace prefix_kernels::cuda {
 
-std::tuple<at::Tensor, at::Tensor> forward(const AttentionArguments& args);
+Results forward(const AttentionArguments& args);
 
 // The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,

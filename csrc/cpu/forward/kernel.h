@@ -102,20 +102,25 @@ void begin_block(const ForwardState<T>& state) {
   fill_zero(state.sum, kBlockQ);
 }
 
-// Writes out and lse of a block.
+// Writes out, lse and row_mass of a block.
 template <class T>
 void finish_block(const ForwardState<T>& state) {
   const QueryBlock& block = state.block;
   const AttentionParams& p = *block.params;
   const T rescale = static_cast<T>(dropout_rescale(p.dropout_threshold));
-  alignas(64) T factor[kBlockQ], lse[kBlockQ];
+  alignas(64) T factor[kBlockQ], lse[kBlockQ], mass[kBlockQ];
   for (int l = 0; l < kBlockQ; l += kLanes<T>) {
     const Vec<T> sum = load(state.sum + l);
     store(factor + l, sum != 0 ? rescale / sum : Vec<T>{});
-    store(lse + l, load(state.reference + l) + log<T>(sum));  // -infinity for a query that sees nothing
+    const Vec<T> reference = load(state.reference + l), normaliser = reference + log<T>(sum);
+    store(lse + l, normaliser);  // -infinity for a query that sees nothing
+    if (p.row_mass != nullptr) store(mass + l, sum != 0 ? sum * exp<T>(reference - normaliser) : broadcast<T>(1));
   }
-  for (int l = 0; l < block.count; ++l)
-    static_cast<T*>(p.lse)[(block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l)] = lse[l];
+  for (int l = 0; l < block.count; ++l) {
+    const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
+    static_cast<T*>(p.lse)[row] = lse[l];
+    if (p.row_mass != nullptr) static_cast<T*>(p.row_mass)[row] = mass[l];
+  }
   unpack_queries<T>(p.out, block, factor, state.out);
 }
 

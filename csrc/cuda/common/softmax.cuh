@@ -31,6 +31,9 @@ struct RowResult {
   float sum;      // sum of exp(score - maximum)
 
   __device__ __forceinline__ float lse() const { return sum > 0.0f ? maximum + logf(sum) : minus_infinity(); }
+
+  // AttentionParams::row_mass
+  __device__ __forceinline__ float mass() const { return sum > 0.0f ? sum * expf(maximum - lse()) : 1.0f; }
 };
 
 // kRowBlocks: 16-row blocks of the warp. kScaled: scores are final, in natural units. Otherwise they are products of

@@ -62,7 +62,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(
 
     const T factor = sum > 0 ? arguments.factors.rescale / sum : T(0);
     store_row(out, factor, p.out, row_offset(p.out, q.batch, q.head, q.index), head_dim);
-    if (lane() == 0) static_cast<T*>(p.lse)[lse_index(p, q)] = sum > 0 ? max + std::log(sum) : T(-INFINITY);
+    if (lane() == 0) {
+      const T lse = sum > 0 ? max + std::log(sum) : T(-INFINITY);
+      static_cast<T*>(p.lse)[lse_index(p, q)] = lse;
+      if (p.row_mass != nullptr) {
+        static_cast<T*>(p.row_mass)[lse_index(p, q)] = sum > 0 ? sum * std::exp(max - lse) : T(1);
+      }
+    }
     __syncwarp();  // the next query's row replaces this one's
   });
 }

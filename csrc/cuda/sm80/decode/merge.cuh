@@ -31,7 +31,11 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
     if (exists(part)) sum += shares[part].relative_to(reference);
   }
   const float factor = sum > 0.0f ? params.dropout_rescale / sum : 0.0f;
-  if (lane == 0) static_cast<float*>(p.lse)[row] = sum > 0.0f ? most + logf(sum) : minus_infinity();
+  if (lane == 0) {
+    const RowResult result{factor, most, sum};
+    static_cast<float*>(p.lse)[row] = result.lse();
+    if (p.row_mass != nullptr) static_cast<float*>(p.row_mass)[row] = result.mass();
+  }
 
   T* const out =
       static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride + query * p.out.row_stride;

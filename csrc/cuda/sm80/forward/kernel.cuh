@@ -251,9 +251,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   }
 
   // A warp's output takes the place of its own queries, which no other warp reads, and is written in whole chunks. lse
-  // takes the place of the rows' views, which are not read any more.
+  // and row_mass take the place of the rows' views, which are not read any more.
   ptx::cp_async_wait<0>();
   __syncthreads();  // without any tile, other threads' copies of queries may still be under way
+  static_assert(sizeof(plan.views) >= 2 * Traits::kWarpRows * sizeof(float), "lse and row_mass of the warp's rows");
   float* const lse = reinterpret_cast<float*>(plan.views);
   const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
 #pragma unroll
@@ -269,7 +270,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
         *reinterpret_cast<uint32_t*>(chunk + 2 * (lane % 4)) =
             pack2<T>(out[m][n][2 * half_row] * factor, out[m][n][2 * half_row + 1] * factor);
       }
-      if (lane % 4 == 0) lse[row] = result.lse();
+      if (lane % 4 == 0) {
+        lse[row] = result.lse();
+        if (Traits::kGeneral) lse[Traits::kWarpRows + row] = result.mass();
+      }
     }
   }
   __syncwarp();
@@ -279,7 +283,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     if (row > rows.last) break;
     const int head = rows.head(row), query_number = rows.query(row);
     if (lane % kLanes == 0) {
-      static_cast<float*>(p.lse)[(rows.batch * p.q_heads + head) * p.q_len + query_number] = lse[i];
+      const int64_t index = (rows.batch * p.q_heads + head) * p.q_len + query_number;
+      static_cast<float*>(p.lse)[index] = lse[i];
+      if (Traits::kGeneral && p.row_mass != nullptr) {
+        static_cast<float*>(p.row_mass)[index] = lse[Traits::kWarpRows + i];
+      }
     }
     const HeadRows out_rows(p.out, rows.batch, head, params.aligned_out);
     T* const out_row = reinterpret_cast<T*>(const_cast<char*>(out_rows.row(query_number)));
