@@ -7,17 +7,18 @@ Nothing about time is asserted. The times of a small grid are for ``pytest-bench
 import csv
 import dataclasses
 
-import bench_attention
-import cpu_bench
 import pytest
 import torch
-from cells import Cell, select
-from contenders import make_dout, make_inputs, prepare
-from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
-from cpu_cells import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
-from goals import judge
-from instruction_counts import read_profile, row_of
-from roofline import CeilingLoops, Ceilings, last_level_cache, measure_ceilings
+
+from benchmarks.common.cells import Cell, select
+from benchmarks.common.contenders import make_dout, make_inputs, prepare
+from benchmarks.kernels.cpu import bench_attention
+from benchmarks.kernels.cpu import measure as cpu_bench
+from benchmarks.kernels.cpu.baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
+from benchmarks.kernels.cpu.ceilings import CeilingLoops, Ceilings, last_level_cache, measure_ceilings
+from benchmarks.kernels.cpu.goals import judge
+from benchmarks.kernels.cpu.instruction_counts import read_profile, row_of
+from benchmarks.kernels.cpu.plan import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
 
 # Every pass with grouped heads, with a short and a long prefix; decoding; dropout and padding.
 SMALL = [
@@ -189,8 +190,8 @@ def run_script(monkeypatch, *arguments):
 
 def test_the_script_writes_a_table_that_the_plots_and_goals_read(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    import plot
-    import roofline_plot
+    from benchmarks.kernels.cpu import plot
+    from benchmarks.kernels.cpu import plot_roofline as roofline_plot
 
     table = tmp_path / "folder" / "table.csv"
     run_script(monkeypatch, "--cell-seconds", "0", "--output", table)

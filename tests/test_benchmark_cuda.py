@@ -7,15 +7,16 @@ import re
 import subprocess
 from pathlib import Path
 
-import baselines
-import cuda_baselines
-import cuda_bench
 import pytest
 import torch
-from cells import Cell, select
-from cuda_baselines import BASELINES
-from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
-from cuda_timing import Ceilings
+
+from benchmarks.common import baselines
+from benchmarks.common.cells import Cell, select
+from benchmarks.kernels.cuda import baselines as cuda_baselines
+from benchmarks.kernels.cuda import measure as cuda_bench
+from benchmarks.kernels.cuda.baselines import BASELINES
+from benchmarks.kernels.cuda.plan import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
+from benchmarks.kernels.cuda.timing import Ceilings
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
 SMALL = [Cell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
@@ -144,7 +145,7 @@ def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, 
     assert "forward_backward" in capsys.readouterr().out
 
     pytest.importorskip("matplotlib")
-    import cuda_plot
+    from benchmarks.kernels.cuda import plot as cuda_plot
 
     cuda_plot.plot(table, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

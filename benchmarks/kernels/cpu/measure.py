@@ -1,7 +1,7 @@
-"""``bench_attention.py`` on a CPU: our kernels and every baseline over the cells of ``cpu_cells.py``.
+"""``bench_attention.py`` on a CPU: our kernels and every baseline over the cells of ``plan.py``.
 
 A row of the CSV is written as soon as its cell is measured. It names the work that the cell is at least, FLOPs of the
-visible pairs and bytes, the floor of its time on this machine (``roofline.py`` says how; it takes its turns with the
+visible pairs and bytes, the floor of its time on this machine (``ceilings.py`` says how; it takes its turns with the
 contenders) and the fraction of it that we reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``,
 ``alternative`` the fastest of the other ways in plain PyTorch. A decode pass begins with empty caches: what it reads
 comes from DRAM. A baseline that takes seconds is timed once, by the call that compares its result with ours.
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cells import Cell, select
-from contenders import Call, Contender, difference, make_dout, make_inputs, prepare
-from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
-from cpu_cells import one_of_each, plan
-from goals import judge
-from roofline import CacheFlush, CeilingLoops, measure_ceilings
-from table import Row, Table, ratios_to_ours, summary
+
+from benchmarks.common.cells import Cell, select
+from benchmarks.common.contenders import Call, Contender, difference, make_dout, make_inputs, prepare
+from benchmarks.common.table import Row, Table, ratios_to_ours, summary
+from benchmarks.kernels.cpu.baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
+from benchmarks.kernels.cpu.ceilings import CacheFlush, CeilingLoops, measure_ceilings
+from benchmarks.kernels.cpu.goals import judge
+from benchmarks.kernels.cpu.plan import one_of_each, plan
 
 LEAST_ROUNDS = 3
 # A baseline that takes longer is not called again.

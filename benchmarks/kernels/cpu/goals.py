@@ -1,6 +1,6 @@
 """What the CPU kernels are meant to reach, and which cells of a table do not.
 
-python benchmarks/goals.py benchmarks/results/attention_cpu_float32.csv [another.csv ...]
+python benchmarks/kernels/cpu/goals.py benchmarks/results/attention_cpu_float32.csv [another.csv ...]
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import Row, geometric_mean
+sys.path.append(str(Path(__file__).parents[3]))
+
+from benchmarks.common.table import Row, geometric_mean
 
 # A sequence is long, and a prefix is, from here on.
 _LONG = 512

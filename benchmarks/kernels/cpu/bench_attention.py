@@ -1,10 +1,10 @@
 """How fast ``prefix_attention`` is, against the other ways to write it in PyTorch.
 
-    python benchmarks/bench_attention.py                     # float32, two threads, CSV into benchmarks/results/
-    python benchmarks/bench_attention.py --dtype bfloat16 --cell-seconds 1
-    python benchmarks/bench_attention.py --quick             # does it work: a cell of each kind, no CSV
-    python benchmarks/bench_attention.py --device cuda       # bfloat16, all that cuda_cells.py plans
-    python benchmarks/bench_attention.py --where pass=forward,decode head_dim=64      # a part of it
+    python benchmarks/kernels/cpu/bench_attention.py              # float32, two threads, CSV into results/
+    python benchmarks/kernels/cpu/bench_attention.py --dtype bfloat16 --cell-seconds 1
+    python benchmarks/kernels/cpu/bench_attention.py --quick      # does it work: a cell of each kind, no CSV
+    python benchmarks/kernels/cpu/bench_attention.py --device cuda  # bfloat16, all that kernels/cuda/plan.py plans
+    python benchmarks/kernels/cpu/bench_attention.py --where pass=forward,decode head_dim=64      # a part of it
 
 Every round times each contender once, one after the other in one process and in turns, so that a busy machine slows
 all alike. A row of the CSV gives the median of each contender's times and the median over the rounds of the ratio of
@@ -19,16 +19,19 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[3]))
 
 import prefix_kernels
 
 
 def environment(device: str) -> dict[str, object]:
     """Machine, versions, commit and date: the conditions under which every row was taken."""
-    repository = Path(__file__).parent.parent
+    repository = Path(__file__).parents[3]
 
     def git(*arguments: str) -> str:
         try:
@@ -75,13 +78,13 @@ def main() -> None:
     shared = environment(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in shared.items()))
     if arguments.device == "cuda":
-        import cuda_bench as bench
+        from benchmarks.kernels.cuda import measure as bench
 
         default_output = bench.default_output(arguments.dtype)
     else:
-        import cpu_bench as bench
+        from benchmarks.kernels.cpu import measure as bench
 
-        default_output = Path(__file__).parent / "results" / f"attention_cpu_{arguments.dtype}.csv"
+        default_output = Path(__file__).parents[2] / "results" / f"attention_cpu_{arguments.dtype}.csv"
     output = arguments.output or (None if arguments.quick or arguments.where else default_output)
     bench.run(arguments, shared, output)
     if output is not None:

@@ -1,6 +1,6 @@
 """The pictures of a CSV of ``bench_attention.py``: how many times faster than each baseline, cell by cell.
 
-python benchmarks/plot.py benchmarks/results/attention_cpu_float32.csv [picture.png]
+python benchmarks/kernels/cpu/plot.py benchmarks/results/attention_cpu_float32.csv [picture.png]
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from table import Row
+
+sys.path.append(str(Path(__file__).parents[3]))
+
+from benchmarks.common.table import Row
 
 TITLES = {
     "forward": "forward",

@@ -1,6 +1,6 @@
 """The picture of a CSV of ``bench_training_step.py``: time of a step by stage, and its peak of memory.
 
-python benchmarks/training_step_plot.py benchmarks/results/training_step_cpu.csv [picture.png]
+python benchmarks/training_step/plot.py benchmarks/results/training_step_cpu.csv [picture.png]
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from plot import read_table
-from table import Row
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.common.table import Row
+from benchmarks.kernels.cpu.plot import read_table
 
 STAGES = {"forward": "#4c72b0", "backward": "#dd8452", "optimizer": "#55a868"}
 NAMES = {

@@ -1,4 +1,4 @@
-"""``bench_attention.py --device cuda``: our kernels and every baseline over the cells of ``cuda_cells.py``.
+"""``bench_attention.py --device cuda``: our kernels and every baseline over the cells of ``plan.py``.
 
 A row of the CSV is written as soon as its cell is measured, so that a run that is cut off leaves what it has. ``best``
 is the fastest baseline, ``best_ratio`` its time over ours; fractions are of the matrix product and the copy that this
@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from cells import Cell, select
-from contenders import Call, difference, make_dout, make_inputs, prepare
-from cuda_baselines import BASELINES
-from cuda_cells import plan
-from cuda_timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
-from table import Row, Table, ratios_to_ours, summary
 
+from benchmarks.common.cells import Cell, select
+from benchmarks.common.contenders import Call, difference, make_dout, make_inputs, prepare
+from benchmarks.common.table import Row, Table, ratios_to_ours, summary
+from benchmarks.kernels.cuda.baselines import BASELINES
+from benchmarks.kernels.cuda.plan import plan
+from benchmarks.kernels.cuda.timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
 from prefix_kernels import prefix_attention
 
 NAMES = ("ours", *BASELINES)
@@ -107,7 +107,7 @@ def measure(cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilin
 def default_output(dtype: str) -> Path:
     """A file of ``results`` that is named after the GPU."""
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
-    return Path(__file__).parent / "results" / f"attention_{name}_{dtype}.csv"
+    return Path(__file__).parents[2] / "results" / f"attention_{name}_{dtype}.csv"
 
 
 def run(

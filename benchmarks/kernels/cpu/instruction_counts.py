@@ -1,8 +1,8 @@
 """Where the instructions of the CPU kernels go: counted by valgrind's callgrind, whatever else the machine is doing.
 
-    python benchmarks/instruction_counts.py [--where COLUMN=VALUE[,VALUE...]] [--output FILE]
+    python benchmarks/kernels/cpu/instruction_counts.py [--where COLUMN=VALUE[,VALUE...]] [--output FILE]
 
-Every cell of ``cpu_cells.py`` runs once, on one thread, cut down to one batch row and one key head; those that are long
+Every cell of ``plan.py`` runs once, on one thread, cut down to one batch row and one key head; those that are long
 even so are left out. Valgrind knows no AVX-512, so it is the AVX2 kernels that are counted. What a cell needs at least
 are its FLOPs as multiply-adds of eight lanes; the table sets beside them all instructions of the kernels, by what they
 are for. A register block of the matrix product has two instructions for each multiply-add that it needs: its loads,
@@ -24,13 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from cells import Cell, select
-from contenders import make_dout, make_inputs, prepare
-from cpu_baselines import ours
-from cpu_cells import plan
-from table import Row, Table
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parents[3]))
+
+from benchmarks.common.cells import Cell, select
+from benchmarks.common.contenders import make_dout, make_inputs, prepare
+from benchmarks.common.table import Row, Table
+from benchmarks.kernels.cpu.baselines import ours
+from benchmarks.kernels.cpu.plan import plan
+
+RESULTS = Path(__file__).parents[2] / "results"
 _LANES = 8  # of AVX2, in float32
 _MOST_FLOPS = 2**29  # of a cell that is cut down: valgrind takes a few seconds for as many
 

@@ -1,10 +1,12 @@
 """What works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``: each claim is tried.
 
-    python benchmarks/what_works.py --library prefix_kernels accelerated_peft peft  # with this Transformers
-    python benchmarks/what_works.py --library adapters  # in an environment of torch, adapters and accelerate
-    python benchmarks/what_works.py  # only prints the README's table
+    # with this Transformers
+    python benchmarks/compatibility/what_works.py --library prefix_kernels accelerated_peft peft
+    # in an environment of torch, adapters and accelerate
+    python benchmarks/compatibility/what_works.py --library adapters
+    python benchmarks/compatibility/what_works.py  # only prints the README's table
 
-The wants are the rows of ``prefix_tuning_probes.py``. What came of each, with the message where it failed, goes into
+The wants are the rows of ``probes.py``. What came of each, with the message where it failed, goes into
 one CSV (``--table``), in which a run replaces the one with the same library and the same Transformers.
 """
 
@@ -13,16 +15,20 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from prefix_tuning_libraries import LIBRARIES, Library
-from prefix_tuning_probes import ROWS, Row
 
-TABLE = Path(__file__).parent / "results" / "what_works.csv"
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.compatibility.libraries import LIBRARIES, Library
+from benchmarks.compatibility.probes import ROWS, Row
+
+TABLE = Path(__file__).parents[1] / "results" / "what_works.csv"
 TITLES = {
     "prefix_kernels": "prefix_kernels {}",
     "accelerated_peft": "PEFT {} after `accelerate`",

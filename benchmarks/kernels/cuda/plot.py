@@ -1,6 +1,6 @@
 """The pictures of a CSV of ``bench_attention.py --device cuda``: how many times faster than each baseline, by pass.
 
-python benchmarks/cuda_plot.py OUTDIR/attention_cuda.csv [picture.png]
+python benchmarks/kernels/cuda/plot.py OUTDIR/attention_cuda.csv [picture.png]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from cells import Cell
+from benchmarks.common.cells import Cell
 
 # B, Hq, Hkv, S, P, D.
 SHAPES = (

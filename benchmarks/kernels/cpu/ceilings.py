@@ -1,6 +1,6 @@
 """The ceilings of this machine: what its processor and memory were measured to do at best, in this very process.
 
-    python benchmarks/roofline.py --threads 2
+    python benchmarks/kernels/cpu/ceilings.py --threads 2
 
 ``ceilings.cpp`` is compiled for the instruction set that the kernels use and run on the same OpenMP threads: chains of
 float32 multiply-adds, dot products of bfloat16 where the processor has them, reading and copying. A ceiling is the best

@@ -12,13 +12,14 @@ import functools
 from collections.abc import Callable
 
 import torch
-from baselines import SdpaKernel, causal_mask, concatenate, merged_sdpa
-from cells import Cell
-from contenders import Contender
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.common.baselines import SdpaKernel, causal_mask, concatenate, merged_sdpa
+from benchmarks.common.cells import Cell
+from benchmarks.common.contenders import Contender
 
 
 def _mask(cell: Cell, device: str) -> Tensor | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from baselines import (
+
+from benchmarks.common.baselines import (
     cat_sdpa,
     cat_sdpa_causal_bias,
     causal_mask,
@@ -16,10 +17,9 @@ from baselines import (
     merged_sdpa,
     padding_mask,
 )
-from cells import Cell
-from contenders import Contender
-from roofline import has_bfloat16_dot
-
+from benchmarks.common.cells import Cell
+from benchmarks.common.contenders import Contender
+from benchmarks.kernels.cpu.ceilings import has_bfloat16_dot
 from prefix_kernels import prefix_attention
 
 # What people write today.

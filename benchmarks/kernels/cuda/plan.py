@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from cells import Cell
+from benchmarks.common.cells import Cell
 
 HEADS = ((12, 12, 64), (32, 8, 128), (16, 16, 256))  # Hq, Hkv, D: BERT and GPT-2, Llama 3, Gemma
 LENGTHS = (512, 2048, 128, 1024, 8192, 4096, 16384)

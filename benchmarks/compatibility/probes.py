@@ -13,10 +13,21 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from prefix_tuning_libraries import Library, P
-from tiny_models import DECODERS, ENCODER_DECODERS, ENCODERS, END, IMAGES, PAD, POSITIONS, VOCABULARY, make_inputs
-from tiny_models import make_base as make_model
 from torch import Tensor, nn
+
+from benchmarks.compatibility.libraries import Library, P
+from benchmarks.compatibility.tiny_models import (
+    DECODERS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    END,
+    IMAGES,
+    PAD,
+    POSITIONS,
+    VOCABULARY,
+    make_inputs,
+)
+from benchmarks.compatibility.tiny_models import make_base as make_model
 
 Probe = Callable[[Library, str], None]
 NEW_TOKENS = 6

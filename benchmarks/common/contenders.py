@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cells import Cell
 from torch import Tensor
+
+from benchmarks.common.cells import Cell
 
 # Takes query, key, value, prefix_key, prefix_value; returns out.
 Contender = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-// What this processor can do at best, for roofline.py: loops of nothing but multiply-adds, or loads, or copies.
+// What this processor can do at best, for ceilings.py: loops of nothing but multiply-adds, or loads, or copies.
 //
 // Compiled with the flags of one instruction set and LANES, the floats of its vectors. Every function runs on `threads`
 // threads and returns how much it did: floating-point operations, or bytes read and written.

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from contenders import Call
 from torch import Tensor
+
+from benchmarks.common.contenders import Call
 
 Timer = Callable[[dict[str, Call], int], dict[str, list[float]]]
 
