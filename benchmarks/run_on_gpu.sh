@@ -7,7 +7,7 @@
 #     report     the package's own check of every device
 #     tests      tests/gpu, with every instruction of ptx.cuh against its emulated twin
 #     sanitizer  compute-sanitizer's four tools on small shapes, beside the tests
-#     benchmark  bench_attention.py --device cuda, with the ARGUMENTs, in what is left of the time
+#     benchmark  kernels/cuda/bench_attention.py, with the ARGUMENTs, in what is left of the time
 #     flex       the same with FlexAttention, which is compiled for every shape
 #     plots      a picture of each table
 #
@@ -135,14 +135,14 @@ if wanted tests; then
   fi
 fi
 
-# What is timed has the GPU to itself.
+# The timed parts have the GPU to themselves.
 for tool in "${!beside[@]}"; do finish "$tool"; done
 
 # bench NAME SECONDS ARGUMENT...: stops in time to write what it has.
 bench() {
   local name=$1 seconds=$2
   shift 2
-  part "$name" "$seconds" "$python" "$repository/benchmarks/kernels/cpu/bench_attention.py" --device cuda \
+  part "$name" "$seconds" "$python" "$repository/benchmarks/kernels/cuda/bench_attention.py" \
     --time-limit $((seconds > 30 ? seconds - 15 : 15)) --output "$outdir/attention_cuda${name#benchmark}.csv" "$@"
 }
 

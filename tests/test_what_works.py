@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.compatibility.libraries import LIBRARIES
 from benchmarks.compatibility.probes import ROWS, Row
-from benchmarks.compatibility.what_works import TABLE, Result, attempt, markdown, read, versions
+from benchmarks.compatibility.trials import TABLE, Result, attempt, markdown, read, versions
 
 CHECKOUT = Path(__file__).parent.parent
 TRIALS = [(row.want, model) for row in ROWS for model in row.models]

@@ -1,4 +1,4 @@
-"""What ``prefix_attention`` is compared with: the other ways to write prefix attention in plain PyTorch.
+"""Baselines of ``prefix_attention``: the other ways to write prefix attention in plain PyTorch.
 
 All take ``query [B, Hq, Sq, D]``, ``key, value [B, Hkv, Sk, D]`` and ``prefix_key, prefix_value [Hkv, P, D]``, and
 return ``out [B, Hq, Sq, D]``.
@@ -208,7 +208,7 @@ def merged_kernels(
     is_causal: bool = False,
     kernel: SdpaKernel = CPU_KERNEL,
 ) -> Tensor:
-    """The same with SDPA's kernel for the prefix too, which is faster where the prefix is long."""
+    """``merged_sdpa`` with SDPA's kernel for the prefix too, which is faster where the prefix is long."""
     return _MergedKernels.apply(query, key, value, prefix_key, prefix_value, is_causal, kernel)
 
 

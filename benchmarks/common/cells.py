@@ -1,8 +1,8 @@
-"""A cell of a benchmark's grid: the shape, dtype and pass that are timed, and the work that they are at least."""
+"""Cells of a benchmark's grid: the shape, dtype and pass that are timed, and the least work that they take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -25,7 +25,7 @@ class Cell:
     is_padded: bool = False
 
     def columns(self) -> dict[str, object]:
-        """What the table calls them."""
+        """The cell's columns in the results table, by name."""
         return {
             "batch": self.batch,
             "q_heads": self.q_heads,
@@ -41,25 +41,29 @@ class Cell:
             "pass": self.pass_,
         }
 
+    def one_head(self) -> Cell:
+        """The same cell cut down to one batch row and one head of keys."""
+        return replace(self, batch=1, q_heads=self.q_heads // self.kv_heads, kv_heads=1)
+
     @property
     def needs(self) -> tuple[bool, ...]:
-        """Which of query, key, value, prefix_key, prefix_value ask for a gradient."""
+        """Flags of query, key, value, prefix_key, prefix_value: the gradient is asked for."""
         if self.pass_ in ("forward", "decode"):
             return (False,) * 5
         return (False, False, False, True, True) if self.pass_ == "prefix_backward" else (True,) * 5
 
     @property
     def has_diagonal(self) -> bool:
-        """Some query does not see some key of its sequence; one query alone sees every key of its cache."""
+        """True if causality hides keys: not from a single query, which sees every key of its cache."""
         return self.is_causal and self.q_len > 1
 
     def key_lengths(self) -> list[int]:
-        """How many keys of each row are no padding: all in the first row, down to a little more than half."""
+        """Keys of each batch row that are no padding: all in the first row, down to a little more than half."""
         padding = self.k_len if self.is_padded else 0
         return [self.k_len - row * padding // (2 * self.batch) for row in range(self.batch)]
 
     def flops(self) -> int:
-        """Of the visible pairs of query and key."""
+        """Floating-point operations for the visible pairs of query and key."""
         shift = self.k_len - self.q_len
         if self.is_causal:
             lasts = range(shift + 1, self.k_len + 1)
@@ -72,7 +76,7 @@ class Cell:
         return pairs * self.q_heads * self.head_dim
 
     def bytes(self) -> int:
-        """That must move between memory and chip at least: every operand and every result once, but no padding."""
+        """Least traffic between memory and chip in bytes: every operand and result once, padding not counted."""
         size = _BYTES[self.dtype]
         queries = self.batch * self.q_heads * self.q_len * self.head_dim * size
         keys = sum(self.key_lengths()) * self.kv_heads * self.head_dim * size
@@ -90,7 +94,7 @@ class Cell:
 
 
 def select(cells: list[Cell], wishes: list[str]) -> list[Cell]:
-    """The cells that fulfil every wish: ``pass=forward,decode`` or ``head_dim=64``, by columns of the table.
+    """The cells that fulfil every wish, such as ``pass=forward,decode`` or ``head_dim=64``, by columns of the table.
 
     Raises:
         ValueError: a wish names no column or only values that no cell has.

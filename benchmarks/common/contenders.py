@@ -1,8 +1,8 @@
-"""What one timed call of a contender is: ours or a baseline, in one cell, on any device."""
+"""One timed call of a contender, ours or a baseline: its inputs, its pass and the comparison of results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from benchmarks.common.cells import Cell
 # Takes query, key, value, prefix_key, prefix_value; returns out.
 Contender = Callable[..., Tensor]
 Call = Callable[[], object]
+# Largest distance of two results of the same attention, over their Euclidean norm: 16-bit types round so much.
+_MAX_DIFFERENCE = 0.05
 
 
 def make_inputs(cell: Cell, device: str) -> list[Tensor]:
@@ -60,3 +62,22 @@ def difference(results: object, others: object) -> float:
     results, others = ([x] if isinstance(x, Tensor) else x for x in (results, others))
     pairs = [(a.float(), b.float()) for a, b in zip(results, others, strict=True)]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def check_same(results: object, ours: object) -> None:
+    """Compare a baseline's result with ours.
+
+    Raises:
+        ValueError: they differ by more than rounding, or one is NaN.
+    """
+    # Written so that NaN is refused.
+    if not (distance := difference(results, ours)) < _MAX_DIFFERENCE:
+        raise ValueError(f"differs from ours by {distance:.2g} of its size")
+
+
+def in_turns(calls: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """The names of all calls for each round, every round beginning with another one."""
+    names = list(calls)
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield names[first:] + names[:first]

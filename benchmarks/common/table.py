@@ -1,4 +1,4 @@
-"""The table of a benchmark: medians and ratios of a row, the CSV, the means over rows."""
+"""Tables of a benchmark: the CSV, the ratios of a row, the means over rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+# The folder of the tables that are committed.
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Table:
-    """A CSV whose rows are in the file as soon as they are known; without a path, nothing."""
+    """A CSV file that is written row by row, so that a run that is cut off leaves its rows; without a path, no file."""
 
     def __init__(self, path: Path | None) -> None:
         if path is not None:
@@ -37,12 +39,18 @@ class Table:
             self._file.close()
 
 
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV, every value a string."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def geometric_mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def ratios_to_ours(times: dict[str, list[float]]) -> dict[str, float]:
-    """Of every other contender: the median over the rounds of its time over ours."""
+    """The median over the rounds of each baseline's time over ours, by name of the baseline."""
     return {
         name: statistics.median(theirs / own for theirs, own in zip(times[name], times["ours"], strict=True))
         for name in times
@@ -51,7 +59,7 @@ def ratios_to_ours(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def summary(rows: Iterable[Row], names: Iterable[str], by: tuple[str, ...]) -> list[str]:
-    """Geometric mean and lowest of the ratios to every baseline, of the rows that are alike in the columns ``by``."""
+    """Lines of text: geometric mean and lowest ratio to every baseline, for each group of rows with equal ``by``."""
     rows, lines = list(rows), []
     for group in dict.fromkeys(tuple(row[column] for column in by) for row in rows):
         chosen = [row for row in rows if tuple(row[column] for column in by) == group]

@@ -155,7 +155,7 @@ class Peft:
         raise only(peft.PrefixTuningConfig)
 
     def in_one_layer(self, base: PreTrainedModel) -> nn.Module:
-        """Of its settings this one comes closest; it would choose the lowest layer."""
+        """A prefix by the setting that comes closest; it would choose the lowest layer."""
         return self.attach(base, num_layers=1)
 
     def of_uneven_lengths(self, base: PreTrainedModel) -> nn.Module:

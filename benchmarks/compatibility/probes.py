@@ -1,4 +1,4 @@
-"""What people want of prefix tuning, each tried on small random models: ``ROWS``.
+"""Wants that people have of prefix tuning, each tried on small random models: ``ROWS``.
 
 A probe takes a library and the name of a model, and raises unless the outcome is right: the prefix receives a gradient;
 logits, gradients and tokens are those of the plain way.
@@ -54,7 +54,7 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(library: Library, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Of every parameter of the prefix that is trained."""
+    """The gradients of all parameters of the prefix that are trained."""
     model.zero_grad()
     logits_of(model, inputs).float().square().mean().backward()
     trained = [p for p in library.prefixes(model) if p.requires_grad]
@@ -320,7 +320,7 @@ def plain_torch(library: Library, name: str) -> None:
 
 
 class Row(NamedTuple):
-    """What someone wants, and how and on which models it is tried."""
+    """A want, the probe that tries it, and the models on which it is tried."""
 
     want: str
     probe: Probe

@@ -31,7 +31,7 @@ IMAGE = {"image_size": 16, "patch_size": 8}
 TOWERS = {"vision_config": SIZES | IMAGE, "text_config": SIZES | TOKENS}
 
 
-# Of each model: Transformers' name of its config, and the settings which that needs beside the sizes.
+# Transformers' name of each model's config, and the settings that it needs beside the sizes.
 ENCODERS = {
     "BERT": ("bert", {}),
     "RoBERTa": ("roberta", {}),

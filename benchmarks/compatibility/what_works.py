@@ -1,110 +1,29 @@
-"""What works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``: each claim is tried.
+"""Try what works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``.
 
     # with this Transformers
     python benchmarks/compatibility/what_works.py --library prefix_kernels accelerated_peft peft
     # in an environment of torch, adapters and accelerate
     python benchmarks/compatibility/what_works.py --library adapters
-    python benchmarks/compatibility/what_works.py  # only prints the README's table
+    python benchmarks/compatibility/what_works.py  # only prints the table
 
-The wants are the rows of ``probes.py``. What came of each, with the message where it failed, goes into
-one CSV (``--table``), in which a run replaces the one with the same library and the same Transformers.
+The wants are the rows of ``probes.py``. The outcome of each, with the message where it failed, goes into one CSV
+(``--table``), in which a run replaces the one with the same library and the same Transformers.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.metadata
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 import transformers
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.compatibility.libraries import LIBRARIES, Library
-from benchmarks.compatibility.probes import ROWS, Row
-
-TABLE = Path(__file__).parents[1] / "results" / "what_works.csv"
-TITLES = {
-    "prefix_kernels": "prefix_kernels {}",
-    "accelerated_peft": "PEFT {} after `accelerate`",
-    "peft": "PEFT {}",
-    "adapters": "adapters {}",
-}
-
-
-class Result(NamedTuple):
-    """A line of the CSV."""
-
-    want: str
-    model: str
-    library: str
-    version: str
-    transformers: str
-    torch: str
-    works: str
-    seen: str
-
-    @property
-    def run(self) -> tuple[str, str, str]:
-        return self.library, self.version, self.transformers
-
-
-def versions(library: Library) -> tuple[str, str, str]:
-    """Of the library, Transformers and torch, as installed."""
-    torch_version = torch.__version__.split("+")[0]
-    return importlib.metadata.version(library.package), transformers.__version__, torch_version
-
-
-def shortened(message: str, ends: int = 250) -> str:
-    """One line: the beginning and the end, of ``ends`` characters each, where it is longer."""
-    line = " ".join(message.split())
-    return line if len(line) <= 2 * ends else f"{line[:ends]} ... {line[-ends:]}"
-
-
-def attempt(row: Row, model: str, library: Library) -> Result:
-    """Tries ``row`` on ``model``; whatever is raised is the finding."""
-    torch.manual_seed(0)
-    works, seen = "yes", ""
-    try:
-        row.probe(library, model)
-    except Exception as error:
-        works, seen = "no", shortened(f"{type(error).__name__}: {error}")
-    return Result(row.want, model, library.name, *versions(library), works, seen)
-
-
-def read(path: Path) -> list[Result]:
-    with path.open(newline="") as file:
-        return [Result(**line) for line in csv.DictReader(file)]
-
-
-def write(path: Path, results: list[Result]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Result._fields)
-        writer.writerows(results)
-
-
-def markdown(results: list[Result]) -> str:
-    """A table with a column for each run; a cell that is neither yes nor no names the models that work."""
-    runs = sorted({result.run for result in results}, key=lambda run: (list(TITLES).index(run[0]), run[1:]))
-    works = {(result.want, result.model, result.run): result.works == "yes" for result in results}
-
-    def cell(row: Row, run: tuple[str, str, str]) -> str:
-        working = [model for model in row.models if works[row.want, model, run]]
-        return "yes" if len(working) == len(row.models) else ", ".join(working) or "no"
-
-    def label(row: Row) -> str:
-        return row.want if len(row.models) == 1 else f"{row.want}: {', '.join(row.models)}"
-
-    titles = [f"{TITLES[library].format(version)}, Transformers {base}" for library, version, base in runs]
-    lines = [["", *titles], ["---"] * (1 + len(runs))]
-    lines += [[label(row), *(cell(row, run) for run in runs)] for row in ROWS]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+from benchmarks.compatibility.libraries import LIBRARIES
+from benchmarks.compatibility.probes import ROWS
+from benchmarks.compatibility.trials import TABLE, attempt, markdown, read, versions, write
 
 
 def main() -> None:

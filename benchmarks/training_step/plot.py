@@ -1,4 +1,4 @@
-"""The picture of a CSV of ``bench_training_step.py``: time of a step by stage, and its peak of memory.
+"""Draw a CSV of ``bench_training_step.py``: time of a step by stage, and its peak of memory.
 
 python benchmarks/training_step/plot.py benchmarks/results/training_step_cpu.csv [picture.png]
 """
@@ -8,15 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.common.table import Row
-from benchmarks.kernels.cpu.plot import read_table
+from benchmarks.common.plotting import plot_from_command_line, plt, save
+from benchmarks.common.table import Row, read_table
 
 STAGES = {"forward": "#4c72b0", "backward": "#dd8452", "optimizer": "#55a868"}
 NAMES = {
@@ -29,7 +24,7 @@ MEMORY = "#8172b2"
 
 
 def draw_cell(times: plt.Axes, memory: plt.Axes, rows: list[Row]) -> None:
-    """A bar for every contender, the first on top; one that cannot do this has a word in place of a bar."""
+    """Draw a bar for every contender, the first on top, or a word in its place if the contender refused the cell."""
     for place, row in enumerate(rows):
         if row["refusal"]:
             for axes in (times, memory):
@@ -73,12 +68,8 @@ def plot(source: Path, picture: Path) -> None:
         f"{first['date']}",
         fontsize=6,
     )
-    figure.savefig(picture, dpi=130)
-    print(picture)
+    save(figure, picture)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    csv_file = Path(sys.argv[1])
-    plot(csv_file, Path(sys.argv[2]) if len(sys.argv) == 3 else csv_file.with_suffix(".png"))
+    plot_from_command_line(plot, __doc__)

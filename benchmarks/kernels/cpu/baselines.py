@@ -1,4 +1,4 @@
-"""What ``prefix_attention`` is compared with in each cell of the CPU's grid."""
+"""Baselines of ``prefix_attention`` in each cell of the CPU's grid."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from benchmarks.common.contenders import Contender
 from benchmarks.kernels.cpu.ceilings import has_bfloat16_dot
 from prefix_kernels import prefix_attention
 
-# What people write today.
+# Ways that people write today.
 CAT = ("cat_sdpa", "cat_sdpa_causal_bias")
-# What they could write in plain PyTorch.
+# Ways that they could write in plain PyTorch.
 ALTERNATIVES = ("merged_sdpa", "merged_kernels", "merged_float32", "merged_decode", "matmul_decode")
 BASELINES = CAT + ALTERNATIVES
 
 
 def ours(cell: Cell) -> Contender:
+    """``prefix_attention`` with the mask, dropout and causality of the cell."""
     mask = padding_mask(cell.key_lengths(), cell.k_len, 0) if cell.is_padded else None
     return functools.partial(prefix_attention, attn_mask=mask, dropout_p=cell.dropout_p, is_causal=cell.is_causal)
 
 
 def _cat(cell: Cell) -> dict[str, Contender]:
-    """Grouped heads go by ``enable_gqa``, which is as fast as repeating keys and values, or faster."""
+    """``torch.cat`` and SDPA; grouped heads go by ``enable_gqa``, which is no slower than repeating keys and values."""
     if cell.is_padded:
         mask = padding_mask(cell.key_lengths(), cell.k_len, cell.prefix_len)
         return {"cat_sdpa": functools.partial(cat_sdpa, mask=mask, dropout_p=cell.dropout_p)}

@@ -1,7 +1,7 @@
-// What this processor can do at best, for ceilings.py: loops of nothing but multiply-adds, or loads, or copies.
+// Loops of nothing but multiply-adds, or loads, or copies, with which ceilings.py measures what a processor can do.
 //
 // Compiled with the flags of one instruction set and LANES, the floats of its vectors. Every function runs on `threads`
-// threads and returns how much it did: floating-point operations, or bytes read and written.
+// threads and returns its amount of work: floating-point operations, or bytes read and written.
 
 #include <cstddef>
 #include <cstring>

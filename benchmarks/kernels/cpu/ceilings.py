@@ -1,6 +1,4 @@
-"""The ceilings of this machine: what its processor and memory were measured to do at best, in this very process.
-
-    python benchmarks/kernels/cpu/ceilings.py --threads 2
+"""Ceilings of this machine: the most that its processor and memory were measured to do, in this very process.
 
 ``ceilings.cpp`` is compiled for the instruction set that the kernels use and run on the same OpenMP threads: chains of
 float32 multiply-adds, dot products of bfloat16 where the processor has them, reading and copying. A ceiling is the best
@@ -13,7 +11,6 @@ the machine slow it down as they do what is measured, so it is run, in turns wit
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import shlex
@@ -25,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import prefix_kernels  # noqa: F401  (registers the operators)
+from benchmarks.kernels.cpu.caches import last_level_cache
 
 # Floats by which loads are prefetched; the best distance differs from machine to machine.
 _PREFETCH = (0, 64, 256)
@@ -39,14 +36,8 @@ _ISA_FLAGS = {
 }
 
 
-def last_level_cache() -> int:
-    """Bytes; 32 MiB where the system does not say."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=2**25)
-
-
 def has_bfloat16_dot(isa: str) -> bool:
-    """Whether the processor multiplies pairs of bfloat16 and adds them in float32, and ``isa`` uses it."""
+    """True if the processor multiplies pairs of bfloat16 and adds them in float32, and ``isa`` uses that."""
     cpuinfo = Path("/proc/cpuinfo")
     return isa == "avx512" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text().split()
 
@@ -73,8 +64,8 @@ def build(isa: str, bfloat16_dot: bool) -> ctypes.CDLL:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """GFLOP/s and GB/s of all threads together."""
+class CpuCeilings:
+    """The best GFLOP/s and GB/s of all threads together."""
 
     isa: str
     threads: int
@@ -87,7 +78,7 @@ class Ceilings:
     cache_bytes: int
 
     def columns(self) -> dict[str, object]:
-        """What the table calls them."""
+        """The ceilings' columns in the results table, by name."""
         numbers = asdict(self)
         names = [name for name in numbers if name.endswith(("_gflops", "_gbps"))]
         return {name: "" if numbers[name] is None else f"{numbers[name]:.1f}" for name in names}
@@ -103,7 +94,7 @@ class Ceilings:
 
 
 def _best(work: Callable[[], float], repeats: int) -> float:
-    """The most of ``work``'s result, how much it did, that was done per nanosecond."""
+    """The highest rate of several runs: the amount that ``work`` returns, per nanosecond."""
     best = 0.0
     for _ in range(repeats):
         begin_ns = time.perf_counter_ns()
@@ -113,7 +104,7 @@ def _best(work: Callable[[], float], repeats: int) -> float:
 
 
 class CeilingLoops:
-    """The loops of ``ceilings.cpp`` on ``threads`` threads; each returns how much it did, FLOPs or bytes."""
+    """The loops of ``ceilings.cpp`` on ``threads`` threads; each returns its amount of work, FLOPs or bytes."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -134,7 +125,7 @@ class CeilingLoops:
         return self._library.bfloat16_dot(self.threads, ctypes.c_long(steps))
 
     def read(self, size: int) -> float:
-        """About ``size`` bytes."""
+        """Read about ``size`` bytes of the source."""
         done, units = 0.0, max(1, round(size / 4 / self._unit))
         while units > 0:
             count = min(units * self._unit, self._source.numel())
@@ -163,10 +154,10 @@ class CeilingLoops:
         return {"floor_flops": lambda: loop(steps), "floor_bytes": lambda: self.read(moved)}
 
 
-def measure_ceilings(loops: CeilingLoops, repeats: int = 40) -> Ceilings:
-    """Takes about five seconds with the default; the last-level cache is read from a quarter of its size.
+def measure_ceilings(loops: CeilingLoops, repeats: int = 40) -> CpuCeilings:
+    """Measure all ceilings, which takes about five seconds with the default.
 
-    ``loops`` prefetch from then on as far ahead as was best.
+    The last-level cache is read from a quarter of its size. ``loops`` prefetch from then on as far ahead as was best.
     """
     steps = 200_000  # some milliseconds
     few = max(2, repeats // 4)
@@ -182,7 +173,7 @@ def measure_ceilings(loops: CeilingLoops, repeats: int = 40) -> Ceilings:
         torch.mm(a, b, out=product)
         return 2.0 * size**3
 
-    return Ceilings(
+    return CpuCeilings(
         isa=loops.isa,
         threads=loops.threads,
         fma_gflops=_best(lambda: loops.multiply_add(steps), repeats),
@@ -193,26 +184,3 @@ def measure_ceilings(loops: CeilingLoops, repeats: int = 40) -> Ceilings:
         cache_gbps=_best(lambda: loops.read(loops.cache_bytes // 4), repeats),
         cache_bytes=loops.cache_bytes,
     )
-
-
-class CacheFlush:
-    """Calling it leaves in the caches nothing that was there before."""
-
-    def __init__(self) -> None:
-        self._buffer: Tensor = torch.ones(max(4 * last_level_cache(), 2**27) // 4)
-
-    def __call__(self) -> None:
-        self._buffer.sum()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=40)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(measure_ceilings(CeilingLoops(arguments.threads), arguments.repeats))
-
-
-if __name__ == "__main__":
-    main()

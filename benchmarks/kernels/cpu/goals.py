@@ -1,21 +1,13 @@
-"""What the CPU kernels are meant to reach, and which cells of a table do not.
-
-python benchmarks/kernels/cpu/goals.py benchmarks/results/attention_cpu_float32.csv [another.csv ...]
-"""
+"""Goals of the CPU kernels, and the cells of a table that miss them."""
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[3]))
 
 from benchmarks.common.table import Row, geometric_mean
 
-# A sequence is long, and a prefix is, from here on.
+# Rows from which on a sequence or a prefix counts as long.
 _LONG = 512
 _HALF = ("bfloat16", "float16")
 _ALL = ("float32", *_HALF)
@@ -30,12 +22,12 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Goal:
-    """That the ``how`` (mean, lowest or highest) of a column is at least ``target``, at most for the highest."""
+    """A bound on a column: its mean or lowest value is at least ``target``, its highest value at most."""
 
     pass_: str
     dtypes: tuple[str, ...]
     column: str
-    how: str
+    how: str  # mean, lowest or highest
     target: float
     is_causal: bool | None = None  # None: both
     is_long: bool | None = None  # the sequence; None: both
@@ -111,9 +103,9 @@ def _name(row: Row) -> str:
 
 
 def judge(rows: Iterable[Row]) -> Iterator[str]:
-    """A line for every goal and dtype that the rows are about, and one for every cell that keeps it from being met.
+    """A line for every goal and dtype that the rows are about, and one for every cell that misses it.
 
-    Beside a ratio that misses its goal stands what it would be if ours took no longer than the floor.
+    Beside a ratio that misses its goal stands the ratio that ours would have at the floor of its time.
     """
     rows = list(rows)
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -137,15 +129,3 @@ def judge(rows: Iterable[Row]) -> Iterator[str]:
             for value, name, best_text in sorted(below):
                 if not goal.holds(value):
                     yield f"         {value:6.2f}  {name}{best_text}"
-
-
-def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for path in sys.argv[1:]:
-        with Path(path).open(newline="") as file:
-            print("\n".join(judge(csv.DictReader(file))))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""``bench_attention.py`` on a CPU: our kernels and every baseline over the cells of ``plan.py``.
+"""Measurement of our kernels and every baseline on a CPU, over the cells of ``plan.py``.
 
-A row of the CSV is written as soon as its cell is measured. It names the work that the cell is at least, FLOPs of the
-visible pairs and bytes, the floor of its time on this machine (``ceilings.py`` says how; it takes its turns with the
+A row of the CSV is written as soon as its cell is measured. It names the least work of the cell, FLOPs of the visible
+pairs and bytes, the floor of its time on this machine (``ceilings.py`` says how; it takes its turns with the
 contenders) and the fraction of it that we reach, ``of_floor``. ``cat`` is the fastest way with ``torch.cat``,
 ``alternative`` the fastest of the other ways in plain PyTorch. A decode pass begins with empty caches: what it reads
 comes from DRAM. A baseline that takes seconds is timed once, by the call that compares its result with ours.
@@ -20,22 +20,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.cells import Cell, select
-from benchmarks.common.contenders import Call, Contender, difference, make_dout, make_inputs, prepare
+from benchmarks.common.contenders import Call, Contender, check_same, in_turns, make_dout, make_inputs, prepare
 from benchmarks.common.table import Row, Table, ratios_to_ours, summary
 from benchmarks.kernels.cpu.baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
-from benchmarks.kernels.cpu.ceilings import CacheFlush, CeilingLoops, measure_ceilings
+from benchmarks.kernels.cpu.caches import CacheFlush
+from benchmarks.kernels.cpu.ceilings import CeilingLoops, measure_ceilings
 from benchmarks.kernels.cpu.goals import judge
 from benchmarks.kernels.cpu.plan import one_of_each, plan
 
 LEAST_ROUNDS = 3
 # A baseline that takes longer is not called again.
 SLOW_MS = 2000.0
-# Results of 16-bit types that differ by more, in the Euclidean norm, are not those of the same attention.
-_SAME = 0.05
 
 
 def is_cold(cell: Cell) -> bool:
-    """Whether the caches are flushed before every call."""
+    """True if the caches are flushed before every call of the cell."""
     return cell.pass_ == "decode"
 
 
@@ -46,11 +45,9 @@ class WallTimer:
     before: Callable[[], None] | None = None  # called ahead of every call, in time that is not measured
 
     def __call__(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-        names = list(calls)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for names in in_turns(calls, rounds):
+            for name in names:
                 if self.before is not None:
                     self.before()
                 begin_ns = time.perf_counter_ns()
@@ -60,7 +57,7 @@ class WallTimer:
 
 
 def prepare_all(cell: Cell) -> tuple[dict[str, Call], dict[str, float]]:
-    """The calls of all contenders, and how many milliseconds the first of each took.
+    """The calls of all contenders, and the milliseconds of each one's first call.
 
     Raises:
         ValueError: a baseline computes something else than ours.
@@ -81,16 +78,19 @@ def prepare_all(cell: Cell) -> tuple[dict[str, Call], dict[str, float]]:
     expected = first_result("ours", ours(cell))
     for name, function in baselines_of(cell).items():
         result = first_result(name, function)
-        # Every contender drops elements of its own. Written so that NaN is refused.
-        if not cell.dropout_p and not (distance := difference(result, expected)) < _SAME:
-            raise ValueError(f"{name} differs from ours by {distance:.2g} of its size in {cell}")
+        if cell.dropout_p:  # every contender drops elements of its own
+            continue
+        try:
+            check_same(result, expected)
+        except ValueError as error:
+            raise ValueError(f"{name} {error} in {cell}") from None
     if cell.dropout_p:
         first_result("ours_without_dropout", ours(dataclasses.replace(cell, dropout_p=0.0)))
     return calls, first
 
 
 def row_of(cell: Cell, times: dict[str, list[float]]) -> Row:
-    """The CSV's row without what all rows share."""
+    """The CSV's row without the columns that all rows share."""
     milliseconds, ratios = statistics.median(times["ours"]), ratios_to_ours(times)
     floors = [max(both) for both in zip(times["floor_flops"], times["floor_bytes"], strict=True)]
     of_floor = statistics.median(floor / own for floor, own in zip(floors, times["ours"], strict=True))
@@ -147,10 +147,10 @@ def measure(cell: Cell, timer: WallTimer, rounds: int, seconds: float, loops: Ce
 
 
 def run(arguments: argparse.Namespace, shared: Row, output: Path | None) -> list[Row]:
-    """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
+    """Measure the plan, as far as ``arguments.time_limit`` seconds allow; returns the rows.
 
     Raises:
-        SystemExit: ``arguments.where`` asks for what is not there.
+        SystemExit: ``arguments.where`` names no column, or a value that no cell has.
     """
     begin = time.monotonic()
     try:

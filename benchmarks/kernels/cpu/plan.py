@@ -1,4 +1,4 @@
-"""What is measured on a CPU: the cells of the grid."""
+"""Cells that are measured on a CPU."""
 
 from __future__ import annotations
 

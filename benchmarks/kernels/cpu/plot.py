@@ -1,30 +1,20 @@
-"""The pictures of a CSV of ``bench_attention.py``: how many times faster than each baseline, cell by cell.
+"""Draw a CSV of ``bench_attention.py``: how many times faster than each baseline, cell by cell.
 
 python benchmarks/kernels/cpu/plot.py benchmarks/results/attention_cpu_float32.csv [picture.png]
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.append(str(Path(__file__).parents[3]))
 
-from benchmarks.common.table import Row
+from benchmarks.common.plotting import plot_from_command_line, plt, save
+from benchmarks.common.table import Row, read_table
+from benchmarks.kernels.cpu.panels import TITLES, by_pass, conditions
 
-TITLES = {
-    "forward": "forward",
-    "backward": "whole backward",
-    "prefix_backward": "prefix-only backward",
-    "decode": "decode",
-    "forward_backward": "forward and backward, dropout and padding",
-}
+# Label and colour of each baseline.
 BASELINES = {
     "cat_sdpa": ("torch.cat + SDPA", "#4c72b0"),
     "cat_sdpa_causal_bias": ("torch.cat + SDPA, causal bias", "#55a868"),
@@ -36,33 +26,15 @@ BASELINES = {
 }
 
 
-def read_table(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def cell_label(row: Row) -> str:
+    """The cell's shape and mask: ``B,H,S,P,D``, or ``B,Hq/Hkv,S,P,D`` with grouped heads."""
     heads = row["q_heads"] if row["q_heads"] == row["kv_heads"] else f"{row['q_heads']}/{row['kv_heads']}"
     shape = f"{row['batch']},{heads},{row['k_len']},{row['prefix_len']},{row['head_dim']}"
     return f"{shape} causal" if row["causal"] == "1" and row["q_len"] != "1" else shape
 
 
-def conditions(row: Row) -> str:
-    """Under which the table was measured."""
-    return (
-        f"{row['dtype']}, {row['threads']} threads, {row['cpu']}, {row['isa']}, torch {row['torch']}, "
-        f"commit {row['commit']}, {row['date']}"
-    )
-
-
-def by_pass(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each pass that there is, causal last."""
-    groups = {pass_: [row for row in rows if row["pass"] == pass_] for pass_ in TITLES}
-    return {pass_: sorted(group, key=lambda row: row["causal"]) for pass_, group in groups.items() if group}
-
-
 def draw_pass(axes: plt.Axes, rows: list[Row], title: str) -> None:
-    """A group of bars for every cell, one for every baseline that it has."""
+    """Draw a group of bars for every cell, one for every baseline that it has."""
     for position, row in enumerate(rows):
         present = [name for name in BASELINES if row[f"{name}_ratio"]]
         height = 0.8 / len(present)
@@ -104,13 +76,8 @@ def plot(source: Path, picture: Path) -> None:
         f"Times faster than each baseline (log scale); cells are B,H,S,P,D or B,Hq/Hkv,S,P,D.\n{conditions(rows[0])}."
     )
     figure.supxlabel(note, fontsize=8)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    print(picture)
+    save(figure, picture)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    csv_file = Path(sys.argv[1])
-    plot(csv_file, Path(sys.argv[2]) if len(sys.argv) == 3 else csv_file.with_suffix(".png"))
+    plot_from_command_line(plot, __doc__)

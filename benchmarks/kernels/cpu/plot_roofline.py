@@ -1,4 +1,4 @@
-"""The roofline of a CSV of ``bench_attention.py``: GFLOP/s over FLOPs per byte, under the ceilings of the machine.
+"""Draw the roofline of a CSV of ``bench_attention.py``: GFLOP/s over FLOPs per byte, under the machine's ceilings.
 
 python benchmarks/kernels/cpu/plot_roofline.py benchmarks/results/attention_cpu_float32.csv [picture.png]
 """
@@ -9,17 +9,13 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.append(str(Path(__file__).parents[3]))
 
-from benchmarks.common.table import Row
-from benchmarks.kernels.cpu.plot import TITLES, by_pass, conditions, read_table
+from benchmarks.common.plotting import plot_from_command_line, plt, save
+from benchmarks.common.table import Row, read_table
+from benchmarks.kernels.cpu.panels import TITLES, by_pass, conditions
 
-# Where the row names the baseline that is drawn; label; colour.
+# Column that names the contender to draw (empty: ours), label, colour.
 SERIES = (
     ("", "ours", "#4c72b0"),
     ("cat", "torch.cat + SDPA, the fastest", "#c44e52"),
@@ -46,7 +42,7 @@ def _points(rows: list[Row], series: str) -> list[tuple[float, float]]:
 
 
 def draw_pass(axes: plt.Axes, rows: list[Row], title: str) -> None:
-    """Ours filled, the fastest baselines of both kinds hollow, one above the other in each cell."""
+    """Draw ours filled and the fastest baselines of both kinds hollow, one above the other in each cell."""
     peaks, bandwidths = _ceilings(rows[0])
     top = max(peaks.values())
     intensities = [x for x, _ in _points(rows, "")]
@@ -92,14 +88,8 @@ def plot(source: Path, picture: Path) -> None:
     figure.legend(labels.values(), labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.supylabel("GFLOP/s of the visible pairs", fontsize=8)
     figure.supxlabel(f"FLOPs per byte that must move. {conditions(rows[0])}.", fontsize=8)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    print(picture)
+    save(figure, picture)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    csv_file = Path(sys.argv[1])
-    default = csv_file.with_name(f"{csv_file.stem}_roofline.png")
-    plot(csv_file, Path(sys.argv[2]) if len(sys.argv) == 3 else default)
+    plot_from_command_line(plot, __doc__, ending="_roofline.png")

@@ -1,4 +1,4 @@
-"""What ``prefix_attention`` is compared with on a GPU.
+"""Baselines of ``prefix_attention`` on a GPU.
 
 ``torch.cat`` and SDPA with each backend, ``torch.cat`` and FlexAttention, and SDPA's kernel on the sequence alone
 merged with a small softmax over the prefix. All take ``query [B, Hq, Sq, D]``, ``key, value [B, Hkv, Sk, D]`` and
@@ -51,7 +51,7 @@ def _cat_cudnn(cell: Cell, device: str) -> Contender:
 
 
 def _cat_masked(cell: Cell, device: str) -> Contender:
-    """As Transformers does it: an explicit mask, keys and values repeated for grouped heads, memory-efficient SDPA."""
+    """Attention as Transformers calls it: an explicit mask, grouped keys and values repeated, memory-efficient SDPA."""
     mask, group = _mask(cell, device), cell.q_heads // cell.kv_heads
 
     def masked(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _cat_masked(cell: Cell, device: str) -> Contender:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex(cell: Cell, device: str) -> Callable[..., Tensor]:
-    """FlexAttention compiled for one shape; what was compiled for another is dropped, of which torch keeps few."""
+    """FlexAttention compiled for one shape; the code of other shapes is dropped, because torch keeps only a few."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()
@@ -107,7 +107,7 @@ def _flash_backward(dout, query, key, value, out, lse, dropout_p, is_causal) -> 
 
 
 class _CudnnKernel:
-    """cuDNN's lse is ``[B, H, S]`` or ``[B, H, S, 1]``, by the version of PyTorch; backward wants it back as it was."""
+    """cuDNN's kernel. Its lse is ``[B, H, S]`` or ``[B, H, S, 1]``, by the version of PyTorch, for backward too."""
 
     columns: tuple[int, ...] = ()
 
@@ -135,7 +135,7 @@ def _merged(kernel: SdpaKernel, cell: Cell, device: str) -> Contender:
     return functools.partial(merged_sdpa, is_causal=cell.has_diagonal, kernel=kernel)
 
 
-# What makes each baseline's function for a cell on a device; making or calling it may raise.
+# Makers of each baseline's function for a cell on a device; making or calling it may raise.
 BASELINES: dict[str, Callable[[Cell, str], Contender]] = {
     "cat_flash": _cat_flash,
     "cat_cudnn": _cat_cudnn,

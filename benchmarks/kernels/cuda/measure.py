@@ -1,4 +1,4 @@
-"""``bench_attention.py --device cuda``: our kernels and every baseline over the cells of ``plan.py``.
+"""Measurement of our kernels and every baseline on a GPU, over the cells of ``plan.py``.
 
 A row of the CSV is written as soon as its cell is measured, so that a run that is cut off leaves what it has. ``best``
 is the fastest baseline, ``best_ratio`` its time over ours; fractions are of the matrix product and the copy that this
@@ -12,26 +12,26 @@ import argparse
 import re
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from benchmarks.common.cells import Cell, select
-from benchmarks.common.contenders import Call, difference, make_dout, make_inputs, prepare
-from benchmarks.common.table import Row, Table, ratios_to_ours, summary
+from benchmarks.common.contenders import Call, check_same, make_dout, make_inputs, prepare
+from benchmarks.common.table import RESULTS, Row, Table, ratios_to_ours, summary
 from benchmarks.kernels.cuda.baselines import BASELINES
+from benchmarks.kernels.cuda.ceilings import GpuCeilings, measure_ceilings
 from benchmarks.kernels.cuda.plan import plan
-from benchmarks.kernels.cuda.timing import Ceilings, EventTimer, Timer, measure_ceilings, median, peak_memory
+from benchmarks.kernels.cuda.timing import EventTimer, Timer, peak_memory
 from prefix_kernels import prefix_attention
 
 NAMES = ("ours", *BASELINES)
 # A call that takes longer is repeated less often.
 _TARGET_MS = 300.0
-# Results of 16-bit types that differ by more, in the Euclidean norm, are not those of the same attention.
-_SAME = 0.05
 
 
 def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, Call], dict[str, str]]:
-    """The calls of all contenders that accept the cell, warmed up, and why the others do not."""
+    """The calls of all contenders that accept the cell, warmed up, and the reasons of those that refuse it."""
     torch.manual_seed(0)
     inputs = make_inputs(cell, device)
     dout = make_dout(inputs[0])
@@ -43,9 +43,7 @@ def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, 
             continue
         try:
             call = prepare(cell, make(cell, device), inputs, dout)
-            # Written so that NaN is refused.
-            if not (distance := difference(call(), expected)) < _SAME:
-                raise ValueError(f"differs from ours by {distance:.2g} of its size")
+            check_same(call(), expected)
             calls[name] = call
         except Exception as error:  # each backend has errors of its own
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
@@ -56,8 +54,8 @@ def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, 
     return calls, refused
 
 
-def row_of(cell: Cell, times: dict[str, list[float]], memory: dict[str, float], ceilings: Ceilings) -> Row:
-    """The CSV's row without what all rows share."""
+def row_of(cell: Cell, times: dict[str, list[float]], memory: dict[str, float], ceilings: GpuCeilings) -> Row:
+    """The CSV's row without the columns that all rows share."""
     ours = median(times["ours"])
     tflops, gbps = cell.flops() / ours / 1e9, cell.bytes() / ours / 1e6
     ratios = ratios_to_ours(times)
@@ -90,7 +88,7 @@ def line_of(row: Row) -> str:
     return f"{shape:28} P={row['prefix_len']:<5}{kind:7}{row['pass']:17}{speed}  {fractions}  {best}"
 
 
-def measure(cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilings, flex: bool = False) -> Row:
+def measure(cell: Cell, device: str, timer: Timer, rounds: int, ceilings: GpuCeilings, flex: bool = False) -> Row:
     """One row; baselines that refuse the cell are named with their reason."""
     calls, refused = prepare_all(cell, device, flex)
     for name, reason in refused.items():
@@ -107,7 +105,7 @@ def measure(cell: Cell, device: str, timer: Timer, rounds: int, ceilings: Ceilin
 def default_output(dtype: str) -> Path:
     """A file of ``results`` that is named after the GPU."""
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
-    return Path(__file__).parents[2] / "results" / f"attention_{name}_{dtype}.csv"
+    return RESULTS / f"attention_{name}_{dtype}.csv"
 
 
 def run(
@@ -115,14 +113,14 @@ def run(
     shared: Row,
     output: Path | None,
     timer: Timer | None = None,
-    ceilings: Ceilings | None = None,
+    ceilings: GpuCeilings | None = None,
     device: str = "cuda",
 ) -> list[Row]:
-    """Measure the plan, or what of it fits into ``arguments.time_limit`` seconds; returns the rows.
+    """Measure the plan, as far as ``arguments.time_limit`` seconds allow; returns the rows.
 
     Raises:
-        SystemExit: ``arguments.where`` asks for what is not there; or our kernels failed in some cell, which keeps the
-            others from being measured only where the GPU is of no more use.
+        SystemExit: ``arguments.where`` names no column, or a value that no cell has; or our kernels failed in some
+            cell, which ends the run only if the GPU is of no more use.
     """
     begin = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: the cells of the grid, most telling first."""
+"""Cells that are measured on a GPU, most telling first."""
 
 from __future__ import annotations
 
