@@ -15,7 +15,7 @@ from scripts import run_script
 from benchmarks.common.cells import Cell
 from benchmarks.common.contenders import make_dout, make_inputs, prepare
 from benchmarks.kernels.cpu.baselines import ours
-from benchmarks.kernels.cpu.builds import Kernels, build, read_flags
+from benchmarks.kernels.cpu.builds import Kernels, build, kernel_sources, read_flags
 from benchmarks.kernels.cpu.turns import Comparison, Problem, compare
 
 CHECKOUT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ CELL = Cell(1, 4, 2, 32, 96, 96, 20, True, "forward", "float32")
 # A kernel that computes everything twice.
 TWICE = """
 #define attention_forward attention_forward_once
-#include "once.cpp"
+#include "once.h"
 #undef attention_forward
 
 namespace prefix_kernels::PREFIX_KERNELS_ISA {
@@ -52,8 +52,8 @@ def slow_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("csrc", "build_tools"):
         if (CHECKOUT / name).exists():
             shutil.copytree(CHECKOUT / name, tree / name)
-    (forward,) = tree.glob("csrc/cpu/**/kernels_forward.cpp")
-    forward.rename(forward.with_name("once.cpp"))
+    (forward,) = [path for path in kernel_sources(tree) if "attention_forward<" in path.read_text()]
+    forward.rename(forward.with_name("once.h"))
     forward.write_text(TWICE)
     (header,) = tree.glob("csrc/**/attention_params.h")
     opening = "struct AttentionParams {\n"
@@ -152,6 +152,8 @@ def test_the_spread_of_ratios() -> None:
 def test_a_tree_without_kernels_or_flags_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected one file csrc/\*\*/attention_params\.h, got \[\]"):
         build([tmp_path], "portable", tmp_path / "builds")
+    with pytest.raises(ValueError, match=r"expected files csrc/cpu/\*\*/\*\.cpp that instantiate for .*, got none"):
+        kernel_sources(tmp_path)
     with pytest.raises(ValueError, match="expected lists of flags in csrc/.*, got no .*'KERNEL_FLAGS', 'ISA_FLAGS'"):
         read_flags(tmp_path, "portable")
     with pytest.raises(ValueError, match="expected an instruction set of .*'portable', 'avx2', 'avx512'.*, got 'neon'"):

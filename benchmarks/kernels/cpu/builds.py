@@ -1,7 +1,8 @@
 """Builds of the CPU kernels of one source tree, as a shared library that is called without PyTorch's operator.
 
-A tree needs ``kernels_forward.cpp``, ``kernels_backward.cpp`` and ``attention_params.h`` somewhere below ``csrc``, and
-lists of compiler flags in the Python files that build it. Objects are kept under a name made from the preprocessed
+The tool depends on little of a tree's layout: the sources are the ``.cpp`` files below ``csrc/cpu`` that instantiate
+kernels for ``PREFIX_KERNELS_SCALAR``, the parameters are in an ``attention_params.h`` below ``csrc``, and the Python
+files that build the tree have lists of compiler flags. Objects are kept under a name made from the preprocessed
 source and the command, so that only files whose meaning has changed are compiled again.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ADAPTER = Path(__file__).with_name("kernel_adapter.cpp")
-_KERNELS = ("kernels_forward.cpp", "kernels_backward.cpp")
+_SCALAR = "PREFIX_KERNELS_SCALAR"  # stands in the sources that are compiled once per element type
 _FLAG_LISTS = ("CXX_FLAGS", "KERNEL_FLAGS", "ISA_FLAGS")
 
 
@@ -96,12 +97,25 @@ def _output_of(command: list[str]) -> bytes:
     return done.stdout
 
 
-def _only(tree: Path, pattern: str) -> Path:
-    """The one file of the tree that matches."""
-    found = sorted(tree.glob(pattern))
+def _header(tree: Path) -> Path:
+    """The one ``attention_params.h`` of the tree."""
+    found = sorted(tree.glob("csrc/**/attention_params.h"))
     if len(found) != 1:
-        raise ValueError(f"{tree}: expected one file {pattern}, got {[str(path.relative_to(tree)) for path in found]}")
+        names = [str(path.relative_to(tree)) for path in found]
+        raise ValueError(f"{tree}: expected one file csrc/**/attention_params.h, got {names}")
     return found[0]
+
+
+def kernel_sources(tree: Path) -> list[Path]:
+    """The files of the tree that are compiled once per instruction set and element type.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [path for path in sorted(tree.glob("csrc/cpu/**/*.cpp")) if _SCALAR in path.read_text(encoding="utf-8")]
+    if not found:
+        raise ValueError(f"{tree}: expected files csrc/cpu/**/*.cpp that instantiate for {_SCALAR}, got none")
+    return found
 
 
 def read_flags(tree: Path, isa: str) -> list[str]:
@@ -128,10 +142,10 @@ def read_flags(tree: Path, isa: str) -> list[str]:
 
 
 def _units(tree: Path, isa: str) -> list[_Unit]:
-    header = _only(tree, "csrc/**/attention_params.h")
+    header = _header(tree)
     own = tree / "benchmarks" / "kernels" / "cpu" / _ADAPTER.name
-    sources = [*[_only(tree, f"csrc/**/{name}") for name in _KERNELS], own if own.exists() else _ADAPTER]
-    flags = [*read_flags(tree, isa), f"-DPREFIX_KERNELS_ISA={isa}", "-DPREFIX_KERNELS_SCALAR=float"]
+    sources = [*kernel_sources(tree), own if own.exists() else _ADAPTER]
+    flags = [*read_flags(tree, isa), f"-DPREFIX_KERNELS_ISA={isa}", f"-D{_SCALAR}=float"]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     command = (*compiler, *flags, f"-I{header.parent}", f"-I{tree / 'csrc'}")
     return [_Unit(source, command) for source in sources]
