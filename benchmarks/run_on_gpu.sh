@@ -7,7 +7,7 @@
 #     report     the package's own check of every device
 #     tests      tests/gpu, with every instruction of ptx.cuh against its emulated twin
 #     sanitizer  compute-sanitizer's four tools on small shapes, beside the tests
-#     benchmark  bench_attention.py --device cuda, with the ARGUMENTs, in what is left of the time
+#     benchmark  kernels/cuda/bench_attention.py, with the ARGUMENTs, in what is left of the time
 #     flex       the same with FlexAttention, which is compiled for every shape
 #     plots      a picture of each table
 #
@@ -45,7 +45,7 @@ python=${PYTHON:-python3}
 time_limit=${TIME_LIMIT:-590}
 
 # The built package, not the folder of its source, and no index to ask for anything.
-export PYTHONPATH="$package:$repository/benchmarks" PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$package" PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 cd "$outdir" || exit 1
 
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
@@ -135,14 +135,14 @@ if wanted tests; then
   fi
 fi
 
-# What is timed has the GPU to itself.
+# The timed parts have the GPU to themselves.
 for tool in "${!beside[@]}"; do finish "$tool"; done
 
 # bench NAME SECONDS ARGUMENT...: stops in time to write what it has.
 bench() {
   local name=$1 seconds=$2
   shift 2
-  part "$name" "$seconds" "$python" "$repository/benchmarks/bench_attention.py" --device cuda \
+  part "$name" "$seconds" "$python" "$repository/benchmarks/kernels/cuda/bench_attention.py" \
     --time-limit $((seconds > 30 ? seconds - 15 : 15)) --output "$outdir/attention_cuda${name#benchmark}.csv" "$@"
 }
 
@@ -157,7 +157,7 @@ if wanted plots; then
     for table in "$outdir"/attention_cuda*.csv; do
       name=$(basename "$table" .csv)
       if [ -s "$table" ]; then
-        part "plot_$name" 15 "$python" "$repository/benchmarks/cuda_plot.py" "$table"
+        part "plot_$name" 15 "$python" "$repository/benchmarks/kernels/cuda/plot.py" "$table"
       fi
     done
   else

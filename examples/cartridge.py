@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 import village
 from report import plt, print_table
-from tiny_model import layers_that_see_all, pretrained_folder, train
+from tiny_model import add_model_options, layers_that_see_all, open_model, train
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -45,8 +44,7 @@ MENTIONS = 3
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="folder or hub name of a pretrained model (default: a tiny one, pretrained here)")
-    add("--pretraining-steps", type=int, default=300, help="of the tiny model")
+    add_model_options(parser, pretraining_steps=300, output_dir="runs/cartridge")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--document", type=Path, help="text file to distil (default: a description of a village)")
     source.add_argument("--people", type=int, default=48, help=f"in that village, at most {len(village.NAMES)}")
@@ -57,8 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-steps", type=int, default=150, help="training steps of each cartridge")
     add("--batch-size", type=int, default=16)
     add("--learning-rate", type=float, default=2e-2)
-    add("--seed", type=int, default=0)
-    add("--output-dir", type=Path, default=Path("runs/cartridge"))
     arguments = parser.parse_args()
     if not 1 <= arguments.people <= len(village.NAMES):
         parser.error(f"--people: expected 1 to {len(village.NAMES)}, got {arguments.people}")
@@ -194,18 +190,7 @@ def plot(curves: dict[str, list[float]], measured: dict[str, Measured], path: Pa
 
 def main() -> None:
     arguments = parse_arguments()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    folder = arguments.model or pretrained_folder(
-        arguments.output_dir,
-        village.vocabulary(),
-        village.batches(random.Random(arguments.seed)),
-        steps=arguments.pretraining_steps,
-        seed=arguments.seed,
-    )
-    set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder, tokenizer = open_model(arguments, village.vocabulary(), village.batches(random.Random(arguments.seed)))
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     answers = {}

@@ -19,17 +19,14 @@ from typing import Any
 
 import stories
 import torch
-import transformers
 from report import plt, print_table
-from tiny_model import layers_that_see_all, pretrained_folder
+from tiny_model import add_model_options, layers_that_see_all, open_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from prefix_kernels.integrations.transformers import (
@@ -48,8 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", default=PROMPTS, help="beginnings to go on from")
-    add("--model", help="folder or hub name of a pretrained model (default: a tiny one, pretrained here)")
-    add("--pretraining-steps", type=int, default=500, help="of the tiny model")
+    add_model_options(parser, pretraining_steps=500, output_dir="runs/causal_lm")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--style", choices=sorted(stories.MOODS), default="gloomy", help="mood of the stories to tune on"
@@ -62,8 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=0.1)
     add("--max-length", type=int, default=128, help="tokens of a text and its end; a longer one is cut")
     add("--max-new-tokens", type=int, default=32)
-    add("--seed", type=int, default=0)
-    add("--output-dir", type=Path, default=Path("runs/causal_lm"))
     arguments = parser.parse_args()
     if arguments.max_length < 2:
         parser.error(f"--max-length: expected at least 2, of which one ends the text, got {arguments.max_length}")
@@ -178,23 +172,10 @@ def plot(log: list[dict[str, float]], loss_before: float, shares: dict[str, list
 
 def main() -> None:
     arguments = parse_arguments()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading weights; training keeps its own
-    if arguments.model is None:
-        arguments.model = pretrained_folder(
-            arguments.output_dir,
-            stories.vocabulary(),
-            stories.batches(random.Random(arguments.seed), 16),
-            steps=arguments.pretraining_steps,
-            seed=arguments.seed,
-        )
-    set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    folder, tokenizer = open_model(arguments, stories.vocabulary(), stories.batches(random.Random(arguments.seed), 16))
     train, held_out = load_texts(arguments)
 
-    base = AutoModelForCausalLM.from_pretrained(arguments.model)
+    base = AutoModelForCausalLM.from_pretrained(folder)
     trainer = make_trainer(base, tokenizer, train, held_out, arguments)
     loss_before = trainer.evaluate()["eval_loss"]
     before = continuations(base, tokenizer, arguments.prompts, arguments.max_new_tokens)
@@ -216,7 +197,7 @@ def main() -> None:
 
     task = arguments.output_dir / "task.safetensors"
     save_prefix_model(model, task)
-    fresh = load_prefix_model(AutoModelForCausalLM.from_pretrained(arguments.model), task).to(model.device)
+    fresh = load_prefix_model(AutoModelForCausalLM.from_pretrained(folder), task).to(model.device)
     again = continuations(fresh, tokenizer, arguments.prompts, arguments.max_new_tokens)
     for number, prompt in enumerate(arguments.prompts):
         print(f"\n{prompt} ...\n  without: {before[number]}\n  with   : {after[number]}\n  fresh  : {again[number]}")

@@ -22,12 +22,11 @@ from typing import Any
 
 import stories
 import torch
-import transformers
 from report import plt, print_table
-from tiny_model import layers_that_see_all, pretrained_folder, train
+from tiny_model import add_model_options, layers_that_see_all, open_model, train
 from torch import Tensor
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -51,16 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="?", default="Anna walked to the", help="what every row goes on from")
-    add("--model", help="folder or hub name of a pretrained model (default: a tiny one, pretrained here)")
-    add("--pretraining-steps", type=int, default=500, help="of the tiny model")
+    add_model_options(parser, pretraining_steps=500, output_dir="runs/mixed_batch")
     add("--num-virtual-tokens", type=int, default=16, help="length of every prefix")
     add("--max-steps", type=int, default=80, help="training steps of each prefix")
     add("--batch-size", type=int, default=16)
     add("--learning-rate", type=float, default=0.1)
     add("--samples", type=int, default=40, help="texts sampled for each kind of row")
     add("--max-new-tokens", type=int, default=32)
-    add("--seed", type=int, default=0)
-    add("--output-dir", type=Path, default=Path("runs/mixed_batch"))
     return parser.parse_args()
 
 
@@ -208,19 +204,7 @@ def plot(shares: list[dict[str, float]], seconds: dict[int, dict[str, float]], p
 
 def main() -> None:
     arguments = parse_arguments()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    folder = arguments.model or pretrained_folder(
-        arguments.output_dir,
-        stories.vocabulary(),
-        stories.batches(random.Random(arguments.seed), 16),
-        steps=arguments.pretraining_steps,
-        seed=arguments.seed,
-    )
-    set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    folder, tokenizer = open_model(arguments, stories.vocabulary(), stories.batches(random.Random(arguments.seed), 16))
     paths = {name: arguments.output_dir / f"{name}.safetensors" for name in TASKS | USERS}
     for name, path in paths.items():
         train_prefix(folder, name, path, arguments)

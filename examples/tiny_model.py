@@ -6,17 +6,61 @@ words), so that an example goes on as it would with ``--model``.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import trange
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, pretraining_steps: int, output_dir: str) -> None:
+    """Add the options of all examples that fall back on the tiny model, with these defaults."""
+    add = parser.add_argument
+    add("--model", help="folder or hub name of a pretrained model (default: a tiny one, pretrained here)")
+    add("--pretraining-steps", type=int, default=pretraining_steps, help="of the tiny model")
+    add("--seed", type=int, default=0)
+    add("--output-dir", type=Path, default=Path(output_dir))
+
+
+def open_model(
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    batch_of: Callable[[PreTrainedTokenizerFast, float], dict[str, Tensor]],
+) -> tuple[str, PreTrainedTokenizerBase]:
+    """The folder or hub name of the model that the options ask for, and its tokenizer, which can pad.
+
+    The output folder is made, Transformers prints errors alone, and random numbers start from ``--seed``.
+
+    Args:
+        arguments: those of `add_model_options`.
+        words, batch_of: vocabulary and training batches of the tiny model, as for `pretrained_folder`.
+    """
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading weights; training keeps its own
+    folder = arguments.model or pretrained_folder(
+        arguments.output_dir, words, batch_of, steps=arguments.pretraining_steps, seed=arguments.seed
+    )
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return folder, tokenizer
 
 
 def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from baselines import (
+from helpers import INPUT_NAMES, check, make_call
+
+from benchmarks.common.baselines import (
     cat_sdpa,
     cat_sdpa_causal_bias,
     causal_mask,
@@ -13,8 +15,6 @@ from baselines import (
     merged_sdpa,
     padding_mask,
 )
-from helpers import INPUT_NAMES, check, make_call
-
 from prefix_kernels.reference import prefix_attention_reference
 
 LENGTHS = [40, 23, 1]

@@ -7,17 +7,18 @@ Nothing about time is asserted. The times of a small grid are for ``pytest-bench
 import csv
 import dataclasses
 
-import bench_attention
-import cpu_bench
 import pytest
 import torch
-from cells import Cell, select
-from contenders import make_dout, make_inputs, prepare
-from cpu_baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
-from cpu_cells import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
-from goals import judge
-from instruction_counts import read_profile, row_of
-from roofline import CeilingLoops, Ceilings, last_level_cache, measure_ceilings
+
+from benchmarks.common.cells import Cell, select
+from benchmarks.common.contenders import make_dout, make_inputs, prepare
+from benchmarks.kernels.cpu import bench_attention, measure
+from benchmarks.kernels.cpu.baselines import ALTERNATIVES, BASELINES, CAT, baselines_of, ours
+from benchmarks.kernels.cpu.caches import last_level_cache
+from benchmarks.kernels.cpu.callgrind import read_profile, row_of
+from benchmarks.kernels.cpu.ceilings import CeilingLoops, CpuCeilings, measure_ceilings
+from benchmarks.kernels.cpu.goals import judge
+from benchmarks.kernels.cpu.plan import DECODE, DROPOUT, PASSES, SHAPES, one_of_each, plan
 
 # Every pass with grouped heads, with a short and a long prefix; decoding; dropout and padding.
 SMALL = [
@@ -28,7 +29,9 @@ SMALL = [
 ]
 SMALL.append(Cell(2, 4, 2, 16, 1, 40, 5, True, "decode", "float32"))
 SMALL.append(Cell(3, 4, 4, 16, 24, 24, 5, False, "forward_backward", "float32", 0.1, is_padded=True))
-CEILINGS = Ceilings("avx512", 1, 100.0, 200.0, 90.0, read_gbps=10.0, copy_gbps=8.0, cache_gbps=50.0, cache_bytes=2**20)
+CEILINGS = CpuCeilings(
+    "avx512", 1, 100.0, 200.0, 90.0, read_gbps=10.0, copy_gbps=8.0, cache_gbps=50.0, cache_bytes=2**20
+)
 
 
 def name_of(cell):
@@ -84,12 +87,12 @@ def test_all_contenders_compute_the_same_results(cell, dtype):
 
 
 def test_a_baseline_is_compared_before_it_is_timed(monkeypatch):
-    right = cpu_bench.baselines_of
+    right = measure.baselines_of
     monkeypatch.setattr(
-        cpu_bench, "baselines_of", lambda cell: {"cat_sdpa": lambda *inputs: right(cell)["cat_sdpa"](*inputs) * 1.2}
+        measure, "baselines_of", lambda cell: {"cat_sdpa": lambda *inputs: right(cell)["cat_sdpa"](*inputs) * 1.2}
     )
     with pytest.raises(ValueError, match=r"cat_sdpa differs from ours by 0\.2 of its size in Cell"):
-        cpu_bench.prepare_all(SMALL[0])
+        measure.prepare_all(SMALL[0])
 
 
 def test_a_slow_baseline_is_called_once(monkeypatch, loops):
@@ -99,11 +102,11 @@ def test_a_slow_baseline_is_called_once(monkeypatch, loops):
         called.append(inputs)
         return baselines_of(SMALL[0])["cat_sdpa"](*inputs)
 
-    monkeypatch.setattr(cpu_bench, "baselines_of", lambda cell: {"cat_sdpa": counted})
+    monkeypatch.setattr(measure, "baselines_of", lambda cell: {"cat_sdpa": counted})
     for limit, calls in ((1e9, 1 + 5), (0.0, 1)):
         called.clear()
-        monkeypatch.setattr(cpu_bench, "SLOW_MS", limit)
-        row = cpu_bench.measure(SMALL[0], cpu_bench.WallTimer(), rounds=5, seconds=100.0, loops=loops)
+        monkeypatch.setattr(measure, "SLOW_MS", limit)
+        row = measure.measure(SMALL[0], measure.WallTimer(), rounds=5, seconds=100.0, loops=loops)
         assert len(called) == calls
         assert row["rounds"] == 5
         assert float(row["cat_ratio"]) > 0
@@ -163,7 +166,7 @@ def test_the_floor_does_the_work_of_a_cell_and_nothing_else(loops):
 
 def test_a_row_takes_the_longer_floor_of_each_round():
     times = {"ours": [4.0, 2.0, 8.0], "floor_flops": [1.0, 1.0, 6.0], "floor_bytes": [2.0, 0.5, 1.0]}
-    row = cpu_bench.row_of(SMALL[0], times)
+    row = measure.row_of(SMALL[0], times)
     assert (row["floor_ms"], row["of_floor"]) == ("2.0000", "0.500")
 
 
@@ -181,16 +184,15 @@ def test_the_ceilings_of_this_machine_are_plausible(loops):
 
 
 def run_script(monkeypatch, *arguments):
-    monkeypatch.setattr(cpu_bench, "plan", lambda dtype: SMALL)
-    monkeypatch.setattr(cpu_bench, "measure_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(measure, "plan", lambda dtype: SMALL)
+    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr("sys.argv", ["bench_attention.py", "--threads", "1", *map(str, arguments)])
     bench_attention.main()
 
 
 def test_the_script_writes_a_table_that_the_plots_and_goals_read(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    import plot
-    import roofline_plot
+    from benchmarks.kernels.cpu import plot, plot_roofline
 
     table = tmp_path / "folder" / "table.csv"
     run_script(monkeypatch, "--cell-seconds", "0", "--output", table)
@@ -207,7 +209,7 @@ def test_the_script_writes_a_table_that_the_plots_and_goals_read(tmp_path, monke
         assert row["cold"] == str(int(cell.pass_ == "decode"))
     assert {"fma_gflops", "read_gbps", "cpu", "isa", "commit", "date"} <= rows[0].keys()
     assert "\n".join(judge(rows)) in printed
-    for module in (plot, roofline_plot):
+    for module in (plot, plot_roofline):
         module.plot(table, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -215,8 +217,8 @@ def test_the_script_writes_a_table_that_the_plots_and_goals_read(tmp_path, monke
 @pytest.fixture
 def outputs(monkeypatch):
     """The paths that tables are written to; None is nowhere."""
-    paths, table = [], cpu_bench.Table
-    monkeypatch.setattr(cpu_bench, "Table", lambda path: paths.append(path) or table(path))
+    paths, table = [], measure.Table
+    monkeypatch.setattr(measure, "Table", lambda path: paths.append(path) or table(path))
     return paths
 
 

@@ -7,15 +7,16 @@ import re
 import subprocess
 from pathlib import Path
 
-import baselines
-import cuda_baselines
-import cuda_bench
 import pytest
 import torch
-from cells import Cell, select
-from cuda_baselines import BASELINES
-from cuda_cells import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
-from cuda_timing import Ceilings
+
+from benchmarks.common import baselines
+from benchmarks.common.cells import Cell, select
+from benchmarks.kernels.cuda import baselines as cuda_baselines
+from benchmarks.kernels.cuda import measure
+from benchmarks.kernels.cuda.baselines import BASELINES
+from benchmarks.kernels.cuda.ceilings import GpuCeilings
+from benchmarks.kernels.cuda.plan import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
 SMALL = [Cell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
@@ -82,7 +83,7 @@ def test_flops_count_the_visible_pairs(cell):
 
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: f"{cell.pass_} {'causal' if cell.is_causal else 'full'}")
 def test_baselines_that_run_here_compute_what_ours_does(cell):
-    calls, refused = cuda_bench.prepare_all(cell, "cpu")
+    calls, refused = measure.prepare_all(cell, "cpu")
     assert {*calls, *refused} == {"ours", *BASELINES} - {"cat_flex"}
     # Each needs its GPU, and none may be left out for another reason.
     assert not any("differs" in reason for reason in refused.values()), refused
@@ -103,10 +104,10 @@ def merged_here(monkeypatch):
 @pytest.mark.parametrize("pass_", [*PASSES, "decode"])
 def test_a_baseline_is_compared_before_it_is_timed(merged_here, monkeypatch, pass_):
     cell = Cell(2, 4, 4, 16, 24, 24, 5, False, pass_, "float32")
-    assert "merged_flash" in cuda_bench.prepare_all(cell, "cpu")[0]
+    assert "merged_flash" in measure.prepare_all(cell, "cpu")[0]
     right = BASELINES["merged_flash"]
     monkeypatch.setitem(BASELINES, "merged_flash", lambda *cell: lambda *inputs: right(*cell)(*inputs) * 1.2)
-    calls, refused = cuda_bench.prepare_all(cell, "cpu")
+    calls, refused = measure.prepare_all(cell, "cpu")
     assert "merged_flash" not in calls
     assert refused["merged_flash"] == "ValueError: differs from ours by 0.2 of its size"
 
@@ -128,11 +129,11 @@ def test_the_kernels_of_sdpa_take_what_the_split_gives_them(kernel, kv_heads):
 
 
 def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cuda_bench, "plan", lambda dtype: SMALL)
+    monkeypatch.setattr(measure, "plan", lambda dtype: SMALL)
     table = tmp_path / "folder" / "table.csv"
     shared = {"device": "none", "torch": "0"}
-    ceilings = Ceilings(tflops=100.0, gbps=1000.0)
-    rows = cuda_bench.run(settings(), shared, table, ticks, ceilings, "cpu")
+    ceilings = GpuCeilings(tflops=100.0, gbps=1000.0)
+    rows = measure.run(settings(), shared, table, ticks, ceilings, "cpu")
     with table.open(newline="") as file:
         assert list(csv.DictReader(file)) == [{name: str(value) for name, value in row.items()} for row in rows]
     assert len(rows) == len(SMALL)
@@ -144,9 +145,9 @@ def test_every_cell_becomes_a_row_and_the_rows_a_picture(tmp_path, monkeypatch, 
     assert "forward_backward" in capsys.readouterr().out
 
     pytest.importorskip("matplotlib")
-    import cuda_plot
+    from benchmarks.kernels.cuda import plot
 
-    cuda_plot.plot(table, tmp_path / "picture.png")
+    plot.plot(table, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -155,17 +156,17 @@ def test_a_cell_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsy
         monkeypatch.undo()
         raise RuntimeError("launch of a kernel")
 
-    monkeypatch.setattr(cuda_bench, "prefix_attention", fail_once)
+    monkeypatch.setattr(measure, "prefix_attention", fail_once)
     wishes = ["pass=decode", "k_len=1024", "prefix_len=128", "head_dim=64"]
     with pytest.raises(SystemExit, match="1 cells failed"):
-        cuda_bench.run(settings(where=wishes), {}, tmp_path / "table.csv", ticks, Ceilings(1.0, 1.0), "cpu")
+        measure.run(settings(where=wishes), {}, tmp_path / "table.csv", ticks, GpuCeilings(1.0, 1.0), "cpu")
     assert "FAILED: launch of a kernel" in capsys.readouterr().out
     assert len((tmp_path / "table.csv").read_text().splitlines()) == len(BATCHES)
 
 
 def test_a_run_stops_at_its_time_limit(monkeypatch, capsys):
-    monkeypatch.setattr(cuda_bench, "plan", lambda dtype: SMALL)
-    rows = cuda_bench.run(settings(time_limit=1e-9), {}, None, ticks, Ceilings(1.0, 1.0), "cpu")
+    monkeypatch.setattr(measure, "plan", lambda dtype: SMALL)
+    rows = measure.run(settings(time_limit=1e-9), {}, None, ticks, GpuCeilings(1.0, 1.0), "cpu")
     assert rows == []
     assert f"stopped by --time-limit after 0 of {len(SMALL)} cells" in capsys.readouterr().out
 
@@ -222,7 +223,7 @@ def test_the_script_runs_every_part_and_names_those_that_fail(script, tmp_path):
         "racecheck": "--tool racecheck",
         "synccheck": "--tool synccheck",
         "initcheck": "--tool initcheck",
-        "benchmark": "--device cuda --time-limit",
+        "benchmark": "kernels/cuda/bench_attention.py --time-limit",
         "benchmark_flex": "",
     }.items():
         assert expected in written[part]

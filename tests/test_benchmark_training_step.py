@@ -19,7 +19,8 @@ def run(script: str, *arguments: str) -> None:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("training_step") / "table.csv"
-    run("bench_training_step.py", "--lengths", "16", "512", "--tokens", "16", "--rounds", "1", "--output", str(path))
+    short = ["--lengths", "16", "512", "--tokens", "16", "--rounds", "1"]
+    run("training_step/bench_training_step.py", *short, "--output", str(path))
     return path
 
 
@@ -39,5 +40,5 @@ def test_every_contender_trains_or_says_why_it_cannot(table: Path) -> None:
 
 
 def test_its_picture_is_drawn_from_the_table(table: Path, tmp_path: Path) -> None:
-    run("training_step_plot.py", str(table), str(tmp_path / "picture.png"))
+    run("training_step/plot.py", str(table), str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from prefix_tuning_libraries import LIBRARIES
-from prefix_tuning_probes import ROWS, Row
-from what_works import TABLE, Result, attempt, markdown, read, versions
+
+from benchmarks.compatibility.libraries import LIBRARIES
+from benchmarks.compatibility.probes import ROWS, Row
+from benchmarks.compatibility.trials import TABLE, Result, attempt, markdown, read, versions
 
 CHECKOUT = Path(__file__).parent.parent
 TRIALS = [(row.want, model) for row in ROWS for model in row.models]
@@ -85,5 +86,5 @@ def test_peft_does_what_the_table_says(row: Row, model: str, name: str, recorded
 
 
 def test_the_other_libraries_are_tried_without_this_package() -> None:
-    source = "import sys; sys.modules['prefix_kernels'] = None; import what_works"
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=TABLE.parent.parent, env={"PYTHONPATH": "."})
+    source = "import sys; sys.modules['prefix_kernels'] = None; import benchmarks.compatibility.what_works"
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=CHECKOUT, env={"PYTHONPATH": "."})
