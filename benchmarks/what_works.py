@@ -2,9 +2,10 @@
 
     python benchmarks/what_works.py --library prefix_kernels accelerated_peft peft  # with this Transformers
     python benchmarks/what_works.py --library adapters  # in an environment of torch, adapters and accelerate
-    python benchmarks/what_works.py  # only prints the README's table
+    python benchmarks/what_works.py  # only writes the table of docs/compatibility.md anew, from the CSV
+    python benchmarks/what_works.py --check  # fails if that page's table is not the CSV's
 
-The wants are the rows of ``prefix_tuning_probes.py``. What came of each, with the message where it failed, goes into
+The wants are the rows of ``prefix_tuning_probes.py``. The outcome of each, with the message where it failed, goes into
 one CSV (``--table``), in which a run replaces the one with the same library and the same Transformers.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,10 @@ from prefix_tuning_libraries import LIBRARIES, Library
 from prefix_tuning_probes import ROWS, Row
 
 TABLE = Path(__file__).parent / "results" / "what_works.csv"
+CHECKOUT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+PAGE = CHECKOUT / "docs" / "compatibility.md"
+# The lines of the page that the table stands between.
+BEGIN, END = "<!-- begin: written from what_works.csv by what_works.py -->", "<!-- end -->"
 TITLES = {
     "prefix_kernels": "prefix_kernels {}",
     "accelerated_peft": "PEFT {} after `accelerate`",
@@ -101,15 +107,37 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def with_table(page: str, results: list[Result]) -> str:
+    """The text of ``page`` with the table of ``results`` between the lines ``BEGIN`` and ``END``.
+
+    Raises:
+        ValueError: the page does not have these two lines.
+    """
+    before, begin, rest = page.partition(f"\n{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not begin or not end:
+        raise ValueError(f"page: expected the lines {BEGIN!r} and {END!r}, got a page without them")
+    return f"{before}{begin}\n{markdown(results)}\n\n{end}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, nargs="*", default=[], help="try these")
     parser.add_argument("--only", default="", help="try the rows whose name contains this, and write nothing")
-    parser.add_argument("--table", type=Path, default=TABLE, help="default: %(default)s")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the CSV; default: %(default)s")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page that shows it; default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the page shows another table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     results = read(arguments.table) if arguments.table.exists() else []
+    if arguments.check:
+        page = arguments.page.read_text(encoding="utf-8")
+        if page != with_table(page, results):
+            sys.exit(
+                f"{arguments.page}: expected the table of {arguments.table}, got another; run this without --check"
+            )
+        return
     for library in map(LIBRARIES.get, arguments.library):
         run = (library.name, *versions(library)[:2])
         results = [result for result in results if result.run != run]
@@ -121,7 +149,8 @@ def main() -> None:
         return
     if arguments.library:
         write(arguments.table, results)
-    print(markdown(results))
+    page = arguments.page.read_text(encoding="utf-8")
+    arguments.page.write_text(with_table(page, results), encoding="utf-8")
 
 
 if __name__ == "__main__":
