@@ -1,4 +1,4 @@
-"""The README's table of what works where: every row of ours works now, and the table is what was recorded."""
+"""The table of docs/compatibility.md: every row of this package works, and the page shows what the CSV records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ import pytest
 
 from benchmarks.compatibility.libraries import LIBRARIES
 from benchmarks.compatibility.probes import ROWS, Row
-from benchmarks.compatibility.trials import TABLE, Result, attempt, markdown, read, versions
+from benchmarks.compatibility.trials import (
+    BEGIN,
+    END,
+    PAGE,
+    TABLE,
+    Result,
+    attempt,
+    markdown,
+    read,
+    versions,
+    with_table,
+)
+from benchmarks.compatibility.what_works import main
 
 CHECKOUT = Path(__file__).parent.parent
 TRIALS = [(row.want, model) for row in ROWS for model in row.models]
@@ -48,8 +60,31 @@ def test_every_library_was_tried_at_every_row_and_every_failure_has_a_message(re
         assert (result.works, bool(result.seen)) in {("yes", False), ("no", True)}, result
 
 
-def test_the_readme_shows_the_table_that_is_recorded(recorded: list[Result]) -> None:
-    assert f"\n\n{markdown(recorded)}\n\n" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_table_that_is_recorded(recorded: list[Result]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert f"\n\n{markdown(recorded)}\n\n" in page
+    assert page == with_table(page, recorded), "run what_works.py without arguments"
+
+
+def test_the_script_writes_the_page_and_tells_a_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[Result]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{BEGIN}\nan old table\n{END}\n\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["what_works.py", "--page", str(page), "--check"])
+    with pytest.raises(SystemExit, match="expected the table of"):
+        main()
+    assert "an old table" in page.read_text()
+    monkeypatch.setattr(sys, "argv", ["what_works.py", "--page", str(page)])
+    main()
+    assert page.read_text() == f"before\n\n{BEGIN}\n\n{markdown(recorded)}\n\n{END}\n\nafter\n"
+    monkeypatch.setattr(sys, "argv", ["what_works.py", "--page", str(page), "--check"])
+    main()
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(recorded: list[Result]) -> None:
+    with pytest.raises(ValueError, match="page: expected the lines"):
+        with_table("no table here\n", recorded)
 
 
 def test_a_cell_says_yes_or_no_or_names_the_models_that_work() -> None:

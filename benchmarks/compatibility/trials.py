@@ -14,6 +14,9 @@ from benchmarks.compatibility.libraries import Library
 from benchmarks.compatibility.probes import ROWS, Row
 
 TABLE = Path(__file__).parents[1] / "results" / "what_works.csv"
+# The checkout's page that shows the table, and the lines that it stands between.
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+BEGIN, END = "<!-- begin: written from what_works.csv by what_works.py -->", "<!-- end -->"
 TITLES = {
     "prefix_kernels": "prefix_kernels {}",
     "accelerated_peft": "PEFT {} after `accelerate`",
@@ -93,3 +96,16 @@ def markdown(results: list[Result]) -> str:
     lines = [["", *titles], ["---"] * (1 + len(runs))]
     lines += [[label(row), *(cell(row, run) for run in runs)] for row in ROWS]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_table(page: str, results: list[Result]) -> str:
+    """The text of ``page`` with the table of ``results`` between the lines ``BEGIN`` and ``END``.
+
+    Raises:
+        ValueError: the page does not have these two lines.
+    """
+    before, begin, rest = page.partition(f"\n{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not begin or not end:
+        raise ValueError(f"page: expected the lines {BEGIN!r} and {END!r}, got a page without them")
+    return f"{before}{begin}\n{markdown(results)}\n\n{end}{after}"
