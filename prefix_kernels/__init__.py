@@ -12,10 +12,14 @@ from prefix_kernels.checkpoint import (  # noqa: E402
     read_prefix_metadata,
     save_prefix,
 )
-from prefix_kernels.encoder import PrefixEncoder  # noqa: E402
 from prefix_kernels.functional import prefix_attention  # noqa: E402
-from prefix_kernels.modules import PrefixMultiheadAttention, PrefixTuningAttention  # noqa: E402
-from prefix_kernels.replacement import replace_multihead_attention, restore_multihead_attention  # noqa: E402
+from prefix_kernels.nn import (  # noqa: E402
+    PrefixEncoder,
+    PrefixMultiheadAttention,
+    PrefixTuningAttention,
+    replace_multihead_attention,
+    restore_multihead_attention,
+)
 
 __all__ = [
     "PrefixEncoder",

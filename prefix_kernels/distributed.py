@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from prefix_kernels.encoder import PrefixEncoder
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 _BATCH, _HEADS = 0, 1
 

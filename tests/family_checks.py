@@ -16,9 +16,6 @@ from eager_prefix import eager_prefix
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.peft_layout import table_from_peft
-from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
@@ -26,6 +23,9 @@ from prefix_kernels.integrations.transformers import (
     load_prefix_model,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers.storage.peft_table import table_from_peft
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 P = 5
 

@@ -27,8 +27,8 @@ from test_transformers import P
 from test_transformers_encoder_decoders import tiny_bart
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.peft_checkpoint import read_peft_checkpoint, save_peft_checkpoint
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, load_prefix_model
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import read_peft_checkpoint, save_peft_checkpoint
 
 
 def settings_of(folder: Path) -> dict[str, object]:

@@ -19,9 +19,9 @@ from prefix_kernels.checkpoint import (
     read_prefix_metadata,
     save_prefix,
 )
-from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.functional import prefix_attention
-from prefix_kernels.modules import PrefixMultiheadAttention, PrefixTuningAttention
+from prefix_kernels.nn.encoder import PrefixEncoder
+from prefix_kernels.nn.prefix_tuning_attention import PrefixMultiheadAttention, PrefixTuningAttention
 
 EMBED, HEADS, P, LAYERS, LENGTH = 8, 2, 3, 2, 5
 

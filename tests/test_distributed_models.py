@@ -25,7 +25,6 @@ from two_processes import WORLD, assert_gradients_of_one, own_rows, run_on_two_p
 
 from prefix_kernels import load_prefix, prefix_state_dict
 from prefix_kernels.integrations.peft import accelerate, restore
-from prefix_kernels.integrations.peft_checkpoint import save_peft_checkpoint
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_named_prefix,
@@ -39,6 +38,7 @@ from prefix_kernels.integrations.transformers import (
     select_prefixes,
     set_prefix,
 )
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import save_peft_checkpoint
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(28).view(4, 7) + 3

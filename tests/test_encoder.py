@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from prefix_kernels.encoder import PrefixEncoder
 from prefix_kernels.functional import prefix_attention
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 P, L, H, D = 3, 4, 2, 5
 PROJECTIONS = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])

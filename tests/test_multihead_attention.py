@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import prefix_kernels.multihead_attention
-from prefix_kernels.modules import PrefixMultiheadAttention
+import prefix_kernels.nn.multihead_attention
+from prefix_kernels.nn.prefix_tuning_attention import PrefixMultiheadAttention
 
 BATCH, Q_LEN, K_LEN, EMBED, HEADS, PREFIX = 3, 4, 5, 12, 2, 3
 HEAD_DIM = EMBED // HEADS
@@ -233,8 +233,8 @@ def test_nothing_of_the_size_of_the_batch_is_made_of_the_prefix_and_no_score_mat
         seen.update(locals())
         return original(query, key, value, prefix_key, prefix_value, attn_mask, *args, **kwargs)
 
-    original = prefix_kernels.multihead_attention.prefix_attention
-    monkeypatch.setattr(prefix_kernels.multihead_attention, "prefix_attention", record)
+    original = prefix_kernels.nn.multihead_attention.prefix_attention
+    monkeypatch.setattr(prefix_kernels.nn.multihead_attention, "prefix_attention", record)
     x = torch.randn(K_LEN, BATCH, EMBED, dtype=torch.float64)
     causal = nn.Transformer.generate_square_subsequent_mask(K_LEN, dtype=torch.float64)
     padding = torch.zeros(BATCH, K_LEN, dtype=torch.bool)

@@ -213,7 +213,7 @@ def test_the_prefix_is_evaluated_once_and_not_repeated_for_the_rows(
         prefixes.append(args[3])
         return prefix_attention(*args, **kwargs)
 
-    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
+    monkeypatch.setattr("prefix_kernels.integrations.transformers.attention.interface.prefix_attention", spy)
     model.prompt_encoder.default.register_forward_hook(lambda module, args, out: evaluations.append(args[0].shape))
     model(**batch("bert", "right"))
     assert [prefix.shape for prefix in prefixes] == [(4, P, 8)] * 2
@@ -628,7 +628,7 @@ def test_nothing_else_needs_peft() -> None:
 import sys
 sys.modules["peft"] = None
 import prefix_kernels.integrations.transformers
-import prefix_kernels.integrations.peft_checkpoint
+import prefix_kernels.integrations.transformers.storage.peft_checkpoint
 try:
     import prefix_kernels.integrations.peft
 except ImportError as error:

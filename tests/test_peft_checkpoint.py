@@ -22,10 +22,10 @@ from test_transformers_encoder_decoders import tiny_bart, tiny_t5
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from prefix_kernels.integrations import peft_checkpoint
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.peft_checkpoint import read_peft_checkpoint, save_peft_checkpoint
 from prefix_kernels.integrations.transformers import get_prefix_model, load_prefix_model
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.storage import peft_checkpoint
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import read_peft_checkpoint, save_peft_checkpoint
 
 TASKS = TASKS | {"SEQ_CLS": (AutoModelForSequenceClassification, {}), "CAUSAL_LM": (AutoModelForCausalLM, {})}
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import prefix_kernels.modules
-from prefix_kernels.modules import PrefixTuningAttention
+import prefix_kernels.nn.prefix_tuning_attention
+from prefix_kernels.nn.prefix_tuning_attention import PrefixTuningAttention
 
 S, B, T, D_MODEL, HEADS, P = 5, 3, 7, 12, 3, 4
 ATTN_MASKS = ("none", "2-D bool", "2-D float", "3-D bool")
@@ -131,8 +131,8 @@ def test_the_prefix_is_projected_once_and_never_expanded_to_the_batch(monkeypatc
         seen.update(locals())
         return original(query, key, value, prefix_key, prefix_value, *args, **kwargs)
 
-    original = prefix_kernels.modules.prefix_attention
-    monkeypatch.setattr(prefix_kernels.modules, "prefix_attention", record)
+    original = prefix_kernels.nn.prefix_tuning_attention.prefix_attention
+    monkeypatch.setattr(prefix_kernels.nn.prefix_tuning_attention, "prefix_attention", record)
     rows = []
     layer.k_proj.register_forward_hook(lambda module, args, out: rows.append(out.numel() // D_MODEL))
     layer(torch.randn(S, B, D_MODEL, dtype=torch.float64))

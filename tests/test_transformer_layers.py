@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_kernels.checkpoint import mark_only_prefix_as_trainable
-from prefix_kernels.modules import PrefixMultiheadAttention
+from prefix_kernels.nn.prefix_tuning_attention import PrefixMultiheadAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from prefix_kernels.checkpoint import read_prefix_metadata
-from prefix_kernels.integrations.attention import prefix_attention, prefix_attention_forward
-from prefix_kernels.integrations.layer_prefixes import LayerPrefixes
-from prefix_kernels.integrations.torch_attention import torch_attention_forward
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
@@ -25,6 +22,9 @@ from prefix_kernels.integrations.transformers import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers.attention.interface import prefix_attention, prefix_attention_forward
+from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes
 from prefix_kernels.reference import prefix_attention_reference
 
 P, LAYERS, VOCABULARY = 5, 2, 99
@@ -470,7 +470,7 @@ def test_no_mask_of_size_sq_times_sk_is_built(monkeypatch: pytest.MonkeyPatch) -
         seen.append((kwargs["attn_mask"], kwargs["is_causal"]))
         return prefix_attention(*args, **kwargs)
 
-    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
+    monkeypatch.setattr("prefix_kernels.integrations.transformers.attention.interface.prefix_attention", spy)
     for family in ONE_OF_EACH:
         for padding in ("none", "left"):
             seen.clear()

@@ -17,7 +17,6 @@ from test_transformers_encoder_decoders import tiny_t5
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prefix_kernels.integrations import attachment, stored, tasks, transformers
 from prefix_kernels.integrations.peft import accelerate
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -26,6 +25,10 @@ from prefix_kernels.integrations.transformers import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers import model as preparation
+from prefix_kernels.integrations.transformers.hooks import attach as attachment
+from prefix_kernels.integrations.transformers.storage import stored_task as stored
+from prefix_kernels.integrations.transformers.tasks import registry as tasks
 
 NO_INTEGERS = (1.5, None, True, "20", b"20", 1 + 0j, float("nan"), object(), torch.tensor(3))
 NO_NUMBERS = (None, True, "0.1", [0.1], 1 + 0j, float("nan"), float("inf"), -1, 10**400, torch.tensor(0.1))
@@ -141,18 +144,18 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 STAGES = {
     "the prefix encoder": (transformers.PrefixLayout, "make_encoder"),
-    "the division over heads": (transformers, "split_over_heads"),
-    "what is trained": (transformers, "mark_only_prefix_as_trainable"),
-    "the adapters": (transformers, "injected_parameters"),
+    "the division over heads": (preparation, "split_over_heads"),
+    "what is trained": (preparation, "mark_only_prefix_as_trainable"),
+    "the adapters": (preparation, "injected_parameters"),
     "the tasks": (tasks.PrefixTasks, "install"),
     "its own config": (attachment, "_give_own_config"),
     "the attention implementation": (attachment, "_set_implementation"),
     "the hooks of the stacks": (attachment, "UnpackedHint"),
     "the hooks of the layers": (attachment.StackHook, "__init__"),
-    "all the hooks": (transformers, "attach"),
+    "all the hooks": (preparation, "attach"),
 }
 LOADING = STAGES | {
-    "the prefix": (transformers, "get_prefix_model"),
+    "the prefix": (preparation, "get_prefix_model"),
     "the labels": (stored.Labels, "give_to"),
     "the values": (stored, "load_prefix"),
 }

@@ -33,9 +33,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from prefix_kernels.integrations.attention import prefix_attention
-from prefix_kernels.integrations.masks import prefix_mask
 from prefix_kernels.integrations.transformers import load_named_prefix, load_prefix_model, save_prefix_model
+from prefix_kernels.integrations.transformers.attention.interface import prefix_attention
+from prefix_kernels.integrations.transformers.attention.masks import prefix_mask
 
 LENGTH, WINDOW = 9, 4
 PAD, FIRST_TOKEN, VOCABULARY = 0, 3, 99
@@ -273,7 +273,7 @@ def test_no_mask_of_size_sq_times_sk_is_built(
         seen.append((query.shape[2], kwargs["attn_mask"], kwargs["window_size"]))
         return prefix_attention(query, key, *args, **kwargs)
 
-    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
+    monkeypatch.setattr("prefix_kernels.integrations.transformers.attention.interface.prefix_attention", spy)
     model = prepared(family, family.model(), window_includes_prefix=window_includes_prefix)
     for padding in ("none", "right", "left"):
         model(**batch(padding))

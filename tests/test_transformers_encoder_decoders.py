@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from prefix_kernels import prefix_attention
-from prefix_kernels.integrations.position_bias import StackBias
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
@@ -40,6 +39,7 @@ from prefix_kernels.integrations.transformers import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers.runtime.relative_bias import StackBias
 
 ENCODER_LAYERS, DECODER_LAYERS = 3, 2
 VOCABULARY, SOURCE, TARGET = 99, 7, 5
@@ -260,7 +260,7 @@ class Calls(list):
     """What the operator was called with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", self.spy)
+        monkeypatch.setattr("prefix_kernels.integrations.transformers.attention.interface.prefix_attention", self.spy)
 
     def spy(self, *args: Tensor, **kwargs: object) -> Tensor:
         self.append(kwargs)

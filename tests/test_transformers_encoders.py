@@ -45,8 +45,8 @@ from transformers import (
 )
 from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer, AlbertLayerGroup
 
-from prefix_kernels.integrations.attention import prefix_attention
 from prefix_kernels.integrations.transformers import load_prefix_model, save_prefix_model
+from prefix_kernels.integrations.transformers.attention.interface import prefix_attention
 
 LENGTH, VOCABULARY = 9, 99
 
@@ -272,7 +272,7 @@ def test_the_windows_of_modernbert_are_no_masks(monkeypatch: pytest.MonkeyPatch)
         seen.append((kwargs["attn_mask"], kwargs["window_size"], kwargs["is_causal"]))
         return prefix_attention(*args, **kwargs)
 
-    monkeypatch.setattr("prefix_kernels.integrations.attention.prefix_attention", spy)
+    monkeypatch.setattr("prefix_kernels.integrations.transformers.attention.interface.prefix_attention", spy)
     one = next(one for one in FAMILIES if one.name == "modernbert")
     model = prepared(one, one.model())
     for padding in ("none", "left"):

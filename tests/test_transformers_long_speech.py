@@ -13,14 +13,14 @@ from test_transformers_encoder_decoders import END, MELS, START, WHISPER, tiny_w
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.sites import find_sites
 from prefix_kernels.integrations.transformers import (
     load_named_prefix,
     load_prefix_model,
     save_prefix_model,
     use_prefixes,
 )
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 NO_TIMESTAMPS, TIMESTAMPS = 100, 1501
 SEGMENT = 3000  # frames, 30 seconds

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 from two_processes import WORLD, run_on_two_processes
 
-import prefix_kernels.integrations.attention as attention_module
-import prefix_kernels.integrations.tasks as tasks_module
-from prefix_kernels.integrations.selection import PrefixBank
+import prefix_kernels.integrations.transformers.attention.interface as attention_module
+import prefix_kernels.integrations.transformers.tasks.registry as tasks_module
 from prefix_kernels.integrations.transformers import (
     delete_named_prefix,
     get_named_prefix,
@@ -32,6 +31,7 @@ from prefix_kernels.integrations.transformers import (
     set_prefix,
     use_prefixes,
 )
+from prefix_kernels.integrations.transformers.runtime.selection import PrefixBank
 
 
 @pytest.fixture

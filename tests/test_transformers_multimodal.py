@@ -23,8 +23,8 @@ from family_checks import (
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from prefix_kernels.integrations.peft_checkpoint import save_peft_checkpoint
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, load_prefix_model
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import save_peft_checkpoint
 
 PAD, IMAGE, LENGTH, WINDOW = 0, 90, 12, 4
 IMAGE_TOKENS = slice(1, 5)  # of the tokens that are no padding

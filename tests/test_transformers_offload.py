@@ -15,7 +15,6 @@ from test_transformers_initialization import tiny_bart, tiny_t5
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prefix_kernels.integrations.offload import running_device
 from prefix_kernels.integrations.peft import accelerate
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -28,6 +27,7 @@ from prefix_kernels.integrations.transformers import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers.structure.offload import running_device
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),

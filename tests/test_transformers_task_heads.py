@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from prefix_kernels.checkpoint import read_prefix_metadata
-from prefix_kernels.integrations.heads import Labels, labels_of_size
 from prefix_kernels.integrations.transformers import (
     load_named_prefix,
     load_prefix_model,
@@ -30,6 +29,7 @@ from prefix_kernels.integrations.transformers import (
     select_prefixes,
     set_prefix,
 )
+from prefix_kernels.integrations.transformers.tasks.heads import Labels, labels_of_size
 
 # What is trained for it: real numbers, classes, or several labels at once.
 LABELS = {

@@ -17,7 +17,7 @@ tell the cache and the mask that PEFT made from those of the user. Everything el
 without a prefix, as in PEFT.
 
 Loading and writing PEFT's checkpoints, which does not need PEFT, is in
-:mod:`prefix_kernels.integrations.peft_checkpoint`.
+:mod:`prefix_kernels.integrations.transformers.storage.peft_checkpoint`.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ try:
 except ImportError as error:
     raise ImportError(
         f"{__name__} needs PEFT 0.21 or newer, which could not be imported ({error}); its checkpoints can be read and "
-        "written without it: prefix_kernels.integrations.peft_checkpoint"
+        "written without it: prefix_kernels.integrations.transformers.storage.peft_checkpoint"
     ) from error
 
 from prefix_kernels import fsdp
-from prefix_kernels.integrations.attachment import Attachment, attach
-from prefix_kernels.integrations.attention import register
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.families import refuse_unsupported
-from prefix_kernels.integrations.hooks import StackHook
-from prefix_kernels.integrations.layer_prefixes import PREFIX_SITE_ATTRIBUTE
-from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.peft_checkpoint import PREFIX_TYPES
-from prefix_kernels.integrations.peft_layout import pairs_of_layers
-from prefix_kernels.integrations.rollback import unchanged_on_error
-from prefix_kernels.integrations.selection import PREFIX_NAMES
-from prefix_kernels.integrations.sites import DECODER, find_sites
-from prefix_kernels.integrations.tensor_parallel import is_tensor_parallel
+from prefix_kernels.integrations.transformers.attention.interface import register
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.hooks.attach import Attachment, attach
+from prefix_kernels.integrations.transformers.hooks.stack import StackHook
+from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
+from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel
 
 __all__ = ["accelerate", "restore"]
 
@@ -195,7 +195,8 @@ class _Adapters:
     Attributes:
         layout: the attentions with a prefix.
         attachment: the hooks.
-        open_selections: none ever; see :func:`prefix_kernels.integrations.selection.find_selection`.
+        open_selections: none ever; see ``find_selection`` of
+            :mod:`prefix_kernels.integrations.transformers.runtime.selection`.
     """
 
     layout: PrefixLayout

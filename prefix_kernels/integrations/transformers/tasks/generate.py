@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.selection import PrefixSelection, RowNames, find_selection, selected
+from prefix_kernels.integrations.transformers.runtime.selection import (
+    PrefixSelection,
+    RowNames,
+    find_selection,
+    selected,
+)
 
 if TYPE_CHECKING:
-    from prefix_kernels.integrations.tasks import PrefixTasks
+    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 class GenerateWithPrefixes:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefix_kernels import fsdp
-from prefix_kernels.integrations.layout import PrefixPair
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
 # The keyword argument of a prepared model's forward and generate.
 PREFIX_NAMES = "prefix_names"
@@ -63,7 +63,7 @@ def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
 
 @dataclass(eq=False)
 class PrefixSelection:
-    """The prefixes of a batch; made by :func:`prefix_kernels.integrations.named_prefixes.select_prefixes`.
+    """The prefixes of a batch; made by :func:`prefix_kernels.integrations.transformers.tasks.api.select_prefixes`.
 
     Attributes:
         owner: the tasks of the model it was made for.

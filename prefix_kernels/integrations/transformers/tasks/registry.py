@@ -1,7 +1,7 @@
 """The tasks of one model: which is active, the modules of the others, and what the rows of a mixed batch see.
 
 A mixed batch is one launch per attention: the prefixes are stacked to a bank ``[N, Hkv, P, D]``, and every row names
-its own by index. What users call is in :mod:`prefix_kernels.integrations.named_prefixes`.
+its own by index. What users call is in :mod:`prefix_kernels.integrations.transformers.tasks.api`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,9 @@ from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.generation import GenerateWithPrefixes
-from prefix_kernels.integrations.heads import Labels, fitted_heads, labels_of_size, refuse_unequal_heads
-from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.recording import find_recording
-from prefix_kernels.integrations.selection import (
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.runtime.recording import find_recording
+from prefix_kernels.integrations.transformers.runtime.selection import (
     PREFIX_NAMES,
     PrefixBank,
     PrefixSelection,
@@ -32,9 +28,18 @@ from prefix_kernels.integrations.selection import (
     selected,
     stack_prefixes,
 )
-from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.stored import StoredTask
-from prefix_kernels.integrations.tensor_parallel import refuse_divided, split_over_heads
+from prefix_kernels.integrations.transformers.storage.stored_task import StoredTask
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
+from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
+from prefix_kernels.integrations.transformers.tasks.heads import (
+    Labels,
+    fitted_heads,
+    labels_of_size,
+    refuse_unequal_heads,
+)
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 FIRST_NAME = "default"
 _TASKS = "_prefix_tasks"

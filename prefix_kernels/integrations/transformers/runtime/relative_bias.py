@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.caches import past_length
-from prefix_kernels.integrations.offload import loaded
+from prefix_kernels.integrations.transformers.structure.caches import past_length
+from prefix_kernels.integrations.transformers.structure.offload import loaded
 
 _TABLE = "relative_attention_bias"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.caches import CACHE_NAMES, past_length
-from prefix_kernels.integrations.selection import PREFIX_NAMES, find_selection
+from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, find_selection
+from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES, past_length
 
 if TYPE_CHECKING:
-    from prefix_kernels.integrations.tasks import PrefixTasks
+    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 # What models call their learned table of absolute positions.

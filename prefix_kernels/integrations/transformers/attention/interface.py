@@ -1,9 +1,10 @@
 """The attention function that Transformers calls by name, and how it comes to know it.
 
 It is registered, with the baseline and the mask function, under the names in
-:data:`prefix_kernels.integrations.config.ATTENTIONS`. The prefixes of a forward pass travel as a keyword argument from
-the stack through every layer to the attention function. So they belong to that one call: nothing is left behind by an
-exception, shared between threads or missing when activation checkpointing runs a layer again during the backward pass.
+:data:`prefix_kernels.integrations.transformers.config.ATTENTIONS`. The prefixes of a forward pass travel as a keyword
+argument from the stack through every layer to the attention function. So they belong to that one call: nothing is left
+behind by an exception, shared between threads or missing when activation checkpointing runs a layer again during the
+backward pass.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_kernels.functional import prefix_attention
-from prefix_kernels.integrations.layer_prefixes import LayerPrefixes, prefix_of, record, rows_of
-from prefix_kernels.integrations.masks import prefix_mask
-from prefix_kernels.integrations.torch_attention import torch_attention_forward
-from prefix_kernels.integrations.visibility import refuse_attention_weights, visibility_of, with_position_bias
+from prefix_kernels.integrations.transformers.attention.masks import prefix_mask
+from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
+from prefix_kernels.integrations.transformers.attention.visibility import (
+    refuse_attention_weights,
+    visibility_of,
+    with_position_bias,
+)
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
 
 
 def prefix_attention_forward(

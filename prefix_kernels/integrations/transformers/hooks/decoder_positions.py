@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.selection import PREFIX_NAMES, batch_size, find_selection
-from prefix_kernels.integrations.sites import DECODER
+from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, batch_size, find_selection
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 if TYPE_CHECKING:
-    from prefix_kernels.integrations.tasks import PrefixTasks
+    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 class _Calling(threading.local):
@@ -103,7 +103,8 @@ def without_row_dimension(
 def register_decoder_shift(layout: PrefixLayout, tasks: PrefixTasks) -> list[RemovableHandle]:
     """Move the positions of the decoder, if its self-attention has a prefix.
 
-    T5 has none to move: there the prefix gets a position bias, see :mod:`prefix_kernels.integrations.position_bias`.
+    T5 has none to move: there the prefix gets a position bias, see
+    :mod:`prefix_kernels.integrations.transformers.runtime.relative_bias`.
     """
     handles = []
     for decoder in {id(site.stack): site.stack for site in layout.sites if site.role == DECODER}.values():

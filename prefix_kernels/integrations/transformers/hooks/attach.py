@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefix_kernels.integrations.attention import implementation_name
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.decoder_positions import register_decoder_shift
-from prefix_kernels.integrations.hooks import StackHook, first_layer_hook
-from prefix_kernels.integrations.layer_prefixes import PREFIX_SITE_ATTRIBUTE
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.positions import PositionShift, UnpackedHint, position_modules
-from prefix_kernels.integrations.repeated import RepeatedLayerHook
+from prefix_kernels.integrations.transformers.attention.interface import implementation_name
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.hooks.decoder_positions import register_decoder_shift
+from prefix_kernels.integrations.transformers.hooks.positions import PositionShift, UnpackedHint, position_modules
+from prefix_kernels.integrations.transformers.hooks.shared_layers import RepeatedLayerHook
+from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 if TYPE_CHECKING:
-    from prefix_kernels.integrations.tasks import PrefixTasks
+    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 @dataclass(eq=False)

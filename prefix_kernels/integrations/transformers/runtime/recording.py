@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.integrations.layout import PrefixPair
-from prefix_kernels.integrations.selection import counted_open
+from prefix_kernels.integrations.transformers.runtime.selection import counted_open
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
 _recordings: ContextVar[Mapping[int, dict[int, PrefixPair]]] = ContextVar("prefix_recordings", default={})  # noqa: B039
 

@@ -1,17 +1,4 @@
-"""Prefix tuning of Hugging Face Transformers models on the kernels of this package.
-
-    from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
-
-    model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
-    model = get_prefix_model(model, PrefixTuningConfig(num_virtual_tokens=20))
-    Trainer(model, ...).train()
-    save_prefix_model(model, "task.safetensors")
-
-The model stays the object it was: ``Trainer``, ``generate``, ``save_pretrained`` and activation checkpointing work as
-before. It gains a submodule ``prefix_encoder``, hooks, and an attention implementation registered through
-Transformers' ``AttentionInterface``; no code of a model is replaced. The prefix is given to each attention call and
-never enters a key/value cache.
-"""
+"""Preparing a Transformers model for a prefix, undoing it, and storing and loading its task."""
 
 from __future__ import annotations
 
@@ -22,53 +9,21 @@ from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
-from prefix_kernels.integrations.attachment import attach
-from prefix_kernels.integrations.attention import register
-from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
-from prefix_kernels.integrations.families import find_heads, refuse_unsupported
-from prefix_kernels.integrations.heads import LABELS_KEY, Labels
-from prefix_kernels.integrations.initialization import (
-    initialize_from_prefix,
-    initialize_from_text,
-    initialize_like_keys,
-)
-from prefix_kernels.integrations.injected import injected_parameters
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.named_prefixes import (
-    active_prefix,
-    delete_named_prefix,
-    get_named_prefix,
-    load_named_prefix,
-    prefix_names,
-    select_prefixes,
-    set_prefix,
-    use_prefixes,
-)
-from prefix_kernels.integrations.offload import keep_loaded, running_device
-from prefix_kernels.integrations.rollback import unchanged_on_error
-from prefix_kernels.integrations.sites import find_sites
-from prefix_kernels.integrations.stored import checked_config, read_stored_task
-from prefix_kernels.integrations.tasks import PrefixTasks, tasks_of
-from prefix_kernels.integrations.tensor_parallel import split_over_heads
+from prefix_kernels.integrations.transformers.attention.interface import register
+from prefix_kernels.integrations.transformers.config import CONFIG_KEY, PrefixTuningConfig
+from prefix_kernels.integrations.transformers.hooks.attach import attach
+from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
+from prefix_kernels.integrations.transformers.storage.stored_task import checked_config, read_stored_task
+from prefix_kernels.integrations.transformers.structure.adapters import injected_parameters
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.offload import keep_loaded, running_device
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
+from prefix_kernels.integrations.transformers.tasks.heads import LABELS_KEY, Labels
+from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks, tasks_of
 
-__all__ = [
-    "PrefixTuningConfig",
-    "active_prefix",
-    "delete_named_prefix",
-    "get_named_prefix",
-    "get_prefix_model",
-    "initialize_from_prefix",
-    "initialize_from_text",
-    "initialize_like_keys",
-    "load_named_prefix",
-    "load_prefix_model",
-    "prefix_names",
-    "remove_prefix",
-    "save_prefix_model",
-    "select_prefixes",
-    "set_prefix",
-    "use_prefixes",
-]
+__all__ = ["get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
 
 _PREPARED = "_prefix_preparation"
 
@@ -91,7 +46,8 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     frozen: the kernels form no gradient of a position bias, and a call that needs one raises a ValueError.
 
     Args:
-        model: a model of one of the families in :mod:`prefix_kernels.integrations.families`, with any head.
+        model: a model of one of the families in
+            :mod:`prefix_kernels.integrations.transformers.structure.support`, with any head.
         config: default ``PrefixTuningConfig()``.
 
     Returns:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 
 _HOOK = "_hf_hook"
 

@@ -9,16 +9,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.attention import implementation_name
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.layer_prefixes import PREFIX_ARGUMENT, LayerPrefixes
-from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.position_bias import BankColumns, RelativeBias, StackBias, has_relative_bias
-from prefix_kernels.integrations.recording import find_recording
-from prefix_kernels.integrations.selection import PREFIX_NAMES, PrefixSelection, batch_size, find_selection
+from prefix_kernels.integrations.transformers.attention.interface import implementation_name
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, LayerPrefixes
+from prefix_kernels.integrations.transformers.runtime.recording import find_recording
+from prefix_kernels.integrations.transformers.runtime.relative_bias import (
+    BankColumns,
+    RelativeBias,
+    StackBias,
+    has_relative_bias,
+)
+from prefix_kernels.integrations.transformers.runtime.selection import (
+    PREFIX_NAMES,
+    PrefixSelection,
+    batch_size,
+    find_selection,
+)
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 
 if TYPE_CHECKING:
-    from prefix_kernels.integrations.tasks import PrefixTasks
+    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 class StackHook:

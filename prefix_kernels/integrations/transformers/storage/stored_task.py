@@ -12,12 +12,16 @@ from transformers import PreTrainedModel
 
 from prefix_kernels._files import blaming, parse_json
 from prefix_kernels.checkpoint import load_prefix, read_prefix_file, read_prefix_tensors, shape_misfits
-from prefix_kernels.integrations.config import CONFIG_KEY, PrefixTuningConfig
-from prefix_kernels.integrations.families import refuse_unsupported
-from prefix_kernels.integrations.heads import LABELS_KEY, Labels
-from prefix_kernels.integrations.layout import PrefixLayout
-from prefix_kernels.integrations.peft_checkpoint import CONFIG_FILE, is_peft_checkpoint, read_peft_checkpoint
-from prefix_kernels.integrations.sites import find_sites
+from prefix_kernels.integrations.transformers.config import CONFIG_KEY, PrefixTuningConfig
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
+    CONFIG_FILE,
+    is_peft_checkpoint,
+    read_peft_checkpoint,
+)
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.integrations.transformers.tasks.heads import LABELS_KEY, Labels
 
 _PREFIX = "prefix_encoder"
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.sites import AttentionSite
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.structure.attention_sites import AttentionSite
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 PrefixPair = tuple[Tensor, Tensor]
 

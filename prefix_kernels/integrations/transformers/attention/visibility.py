@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.layer_prefixes import LayerPrefixes
-from prefix_kernels.integrations.position_bias import biased_mask, position_bias_of
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes
+from prefix_kernels.integrations.transformers.runtime.relative_bias import biased_mask, position_bias_of
 
 
 class Visibility(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from prefix_kernels.integrations.layer_prefixes import PREFIX_ARGUMENT, LayerPrefixes
-from prefix_kernels.integrations.layout import PrefixLayout
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, LayerPrefixes
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
 class RepeatedLayerHook:

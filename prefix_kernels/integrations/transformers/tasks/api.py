@@ -5,7 +5,7 @@
     set_prefix(model, "qnli")                                    # prefix, heads and their labels
     model.generate(**inputs, prefix_names=["qnli", ["default", "qnli"], None])
 
-What the model keeps of them is in :mod:`prefix_kernels.integrations.tasks`.
+What the model keeps of them is in :mod:`prefix_kernels.integrations.transformers.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_kernels.checkpoint import marked_heads
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.config import PrefixTuningConfig
-from prefix_kernels.integrations.selection import PrefixSelection, RowNames
-from prefix_kernels.integrations.stored import read_stored_task
-from prefix_kernels.integrations.tasks import tasks_of
+from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.runtime.selection import PrefixSelection, RowNames
+from prefix_kernels.integrations.transformers.storage.stored_task import read_stored_task
+from prefix_kernels.integrations.transformers.tasks.registry import tasks_of
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 
 def load_named_prefix(

@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.layer_prefixes import LayerPrefixes, prefix_of, record, rows_of
-from prefix_kernels.integrations.visibility import refuse_attention_weights, visibility_of, with_position_bias
+from prefix_kernels.integrations.transformers.attention.visibility import (
+    refuse_attention_weights,
+    visibility_of,
+    with_position_bias,
+)
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
 
 
 def torch_attention_forward(

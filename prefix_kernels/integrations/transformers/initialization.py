@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
-from prefix_kernels.encoder import PrefixEncoder
-from prefix_kernels.integrations.layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.offload import running_device
-from prefix_kernels.integrations.recording import recording
-from prefix_kernels.integrations.sites import DECODER, VISION, find_sites
-from prefix_kernels.integrations.stored import read_stored_task
-from prefix_kernels.integrations.tasks import tasks_of
-from prefix_kernels.integrations.tensor_parallel import divided_like
+from prefix_kernels.integrations.transformers.runtime.recording import recording
+from prefix_kernels.integrations.transformers.storage.stored_task import read_stored_task
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, VISION, find_sites
+from prefix_kernels.integrations.transformers.structure.offload import running_device
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.transformers.structure.tensor_parallel import divided_like
+from prefix_kernels.integrations.transformers.tasks.registry import tasks_of
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 # The inputs from which the keys and values of a role come; elsewhere it is the first of `_SAMPLES` that is given.
 _SAMPLES_OF_ROLE = {DECODER: ("decoder_input_ids", "decoder_inputs_embeds"), VISION: ("pixel_values",)}

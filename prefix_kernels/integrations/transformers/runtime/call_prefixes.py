@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from prefix_kernels.integrations.layout import PrefixPair
-from prefix_kernels.integrations.position_bias import StackBias
+from prefix_kernels.integrations.transformers.runtime.relative_bias import StackBias
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
 PREFIX_ARGUMENT = "layer_prefixes"
 # Set on every attention module with a prefix: its index in PrefixLayout.sites.
@@ -23,15 +23,16 @@ class LayerPrefixes:
     Attributes:
         pairs: ``(prefix_key, prefix_value)`` of each attention by its index among the sites: ``[Hkv, P, D]``, or with
             ``ids`` a bank ``[N, Hkv, P, D]``. Empty: the call has no prefixes.
-        window_includes_prefix: of :class:`prefix_kernels.integrations.config.PrefixTuningConfig`.
+        window_includes_prefix: of :class:`prefix_kernels.integrations.transformers.config.PrefixTuningConfig`.
         ids: ``[B]`` or ``[B, M]``, the prefixes of the bank that each row sees; -1 is none.
         lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
-            :func:`prefix_kernels.integrations.hooks.first_layer_hook`); otherwise None.
+            :func:`prefix_kernels.integrations.transformers.hooks.stack.first_layer_hook`); otherwise None.
         bias: the stack's position bias, where it has one.
         sites: in a layer that is called more than once, the sites of its attentions in this call by those of their
             first calls; an attention that is missing has no prefix in this call. None elsewhere.
-        inputs: what such layers were called with so far; see :mod:`prefix_kernels.integrations.repeated`.
+        inputs: arguments of the earlier calls of such layers; see
+            :mod:`prefix_kernels.integrations.transformers.hooks.shared_layers`.
         recorded: gets the keys and values ``[B, Hkv, Sk, D]`` of the sequence, by site; None: they are not asked for.
     """
 

@@ -1,0 +1,1 @@
+"""The functions that Transformers calls by name: attention, its torch baseline, and the mask."""

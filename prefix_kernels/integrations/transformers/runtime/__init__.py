@@ -1,0 +1,1 @@
+"""The prefixes that one call of a prepared model sees."""

@@ -1,0 +1,1 @@
+"""Stored tasks: files of this package and folders of PEFT."""

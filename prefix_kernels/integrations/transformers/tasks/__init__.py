@@ -1,0 +1,1 @@
+"""Many tasks on one model: their registry, their names, their heads, and ``generate``."""
