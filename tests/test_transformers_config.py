@@ -143,7 +143,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 
 STAGES = {
-    "the prefix encoder": (transformers.PrefixLayout, "make_encoder"),
+    "the prefix encoder": (preparation.PrefixLayout, "make_encoder"),
     "the division over heads": (preparation, "split_over_heads"),
     "what is trained": (preparation, "mark_only_prefix_as_trainable"),
     "the adapters": (preparation, "injected_parameters"),
