@@ -31,7 +31,7 @@ from prefix_kernels.integrations.transformers import (
     set_prefix,
     use_prefixes,
 )
-from prefix_kernels.integrations.transformers.runtime.selection import PrefixBank
+from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +54,10 @@ from prefix_kernels import fsdp
 from prefix_kernels.integrations.transformers.attention.interface import register
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.hooks.attach import Attachment, attach
-from prefix_kernels.integrations.transformers.hooks.stack import StackHook
 from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
+from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
-from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES
+from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
@@ -114,7 +114,7 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     for name in peft_model.peft_config:
         adapters.check(peft_model, name)
     with unchanged_on_error(peft_model):
-        adapters.attachment = attach(model, adapters.layout, config, adapters, _AdapterStackHook)
+        adapters.attachment = attach(model, adapters.layout, config, adapters)
 
     # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
     for name in ("forward", "prepare_inputs_for_generation"):
@@ -241,11 +241,28 @@ class _Adapters:
         peft_model = self.running()
         return 0 if peft_model is None else peft_model.active_peft_config.num_virtual_tokens
 
-    def select(self, names: object) -> None:
+    @property
+    def names(self) -> list[str]:
+        """None: rows cannot name adapters."""
+        return []
+
+    def select(self, names: Sequence[RowNames]) -> PrefixSelection:
         raise ValueError(f"{PREFIX_NAMES}: expected None, got {names!r}; {_ONE_ADAPTER}")
 
-    def pairs(self) -> dict[int, PrefixPair]:
-        """The prefix ``[Hkv, P, D]`` of every attention, by site, evaluated for one row. Empty if none runs."""
+    def stack_number(self, stack: nn.Module) -> int:
+        raise NotImplementedError(_ONE_ADAPTER)
+
+    def make_bank(self, names: Sequence[str], stack: nn.Module) -> PrefixBank:
+        raise NotImplementedError(_ONE_ADAPTER)
+
+    def make_banks(self, names: Sequence[str]) -> dict[int, PrefixBank]:
+        raise NotImplementedError(_ONE_ADAPTER)
+
+    def can_hold_banks(self) -> bool:
+        return False
+
+    def pairs(self, stack: nn.Module) -> dict[int, PrefixPair]:
+        """The prefix ``[Hkv, P, D]`` of every attention, all in one stack, by site. Empty if none runs."""
         peft_model = self.running()
         if peft_model is None:
             return {}
@@ -273,13 +290,6 @@ class _Running(threading.local):
 
 
 _running = _Running()
-
-
-class _AdapterStackHook(StackHook):
-    """Takes the prefixes from the active adapter; without one that runs, the layers have none."""
-
-    def pairs(self) -> dict[int, PrefixPair]:
-        return self.tasks.pairs()
 
 
 class _Accelerated:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,10 +15,8 @@ from prefix_kernels.integrations.transformers.hooks.positions import PositionShi
 from prefix_kernels.integrations.transformers.hooks.shared_layers import RepeatedLayerHook
 from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
-
-if TYPE_CHECKING:
-    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 @dataclass(eq=False)
@@ -48,28 +45,22 @@ def attach(
     model: PreTrainedModel,
     layout: PrefixLayout,
     config: PrefixTuningConfig,
-    tasks: PrefixTasks,
-    stack_hook_class: type[StackHook] = StackHook,
+    source: PrefixSource,
 ) -> Attachment:
-    """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says.
-
-    Args:
-        tasks: whose prefix it is; of it, the hooks use ``layout``, ``shift``, ``open_selections`` and ``select``.
-        stack_hook_class: hands the prefixes to the layers.
-    """
+    """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says."""
     _give_own_config(model)
     attachment = Attachment([], model.config._attn_implementation)
     _set_implementation(model, implementation_name(config.attention))
     handles = attachment.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
     if config.position_offset == "peft" and model.config.is_encoder_decoder:
-        handles += register_decoder_shift(layout, tasks)
+        handles += register_decoder_shift(layout, source)
     elif config.position_offset == "peft":
         for module in position_modules(model, layout.stacks):
-            shift = PositionShift(module, config.prefix_lengths()[0], tasks)
+            shift = PositionShift(module, source)
             handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
     for stack in layout.stacks:
-        stack_hook = stack_hook_class(model, stack, layout, config, tasks)
+        stack_hook = StackHook(stack, layout, config, source)
         handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
         handles.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
     for layer in {id(site.layer): site.layer for site in layout.sites if site.calls > 1}.values():

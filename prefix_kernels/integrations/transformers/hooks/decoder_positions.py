@@ -8,18 +8,20 @@ is known to the decoder alone, whose hook leaves it to them.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, batch_size, find_selection
+from prefix_kernels.integrations.transformers.runtime.selection import (
+    PREFIX_NAMES,
+    PrefixSource,
+    batch_size,
+    find_selection,
+)
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
-
-if TYPE_CHECKING:
-    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 
 class _Calling(threading.local):
@@ -43,15 +45,15 @@ class DecoderShift:
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, tasks: PrefixTasks) -> None:
-        self.tasks = tasks
+    def __init__(self, source: PrefixSource) -> None:
+        self.source = source
 
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        selection = find_selection(kwargs, self.tasks)
+        selection = find_selection(kwargs, self.source)
         if selection is None:
-            _calling.shift = _calling.largest = self.tasks.shift
+            _calling.shift = _calling.largest = self.source.shift
             return None
         if selection.moves:
             _calling.shift = selection.shifts_of(batch_size(args, kwargs))
@@ -100,7 +102,7 @@ def without_row_dimension(
     return output.squeeze(0) if output.dim() == 4 else None
 
 
-def register_decoder_shift(layout: PrefixLayout, tasks: PrefixTasks) -> list[RemovableHandle]:
+def register_decoder_shift(layout: PrefixLayout, source: PrefixSource) -> list[RemovableHandle]:
     """Move the positions of the decoder, if its self-attention has a prefix.
 
     T5 has none to move: there the prefix gets a position bias, see
@@ -111,7 +113,7 @@ def register_decoder_shift(layout: PrefixLayout, tasks: PrefixTasks) -> list[Rem
         table = getattr(decoder, "embed_positions", None)
         if table is not None:
             # Before the decoder's own hook, which takes the names away.
-            shift = DecoderShift(tasks)
+            shift = DecoderShift(source)
             handles.append(decoder.register_forward_pre_hook(shift, with_kwargs=True, prepend=True))
             handles.append(table.register_forward_pre_hook(PositionTableShift(table), with_kwargs=True))
             handles.append(table.register_forward_hook(without_row_dimension, with_kwargs=True))

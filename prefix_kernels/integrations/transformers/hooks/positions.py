@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, find_selection
+from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSource, find_selection
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES, past_length
-
-if TYPE_CHECKING:
-    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
-
 
 # What models call their learned table of absolute positions.
 POSITION_TABLES = ("position_embeddings", "position_embedding", "wpe")
@@ -45,9 +41,8 @@ class PositionShift:
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, backbone: nn.Module, shift: int, tasks: PrefixTasks | None = None) -> None:
-        self.shift = shift
-        self.tasks = tasks
+    def __init__(self, backbone: nn.Module, source: PrefixSource) -> None:
+        self.source = source
         self.parameter_names = [
             parameter.name
             for parameter in inspect.signature(backbone.forward).parameters.values()
@@ -68,11 +63,9 @@ class PositionShift:
 
     def _shift(self, kwargs: dict[str, Any], batch: int) -> tuple[int | Tensor, int]:
         """The shift, one for all or ``[batch, 1]``, and the largest."""
-        if self.tasks is None:
-            return self.shift, self.shift
-        selection = find_selection(kwargs, self.tasks)
+        selection = find_selection(kwargs, self.source)
         if selection is None:
-            return self.tasks.shift, self.tasks.shift
+            return self.source.shift, self.source.shift
         kwargs[PREFIX_NAMES] = selection
         if not selection.moves:
             return 0, 0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.transformers.attention.interface import implementation_name
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
@@ -22,13 +21,11 @@ from prefix_kernels.integrations.transformers.runtime.relative_bias import (
 from prefix_kernels.integrations.transformers.runtime.selection import (
     PREFIX_NAMES,
     PrefixSelection,
+    PrefixSource,
     batch_size,
     find_selection,
 )
-from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
-
-if TYPE_CHECKING:
-    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
 class StackHook:
@@ -39,22 +36,18 @@ class StackHook:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         stack: nn.Module,
         layout: PrefixLayout,
         config: PrefixTuningConfig,
-        tasks: PrefixTasks | None = None,
+        source: PrefixSource,
     ) -> None:
-        self.model = model
-        self.tasks = tasks
+        self.source = source
         self.stack = stack
-        self.layout = layout
         self.implementation = implementation_name(config.attention)
         self.window_includes_prefix = config.window_includes_prefix
         sites = [site for site in layout.sites if site.stack is stack]
         self.layers = list({id(site.layer): site.layer for site in sites}.values())
         self.attentions = list({id(site.module): site.module for site in sites}.values())
-        self.position_offset = config.prefix_lengths()[0] if config.position_offset == "peft" else 0
         self.relative_bias = RelativeBias(stack) if has_relative_bias(stack) else None
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -69,13 +62,13 @@ class StackHook:
                 "output_attentions=True: the attention weights are never formed, so they cannot be returned; remove "
                 'the prefix and use attn_implementation="eager" to look at them'
             )
-        selection = None if self.tasks is None else find_selection(kwargs, self.tasks)
+        selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
-        recorded = None if self.tasks is None else find_recording(self.tasks)
+        recorded = find_recording(self.source)
         if recorded is not None:
             prefixes = LayerPrefixes({}, recorded=recorded)
         elif selection is None:
-            prefixes = LayerPrefixes(self.pairs(), self.window_includes_prefix)
+            prefixes = LayerPrefixes(self.source.pairs(stack), self.window_includes_prefix)
         else:
             bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
             prefixes = LayerPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
@@ -83,15 +76,6 @@ class StackHook:
             prefixes.bias = self._position_bias(prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)
         return args, kwargs | {PREFIX_ARGUMENT: prefixes}
-
-    def pairs(self) -> dict[int, PrefixPair]:
-        """The prefixes of this call, by site, where all rows see the same."""
-        layout = self.layout if self.tasks is None else self.tasks.layout
-        return layout.pairs(self.model.prefix_encoder, self.stack)
-
-    def shift(self) -> int:
-        """How many positions before the sequence the prefix counts as in this call."""
-        return self.position_offset if self.tasks is None else self.tasks.shift
 
     def _position_bias(
         self,
@@ -101,7 +85,7 @@ class StackHook:
         kwargs: dict[str, Any],
     ) -> StackBias:
         if prefixes.ids is None:
-            return self.relative_bias(self.shift(), args, kwargs)
+            return self.relative_bias(self.source.shift, args, kwargs)
         if not selection.moves:
             return StackBias()
         columns = BankColumns(prefixes.ids, selection.bank_shifts)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 
-from prefix_kernels.integrations.transformers.runtime.selection import counted_open
+from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource, counted_open
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
 _recordings: ContextVar[Mapping[int, dict[int, PrefixPair]]] = ContextVar("prefix_recordings", default={})  # noqa: B039
 
 
 @contextmanager
-def recording(owner: Any) -> Iterator[dict[int, PrefixPair]]:
+def recording(owner: PrefixSource) -> Iterator[dict[int, PrefixPair]]:
     """While it is open, the model of the tasks ``owner`` runs without a prefix in this thread.
 
     Yields:
@@ -32,10 +31,10 @@ def recording(owner: Any) -> Iterator[dict[int, PrefixPair]]:
 
 
 @torch.compiler.disable
-def _open_recording(owner: Any) -> dict[int, PrefixPair] | None:
+def _open_recording(owner: PrefixSource) -> dict[int, PrefixPair] | None:
     return _recordings.get().get(id(owner))
 
 
-def find_recording(owner: Any) -> dict[int, PrefixPair] | None:
+def find_recording(owner: PrefixSource) -> dict[int, PrefixPair] | None:
     """The recording that is open in this thread, if any."""
     return _open_recording(owner) if owner.open_selections else None

@@ -7,58 +7,65 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_kernels import fsdp
-from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
+from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 
 # The keyword argument of a prepared model's forward and generate.
 PREFIX_NAMES = "prefix_names"
 RowNames = str | None | Sequence[str]
 
 
-@dataclass(eq=False)
-class PrefixBank:
-    """The prefixes of several tasks for the attentions of one stack.
+class NamedTask(Protocol):
+    """A task as a selection remembers it."""
+
+    was_deleted: bool
+
+
+class PrefixSource(Protocol):
+    """The owner of the prefixes that the hooks of a model hand to its attentions.
+
+    The tasks of a prepared model are one, the adapters of an accelerated PEFT model another.
 
     Attributes:
-        pairs: ``(prefix_key, prefix_value)`` ``[N, Hkv, P, D]`` of each attention, by its index among the sites, ``P``
-            being the longest. Beyond a prefix's own length they are zero.
-        lens: ``[N]``, the length of each, by site.
+        open_selections: the number of selections and recordings that are open in all threads.
     """
 
-    pairs: dict[int, PrefixPair]
-    lens: dict[int, Tensor]
+    open_selections: int
 
-    def let_sizes_vary(self) -> None:
-        """Let code that is compiled with this bank take others, of more or longer prefixes, without compiling anew.
+    @property
+    def layout(self) -> PrefixLayout:
+        """The attentions that have a prefix now."""
 
-        ``torch.compile`` makes code of its own for a size of 1 (one task, or prefixes of one token) nevertheless.
-        """
-        for pair in self.pairs.values():
-            for tensor in pair:
-                torch._dynamo.maybe_mark_dynamic(tensor, (0, 2))
-        for lens in self.lens.values():
-            torch._dynamo.maybe_mark_dynamic(lens, 0)
+    @property
+    def shift(self) -> int:
+        """The number of positions by which sequences begin later in a call without a selection."""
 
+    @property
+    def names(self) -> list[str]:
+        """The names that a selection may have."""
 
-def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
-    """One bank of the prefixes ``[Hkv, P, D]`` of several tasks, each given by site. Gradients flow back to them."""
-    bank = PrefixBank({}, {})
-    for site in prefixes[0]:
-        pairs = [prefix[site] for prefix in prefixes]
-        lengths = [key.shape[1] for key, _ in pairs]
-        longest = max(lengths)
-        bank.pairs[site] = tuple(
-            torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tensors])
-            for tensors in zip(*pairs, strict=True)
-        )
-        bank.lens[site] = torch.tensor(lengths, device=pairs[0][0].device)
-    return bank
+    def pairs(self, stack: nn.Module) -> dict[int, PrefixPair]:
+        """Return the prefixes ``[Hkv, P, D]`` in a call without a selection, of the attentions in ``stack`` by site."""
+
+    def select(self, names: Sequence[RowNames]) -> PrefixSelection:
+        """Return the selection that a call with ``prefix_names=names`` means."""
+
+    def stack_number(self, stack: nn.Module) -> int:
+        """Return the key of ``stack`` in the result of :meth:`make_banks`."""
+
+    def make_bank(self, names: Sequence[str], stack: nn.Module) -> PrefixBank:
+        """Return the bank of the named tasks for the attentions in ``stack``; gradients reach the prefixes."""
+
+    def make_banks(self, names: Sequence[str]) -> dict[int, PrefixBank]:
+        """Return the bank of the named tasks for each stack, without gradients, to be held."""
+
+    def can_hold_banks(self) -> bool:
+        """Return False where prefixes are whole only while the model runs, as FSDP2 keeps them."""
 
 
 @dataclass(eq=False)
@@ -66,9 +73,9 @@ class PrefixSelection:
     """The prefixes of a batch; made by :func:`prefix_kernels.integrations.transformers.tasks.api.select_prefixes`.
 
     Attributes:
-        owner: the tasks of the model it was made for.
+        owner: the source of the prefixes, which it was made by.
         bank_names: the tasks in the bank, in its order: those that a row names, and no others.
-        bank_tasks: what ``owner`` had under these names; each has ``was_deleted``.
+        bank_tasks: the tasks that ``owner`` had under these names.
         active: the task whose heads were compared with theirs.
         ids: int64 ``[B]`` or ``[B, M]``, indices into the bank; -1 is none.
         bank_shifts: int64 ``[N]``, by how much each prefix of the bank lets positions begin later: its length, or 0.
@@ -82,10 +89,10 @@ class PrefixSelection:
         was_used: whether a stack has asked for it.
     """
 
-    owner: Any
+    owner: PrefixSource
     bank_names: tuple[str, ...]
-    bank_tasks: tuple[Any, ...]
-    active: Any
+    bank_tasks: tuple[NamedTask, ...]
+    active: NamedTask
     ids: Tensor
     bank_shifts: Tensor
     shifts: Tensor
@@ -117,7 +124,7 @@ class PrefixSelection:
 
         Not where FSDP2 shards the model: its parameters are there only while it runs.
         """
-        if self.banks is not None or fsdp.units_of(self.owner.model):
+        if self.banks is not None or not self.owner.can_hold_banks():
             return self
         self.refuse_deleted()
         torch._dynamo.maybe_mark_dynamic(self.bank_shifts, 0)
@@ -138,7 +145,7 @@ class PrefixSelection:
                     f"select_prefixes(model, names), of tasks among {self.owner.names}"
                 )
 
-    def refuse_other_owner(self, owner: Any) -> None:
+    def refuse_other_owner(self, owner: PrefixSource) -> None:
         """Raise where it was made for another model than that of ``owner``.
 
         Raises:
@@ -204,7 +211,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def counted_open(owner: Any) -> Iterator[None]:
+def counted_open(owner: PrefixSource) -> Iterator[None]:
     """Counts in ``owner.open_selections``, which compiled code can look at where it cannot look into a ContextVar."""
     with _lock:
         owner.open_selections += 1
@@ -227,11 +234,11 @@ def selected(selection: PrefixSelection) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def _open_selection(owner: Any) -> PrefixSelection | None:
+def _open_selection(owner: PrefixSource) -> PrefixSelection | None:
     return _selections.get().get(id(owner))
 
 
-def find_selection(kwargs: Mapping[str, Any], owner: Any) -> PrefixSelection | None:
+def find_selection(kwargs: Mapping[str, Any], owner: PrefixSource) -> PrefixSelection | None:
     """What a call with ``kwargs`` is to see: what it names itself, else the selection that is open, else None."""
     named = kwargs.get(PREFIX_NAMES)
     if isinstance(named, PrefixSelection):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +12,18 @@ from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.transformers.runtime.selection import (
     PrefixSelection,
+    PrefixSource,
     RowNames,
     find_selection,
     selected,
 )
 
-if TYPE_CHECKING:
-    from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
+
+class SelectsForCalls(PrefixSource, Protocol):
+    """A source that checks what a call of the whole model is given."""
+
+    def selection_of(self, names: Sequence[RowNames] | PrefixSelection) -> PrefixSelection:
+        """Return the selection that a call of the model with ``prefix_names=names`` means."""
 
 
 class GenerateWithPrefixes:
@@ -28,7 +33,7 @@ class GenerateWithPrefixes:
     made once, not for every token, unless FSDP2 shards the model.
     """
 
-    def __init__(self, model: PreTrainedModel, tasks: PrefixTasks) -> None:
+    def __init__(self, model: PreTrainedModel, tasks: SelectsForCalls) -> None:
         self.model = model
         self.tasks = tasks
 

@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank, stack_prefixes
 from prefix_kernels.integrations.transformers.runtime.recording import find_recording
 from prefix_kernels.integrations.transformers.runtime.selection import (
     PREFIX_NAMES,
-    PrefixBank,
     PrefixSelection,
     RowNames,
     selected,
-    stack_prefixes,
 )
 from prefix_kernels.integrations.transformers.storage.stored_task import StoredTask
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
@@ -227,6 +226,10 @@ class PrefixTasks:
         for bank in banks.values():
             bank.let_sizes_vary()
         return banks
+
+    def can_hold_banks(self) -> bool:
+        """Return False where FSDP2 shards the model: its parameters are whole only while it runs."""
+        return not fsdp.units_of(self.model)
 
     def select(self, names: Sequence[RowNames], *, for_heads: bool = False) -> PrefixSelection:
         """What the rows of a batch see; with ``for_heads`` it is checked that the active heads suit all of them.
