@@ -100,7 +100,7 @@ def prefix_attention(
     Batched gradients (``is_grads_batched``) and the transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``,
     ``vmap``) work, one element of the batch after another. Double backward and forward mode are refused.
 
-    DTensors are taken too, see :func:`prefix_kernels.distributed.sharded_attention`.
+    DTensors are taken too, see :func:`prefix_kernels.sharded_attention.sharded_attention`.
 
     Args:
         query: ``[B, Hq, Sq, D]``, D from 1 to 256; any strides with ``stride(-1) == 1``. float64, float32, bfloat16 or
@@ -144,7 +144,7 @@ def prefix_attention(
     Reference: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
     """
     if any(hasattr(x, "device_mesh") for x in (query, key, value, prefix_key, prefix_value)):
-        from prefix_kernels.distributed import sharded_attention
+        from prefix_kernels.sharded_attention import sharded_attention
 
         return sharded_attention(
             prefix_attention,

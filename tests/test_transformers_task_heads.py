@@ -29,7 +29,8 @@ from prefix_kernels.integrations.transformers import (
     select_prefixes,
     set_prefix,
 )
-from prefix_kernels.integrations.transformers.tasks.heads import Labels, labels_of_size
+from prefix_kernels.integrations.transformers.storage.labels import Labels
+from prefix_kernels.integrations.transformers.tasks.heads import labels_of_size
 
 # What is trained for it: real numbers, classes, or several labels at once.
 LABELS = {

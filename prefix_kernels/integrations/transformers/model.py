@@ -13,6 +13,7 @@ from prefix_kernels.integrations.transformers.attention.interface import registe
 from prefix_kernels.integrations.transformers.config import CONFIG_KEY, PrefixTuningConfig
 from prefix_kernels.integrations.transformers.hooks.attach import attach
 from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
+from prefix_kernels.integrations.transformers.storage.labels import LABELS_KEY, Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import checked_config, read_stored_task
 from prefix_kernels.integrations.transformers.structure.adapters import injected_parameters
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
@@ -20,7 +21,6 @@ from prefix_kernels.integrations.transformers.structure.offload import keep_load
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
-from prefix_kernels.integrations.transformers.tasks.heads import LABELS_KEY, Labels
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks, tasks_of
 
 __all__ = ["get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]

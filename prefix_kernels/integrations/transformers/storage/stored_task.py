@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prefix_kernels._files import blaming, parse_json
 from prefix_kernels.checkpoint import load_prefix, read_prefix_file, read_prefix_tensors, shape_misfits
 from prefix_kernels.integrations.transformers.config import CONFIG_KEY, PrefixTuningConfig
+from prefix_kernels.integrations.transformers.storage.labels import LABELS_KEY, Labels
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
     CONFIG_FILE,
     is_peft_checkpoint,
@@ -21,7 +22,6 @@ from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
-from prefix_kernels.integrations.transformers.tasks.heads import LABELS_KEY, Labels
 
 _PREFIX = "prefix_encoder"
 

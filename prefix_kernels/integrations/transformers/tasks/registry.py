@@ -27,17 +27,13 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     RowNames,
     selected,
 )
+from prefix_kernels.integrations.transformers.storage.labels import Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import StoredTask
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
 from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
-from prefix_kernels.integrations.transformers.tasks.heads import (
-    Labels,
-    fitted_heads,
-    labels_of_size,
-    refuse_unequal_heads,
-)
+from prefix_kernels.integrations.transformers.tasks.heads import fitted_heads, labels_of_size, refuse_unequal_heads
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 FIRST_NAME = "default"
