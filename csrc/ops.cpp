@@ -10,7 +10,7 @@
 #include "cpu/api.h"
 #endif
 
-// tests/emulated.py registers the same operators under a name of its own, where the CPU runs the CUDA kernels.
+// tests/helpers/emulated.py registers the same operators under a name of its own, where the CPU runs the CUDA kernels.
 #if defined(PREFIX_KERNELS_EMULATED)
 #define PREFIX_KERNELS_LIBRARY PREFIX_KERNELS_EMULATED
 #else

@@ -15,7 +15,8 @@ import hypothesis
 import pytest
 import torch
 
-CHECKOUT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+CHECKOUT = TESTS.parent
 
 # `python -m pytest` puts the current folder first on the path, where the unbuilt package hides the installed one;
 # so does every Python that a test starts there.
@@ -23,6 +24,11 @@ elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() !
 if PathFinder.find_spec("prefix_kernels", elsewhere):
     sys.path[:] = elsewhere
     os.environ["PYTHONSAFEPATH"] = "1"
+
+# pytest puts this folder on the path, where its `transformers` and `peft` would stand for packages not installed.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != TESTS]
+# The tests of PEFT use the models of the tests of Transformers.
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "transformers")]
 
 # The benchmarks are tested as the package `benchmarks`. The checkout comes last, behind the installed prefix_kernels.
 sys.path.append(str(CHECKOUT))

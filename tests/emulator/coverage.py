@@ -1,6 +1,6 @@
 """Which lines of the kernel headers the emulated tests have run.
 
-    PREFIX_KERNELS_EMULATOR=coverage python -m pytest tests/test_cuda_forward.py tests/test_cuda_backward.py ...
+    PREFIX_KERNELS_EMULATOR=coverage python -m pytest tests/cuda/test_cuda_forward.py ...
     PREFIX_KERNELS_EMULATOR=coverage python tests/emulator/coverage.py [least per cent]
 
 Counts add up from run to run until a kernel changes. Prints a line per header with the lines that no test ran, and
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 from emulated import CHECKOUT, FOLDER, VARIANT
 

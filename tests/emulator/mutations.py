@@ -24,7 +24,7 @@ from pathlib import Path
 
 # Named here because PYTHONSAFEPATH, which the test suite sets, leaves a script's own folder out.
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 import emulated
 import torch

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent.parent
-if str(CHECKOUT / "tests") not in sys.path:
-    sys.path.insert(0, str(CHECKOUT / "tests"))
+HELPERS = CHECKOUT / "tests" / "helpers"
+if str(HELPERS) not in sys.path:
+    sys.path.insert(0, str(HELPERS))
 # For build_tools; last, because the package that was built comes before the checkout's folder of its source.
 sys.path.append(str(CHECKOUT))
 

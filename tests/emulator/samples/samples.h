@@ -1,4 +1,4 @@
-// Small kernels for the tests of the emulator itself; run by name from tests/test_emulator.py.
+// Small kernels for the tests of the emulator itself; run by name from tests/cuda/test_emulator.py.
 #pragma once
 
 #include <cstddef>

@@ -24,7 +24,7 @@ from benchmarks.compatibility.trials import (
 )
 from benchmarks.compatibility.what_works import main
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 TRIALS = [(row.want, model) for row in ROWS for model in row.models]
 # To let PEFT train, compile and generate again would cost more than it tells.
 CHEAP = [row for row in ROWS if not {"torch.compile", "Trainer", "generate"} & set(row.want.replace("`", " ").split())]

@@ -19,7 +19,7 @@ import torch
 
 import prefix_kernels
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 PACKAGE = Path(prefix_kernels.__file__).parent
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 RELEASE = ".".join(torch.__version__.split(".")[:2])

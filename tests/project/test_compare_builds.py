@@ -18,7 +18,7 @@ from benchmarks.kernels.cpu.baselines import ours
 from benchmarks.kernels.cpu.builds import Kernels, build, kernel_sources, read_flags
 from benchmarks.kernels.cpu.turns import Comparison, Problem, compare
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 SCRIPT = CHECKOUT / "benchmarks" / "kernels" / "cpu" / "compare_builds.py"
 CELL = Cell(1, 4, 2, 32, 96, 96, 20, True, "forward", "float32")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 BENCHMARKS = CHECKOUT / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(BENCHMARKS.rglob("*.py"))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from prefix_kernels import autograd, functional
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 # Last, because an installed package comes before the checkout's folder of its source.
 sys.path.append(str(CHECKOUT))
 

@@ -59,7 +59,8 @@ for dtype, least_normal in ((torch.float32, 87.3), (torch.float64, 708.3)):
 
 
 def run_in_process(script: str, isa: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PREFIX_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    helpers = Path(__file__).parent.parent / "helpers"
+    environment = {**os.environ, "PREFIX_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(helpers)}
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 

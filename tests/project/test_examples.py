@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from prefix_kernels.checkpoint import read_prefix_metadata
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, load_prefix_model
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def run(example: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:

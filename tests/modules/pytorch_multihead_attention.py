@@ -1,6 +1,6 @@
 """Runs PyTorch's own tests of ``nn.MultiheadAttention`` on the drop-in; compares the failures with those documented.
 
-    python tests/pytorch_multihead_attention.py PYTORCH/test
+    python tests/modules/pytorch_multihead_attention.py PYTORCH/test
 
 ``PYTORCH/test`` is the folder of tests in a source release of the installed PyTorch; its tests need the package
 ``expecttest``. Each file runs twice, with ``nn.MultiheadAttention`` itself and with ``PrefixMultiheadAttention`` in its

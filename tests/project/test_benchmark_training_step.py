@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import run_script
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> None:

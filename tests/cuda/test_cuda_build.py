@@ -3,8 +3,8 @@
 What a build of the extension left in ``build`` is looked at where it is current; else the kernels are compiled here.
 
 The number of tensor core, ``ldmatrix`` and ``cp.async`` instructions of each file is compared with
-``sass_instructions.json``; after a change that is meant, ``python tests/test_cuda_build.py`` writes that file anew, all
-or the files with a word in their path. It needs cuobjdump, from the CUDA toolkit or from triton's wheel.
+``sass_instructions.json``; after a change that is meant, ``python tests/cuda/test_cuda_build.py`` writes that file
+anew, all or the files with a word in their path. It needs cuobjdump, from the CUDA toolkit or from triton's wheel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parent.parent.parent
 # Last, because an installed package comes before the checkout's folder of its source.
 sys.path.append(str(CHECKOUT))
 

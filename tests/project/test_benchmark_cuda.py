@@ -18,7 +18,7 @@ from benchmarks.kernels.cuda.baselines import BASELINES
 from benchmarks.kernels.cuda.ceilings import GpuCeilings
 from benchmarks.kernels.cuda.plan import BATCHES, HEADS, LENGTHS, PASSES, PREFIX_LENS, plan
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_on_gpu.sh"
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "run_on_gpu.sh"
 SMALL = [Cell(2, 4, 2, 16, 24, 24, 5, is_causal, pass_, "float32") for is_causal in (0, 1) for pass_ in PASSES]
 SMALL.append(Cell(2, 4, 2, 16, 1, 40, 5, True, "decode", "float32"))
 
