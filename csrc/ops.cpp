@@ -1,4 +1,4 @@
-// The operators' schemas, once. What Python adds (fake kernels, autograd, autocast) is in prefix_kernels/ops.py.
+// The only definition of the operators' schemas. prefix_kernels/ops.py adds fake kernels, autograd and autocast.
 #include <torch/library.h>
 
 #include "validate.h"

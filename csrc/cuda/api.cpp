@@ -16,7 +16,7 @@ struct DeviceIntegers {
   void attach(const AttentionArguments& args, AttentionParams& p, const Device& device) {
     const auto to_int64 = [](const at::Tensor& x) { return x.to(at::kLong).contiguous(); };
     const auto data = [&](const at::Tensor& x, const char* name) {
-      device.may_read(x, name);
+      device.allow_reading(x, name);
       return x.const_data_ptr<int64_t>();
     };
     if (args.prefix_ids.has_value() && p.prefix_slots > 0) {
@@ -40,17 +40,17 @@ struct DeviceIntegers {
   }
 };
 
-void may_read(const Device& device, const std::optional<at::Tensor>& x, const char* name) {
-  if (x.has_value() && x->defined()) device.may_read(*x, name);
+void allow_reading(const Device& device, const std::optional<at::Tensor>& x, const char* name) {
+  if (x.has_value() && x->defined()) device.allow_reading(*x, name);
 }
 
-void may_read_inputs(const AttentionArguments& args, const Device& device) {
-  may_read(device, args.query, "query");
-  may_read(device, args.key, "key");
-  may_read(device, args.value, "value");
-  may_read(device, args.prefix_key, "prefix_key");
-  may_read(device, args.prefix_value, "prefix_value");
-  may_read(device, args.attn_mask, "attn_mask");
+void allow_reading_inputs(const AttentionArguments& args, const Device& device) {
+  allow_reading(device, args.query, "query");
+  allow_reading(device, args.key, "key");
+  allow_reading(device, args.value, "value");
+  allow_reading(device, args.prefix_key, "prefix_key");
+  allow_reading(device, args.prefix_value, "prefix_value");
+  allow_reading(device, args.attn_mask, "attn_mask");
 }
 
 }  // namespace
@@ -64,10 +64,10 @@ Results forward(const AttentionArguments& args) {
   if (p.batch == 0 || p.q_len == 0) return results;
   DeviceIntegers integers;
   integers.attach(args, p, device);
-  may_read_inputs(args, device);
-  device.may_write(std::get<0>(results), "out");
-  device.may_write(std::get<1>(results), "lse");
-  device.may_write(std::get<2>(results), "row_mass");
+  allow_reading_inputs(args, device);
+  device.allow_writing(std::get<0>(results), "out");
+  device.allow_writing(std::get<1>(results), "lse");
+  device.allow_writing(std::get<2>(results), "row_mass");
   dispatch_forward(p, device.context());
   return results;
 }
@@ -85,14 +85,14 @@ Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const
   if (b.forward.batch == 0 || b.forward.q_len == 0) return gradients;
   DeviceIntegers integers;
   integers.attach(args, b.forward, device);
-  may_read_inputs(args, device);
-  may_read(device, arriving.dout, "dout");
-  may_read(device, arriving.lse, "lse");
-  may_read(device, arriving.dlse, "dlse");
-  may_read(device, arriving.out, "out");
+  allow_reading_inputs(args, device);
+  allow_reading(device, arriving.dout, "dout");
+  allow_reading(device, arriving.lse, "lse");
+  allow_reading(device, arriving.dlse, "dlse");
+  allow_reading(device, arriving.out, "out");
   const char* names[kNumGradients] = {"dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value"};
   for (size_t i = 0; i < kNumGradients; ++i)
-    if (needs[i]) device.may_write(gradients[i], names[i]);
+    if (needs[i]) device.allow_writing(gradients[i], names[i]);
   dispatch_backward(b, device.context());
   return gradients;
 }

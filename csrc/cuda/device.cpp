@@ -45,7 +45,7 @@ void* Device::allocate(void* owner, size_t bytes) {
   return self.workspaces_.back().mutable_data_ptr();
 }
 
-void Device::may_read(const at::Tensor&, const char*) const {}
-void Device::may_write(const at::Tensor&, const char*) const {}
+void Device::allow_reading(const at::Tensor&, const char*) const {}
+void Device::allow_writing(const at::Tensor&, const char*) const {}
 
 }  // namespace prefix_kernels::cuda

@@ -21,9 +21,9 @@ class Device {
   // The device and its current stream; valid as long as this object is.
   const Context& context() const { return context_; }
 
-  // Tells the emulator's memory checks what the kernels may touch; a GPU needs no telling.
-  void may_read(const at::Tensor& tensor, const char* name) const;
-  void may_write(const at::Tensor& tensor, const char* name) const;
+  // Registers a tensor's memory with the emulator's checks, for kernels to read or write; on a GPU they do nothing.
+  void allow_reading(const at::Tensor& tensor, const char* name) const;
+  void allow_writing(const at::Tensor& tensor, const char* name) const;
 
  private:
   struct Guard;

@@ -3,18 +3,17 @@
 What a build of the extension left in ``build`` is looked at where it is current; else the kernels are compiled here.
 
 The number of tensor core, ``ldmatrix`` and ``cp.async`` instructions of each file is compared with
-``sass_instructions.json``; after a change that is meant, ``python tests/cuda/test_cuda_build.py`` writes that file
-anew, all or the files with a word in their path. It needs cuobjdump, from the CUDA toolkit or from triton's wheel.
+``sass_instructions.json``, and the instructions of hot loops with ``sass_report.csv``. After a change that is meant,
+``python tests/cuda/test_cuda_build.py`` and ``python -m build_tools.sass_report --write`` write these files anew, all or
+the files with a word in their path. Both need cuobjdump, from the CUDA toolkit or from triton's wheel.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +28,13 @@ sys.path.append(str(CHECKOUT))
 
 from build_tools.environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
 from build_tools.extension import CUDA_FLAGS, Unit  # noqa: E402
+from build_tools.sass_report import (  # noqa: E402
+    find_cuobjdump,
+    kernel_constants,
+    read_table,
+    report_object,
+    report_sources,
+)
 from build_tools.sources import CUDA_SOURCES  # noqa: E402
 
 FIGURES = Path(__file__).with_name("sass_instructions.json")
@@ -47,17 +53,6 @@ MAY_SPILL = {
 def kernel_sources() -> list[str]:
     """The .cu files of the build, relative to the checkout."""
     return [source for source in CUDA_SOURCES if source.endswith(".cu")]
-
-
-def find_cuobjdump(toolkit: CudaToolkit) -> str:
-    """The disassembler of the toolkit, of PATH, or of triton's wheel."""
-    candidates = [toolkit.home / "bin" / "cuobjdump"]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        candidates.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    found = next((str(path) for path in candidates if path.is_file()), None) or shutil.which("cuobjdump")
-    assert found, "cuobjdump was not found: install the CUDA toolkit's, or `pip install triton`, which brings one"
-    return found
 
 
 def kernel_flags() -> list[str]:
@@ -128,9 +123,16 @@ def toolkit() -> CudaToolkit:
     return found
 
 
+@pytest.fixture(scope="module")
+def constants(toolkit):
+    return kernel_constants(toolkit)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
-def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit, source, tmp_path, monkeypatch):
+def test_kernels_do_not_spill_and_have_the_instructions_that_were_counted(
+    toolkit, constants, source, tmp_path, monkeypatch
+):
     monkeypatch.chdir(CHECKOUT)  # what a build notes down is relative to it
     if (built := find_built(toolkit, source, Path("build"))) is not None:
         target, report = built.object, built.report.read_text()
@@ -149,6 +151,18 @@ def test_kernels_do_not_spill_and_use_the_instructions_that_they_should(toolkit,
             for each in (expected, got)
         )
     assert got == expected
+
+    if source in report_sources():
+        architectures = ("8.0", "9.0")
+        rows = report_object(find_cuobjdump(toolkit), target, constants, architectures)
+        counted = {tuple(str(value) for value in vars(row).values()) for row in rows}
+        identities = {row[:5] for row in counted}
+        table = {tuple(row.values()) for row in read_table() if tuple(row.values())[:5] in identities}
+        assert {row[4] for row in counted} == set(architectures)
+        if toolkit.version == figures["nvcc"]:
+            assert counted == table
+        else:
+            assert identities == {row[:5] for row in table}
 
 
 def test_a_spill_is_seen(toolkit, tmp_path):

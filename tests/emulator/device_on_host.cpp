@@ -58,11 +58,11 @@ void* Device::allocate(void* owner, size_t bytes) {
   return self.workspaces_.back().mutable_data_ptr();
 }
 
-void Device::may_read(const at::Tensor& tensor, const char* name) const {
+void Device::allow_reading(const at::Tensor& tensor, const char* name) const {
   emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, false, true);
 }
 
-void Device::may_write(const at::Tensor& tensor, const char* name) const {
+void Device::allow_writing(const at::Tensor& tensor, const char* name) const {
   emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, true, false);
 }
 

@@ -191,6 +191,15 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
     assert "prefix_kernels/_compiled_torch.py" not in held
 
 
+def test_no_header_hides_one_of_the_system(build_environment):
+    """Whoever adds a folder of ``csrc`` to the include path must still find ``<limits.h>`` and its like."""
+    names = {path.name for path in (CHECKOUT / "csrc").rglob("*.h")}
+    tests = "".join(f"#if __has_include(<{name}>)\n#error {name}\n#endif\n" for name in sorted(names))
+    command = [*build_environment.find_compiler(), "-x", "c++", "-fsyntax-only", "-"]
+    run = subprocess.run(command, input=tests, capture_output=True, text=True, check=False)
+    assert names and run.returncode == 0, run.stderr
+
+
 def _plan(build_environment, torch_version, cuda, toolkit_version, sources=("kernel.cu",), **environ):
     toolkit = toolkit_version and build_environment.CudaToolkit(Path("/usr/local/cuda"), toolkit_version)
     found = build_environment.Torch(Path("/torch"), torch_version, cuda)
