@@ -1,7 +1,7 @@
 """Counts the machine instructions of the CUDA kernels: per kernel, architecture and path of its hot loop.
 
     python -m build_tools.sass_report                 compile for 8.0, 8.6 and 9.0, print the table
-    python -m build_tools.sass_report --write         write tests/sass_report.csv anew
+    python -m build_tools.sass_report --write         write tests/cuda/sass_report.csv anew
     python -m build_tools.sass_report --arch 9.0 backward_bfloat16_128
 
 Only bfloat16 is counted: float16 kernels differ from it in the type of an instruction. The script needs nvcc, and
@@ -51,7 +51,7 @@ from .extension import CUDA_FLAGS
 from .sources import CUDA_SOURCES
 
 CHECKOUT = Path(__file__).parent.parent
-TABLE = CHECKOUT / "tests" / "sass_report.csv"
+TABLE = CHECKOUT / "tests" / "cuda" / "sass_report.csv"
 ARCHITECTURES = ("8.0", "8.6", "9.0")
 PATHS = ("plain", "padding", "mask", "dropout", "several prefixes")
 

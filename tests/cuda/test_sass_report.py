@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parents[2]
 # Last, because an installed package comes before the checkout's folder of its source.
 sys.path.append(str(CHECKOUT))
 
