@@ -4,8 +4,8 @@ What a build of the extension left in ``build`` is looked at where it is current
 
 The number of tensor core, ``ldmatrix`` and ``cp.async`` instructions of each file is compared with
 ``sass_instructions.json``, and the instructions of hot loops with ``sass_report.csv``. After a change that is meant,
-``python tests/cuda/test_cuda_build.py`` and ``python -m build_tools.sass_report --write`` write these files anew, all or
-the files with a word in their path. Both need cuobjdump, from the CUDA toolkit or from triton's wheel.
+``python tests/cuda/test_cuda_build.py`` and ``python -m build_tools.sass_report --write`` write these files anew, all
+or the files with a word in their path. Both need cuobjdump, from the CUDA toolkit or from triton's wheel.
 """
 
 from __future__ import annotations
