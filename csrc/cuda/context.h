@@ -20,6 +20,8 @@ struct Context {
 
   void* (*allocate_in)(void* owner, size_t bytes) = nullptr;
   void* owner = nullptr;
+
+  int max_grid_yz = 65535;  // blocks of a grid along y, and along z, at most
 };
 
 }  // namespace prefix_kernels::cuda

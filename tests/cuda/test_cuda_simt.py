@@ -75,6 +75,40 @@ def test_no_races_or_stray_accesses(option, seed):
     check(call, function=partial(emulated_prefix_attention, mode="check", seed=seed))
 
 
+@pytest.fixture
+def several_rows_per_warp():
+    """Grids so small that a warp takes rows of all heads and batch rows, one after another."""
+    for mode in ("fast", "check"):
+        load(mode).device(80, 4, max_grid_yz=1)
+    yield
+    for mode in ("fast", "check"):
+        load(mode).device(80, 4)
+
+
+SEVERAL_ROWS = {
+    "plain": {},
+    "last columns hidden": {"attn_mask": (torch.arange(40) < 32).expand(9, 40)},
+    "last columns hidden from a query": {"attn_mask": (torch.arange(40) < 32) | (torch.arange(9)[:, None] % 2 == 0)},
+    "queries that see nothing": {"attn_mask": (torch.arange(9)[:, None] % 2 == 0).expand(9, 45)},
+    "causal": {"is_causal": True, "query_offset": -4},
+    "composed bank": OPTIONS["composed bank"],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", SEVERAL_ROWS)
+def test_several_rows_per_warp(option, dtype, several_rows_per_warp):
+    shape = dict(q_heads=4, kv_heads=2, q_len=9, k_len=40, head_dim=20, dtype=dtype)
+    check(make_call(**shape, **SEVERAL_ROWS[option]), function=emulated_prefix_attention)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("option", SEVERAL_ROWS)
+def test_no_races_between_the_rows_of_a_warp(option, seed, several_rows_per_warp):
+    call = make_call(q_heads=4, kv_heads=2, q_len=9, k_len=40, head_dim=20, **SEVERAL_ROWS[option])
+    check(call, function=partial(emulated_prefix_attention, mode="check", seed=seed))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 31, 32, 33, 100, 255, 256])
 def test_every_head_dim(head_dim, dtype):

@@ -9,6 +9,7 @@ namespace {
 
 int architecture = 80;
 int sm_count = 4;
+int max_grid_yz = 65535;
 
 // What one block may have, and room for the gaps that the emulator leaves between arrays.
 int shared_bytes() {
@@ -19,11 +20,14 @@ int shared_bytes() {
 
 }  // namespace
 
-// Which GPU the emulator is: its compute capability without the dot, and its number of multiprocessors.
+// Which GPU the emulator is: its compute capability without the dot, its number of multiprocessors, and the blocks that
+// the host code takes to be the most along y and along z of a grid.
 extern "C" __attribute__((visibility("default"))) void prefix_kernels_emulated_device(int new_architecture,
-                                                                                      int new_sm_count) {
+                                                                                      int new_sm_count,
+                                                                                      int new_max_grid_yz) {
   architecture = new_architecture;
   sm_count = new_sm_count;
+  max_grid_yz = new_max_grid_yz;
 }
 
 namespace prefix_kernels::cuda {
@@ -43,7 +47,7 @@ struct Device::Guard {};
 
 Device::Device(const at::Tensor& tensor) : like_(tensor) {
   check_architecture("8.0;9.0+PTX", architecture / 10, architecture % 10, "the emulated GPU");
-  context_ = {architecture, sm_count, shared_bytes(), nullptr, &Device::allocate, this};
+  context_ = {architecture, sm_count, shared_bytes(), nullptr, &Device::allocate, this, max_grid_yz};
   emulator::clear_globals();
 }
 

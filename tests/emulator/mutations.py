@@ -30,7 +30,7 @@ import emulated
 import torch
 from helpers import check
 from planted_bugs import MUTATIONS, Mutation
-from probes import PROBES
+from probes import PROBES, SMALL_GRIDS
 
 SEEDS = (1, 2)
 TIME_LIMIT_S = 120
@@ -79,6 +79,7 @@ def _run_probes(library: Path | None, names: tuple[str, ...]) -> Iterator[str]:
     for seed in SEEDS:
         for name in names:
             call, needs = PROBES[name]()
+            emulated.load("check").device(80, 4, max_grid_yz=1 if name in SMALL_GRIDS else 65535)
             try:
                 check(call, needs=needs, function=partial(emulated.emulated_prefix_attention, mode="check", seed=seed))
             except AssertionError as error:

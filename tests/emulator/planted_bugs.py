@@ -35,8 +35,8 @@ def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutatio
     return Mutation(f"backward: {name}", file, old, new, BACKWARD, probes or ("backward", "backward of a few columns"))
 
 
-def _float32(name: str, file: str, old: str, new: str) -> Mutation:
-    return Mutation(f"float32: {name}", file, old, new, FLOAT32, ("float32",))
+def _float32(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
+    return Mutation(f"float32: {name}", file, old, new, FLOAT32, probes or ("float32",))
 
 
 def _padding(name: str, old: str, new: str) -> Mutation:
@@ -125,6 +125,27 @@ BARRIERS = [
         "simt/forward.cuh",
         "        __syncwarp();\n        for (T& x : out)",
         "        for (T& x : out)",
+    ),
+    _float32(
+        "the next query over one whose last columns are all hidden",
+        "simt/forward.cuh",
+        "a barrier behind.\n    __syncwarp();\n",
+        "a barrier behind.\n",
+        "float32 of several rows per warp",
+    ),
+    _float32(
+        "dquery: the next scores over those that are still read",
+        "simt/backward.cuh",
+        "        __syncwarp();  // the next step's scores replace these\n",
+        "",
+        "float32 of several rows per warp",
+    ),
+    _float32(
+        "dkey and dvalue: the next weights over those that are still read",
+        "simt/backward.cuh",
+        "          __syncwarp();  // the next step's weights replace these\n",
+        "",
+        "float32 of several rows per warp",
     ),
 ]
 

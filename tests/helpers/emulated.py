@@ -231,9 +231,16 @@ class Library:
         take.restype = ctypes.c_int64
         return take()
 
-    def device(self, architecture: int, sm_count: int) -> None:
-        """Which GPU the host code sees: its compute capability (80 for 8.0) and number of multiprocessors."""
-        self.emulator.prefix_kernels_emulated_device(architecture, sm_count)
+    def device(self, architecture: int, sm_count: int, max_grid_yz: int = 65535) -> None:
+        """Set the GPU that the host code sees.
+
+        Args:
+            architecture: its compute capability, 80 for 8.0.
+            sm_count: number of multiprocessors.
+            max_grid_yz: the most blocks along y, and along z, of a grid. With few of them a warp of the float32 and
+                float64 kernels takes several rows, as on a GPU in a batch of more than 65,535.
+        """
+        self.emulator.prefix_kernels_emulated_device(architecture, sm_count, max_grid_yz)
 
 
 def load(mode: str = "fast") -> Library:

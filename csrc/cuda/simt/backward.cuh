@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(c
 
   for_each_row(query_grid(p), [&](int64_t batch, int64_t head, int64_t index) {
     const Query q{batch, head, index};
+    // Every step ends with a barrier: none still reads the last query's rows.
     copy_row(query_row, p.query, row_offset(p.query, q.batch, q.head, q.index), head_dim);
     copy_row(dout_row, b.dout, row_offset(b.dout, q.batch, q.head, q.index), head_dim);
     __syncwarp();
@@ -88,11 +89,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(c
         const int64_t left = segment.end - first;
         add_weighted_rows(sums, dscores, left < kWarpSize ? static_cast<int>(left) : kWarpSize, key,
                           row_offset(key, segment.outer, kv_head, first), head_dim);
-        __syncwarp();
+        __syncwarp();  // the next step's scores replace these
       }
     });
     store_row(sums, static_cast<T>(p.scale), dquery, row_offset(dquery, q.batch, q.head, q.index), head_dim);
-    __syncwarp();  // the next query's row replaces this one's
   });
 }
 
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
 
   for_each_row(column_grid(p, of_prefix), [&](int64_t outer, int64_t kv_head, int64_t column) {
     T dkey_sums[kPerLane] = {}, dvalue_sums[kPerLane] = {};
+    // Every step that reads the last column's rows ends with a barrier: none still reads them.
     copy_row(key_row, key, row_offset(key, outer, kv_head, column), head_dim);
     if (needs_dkey) copy_row(value_row, value, row_offset(value, outer, kv_head, column), head_dim);
     __syncwarp();
@@ -174,14 +175,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
           if (needs_dkey)
             add_weighted_rows(dkey_sums, dscores, count, queries + first * p.query.row_stride, p.query.row_stride,
                               head_dim);
-          __syncwarp();
+          __syncwarp();  // the next step's weights replace these
         }
       }
     });
     if (needs_dkey)
       store_row(dkey_sums, static_cast<T>(p.scale), dkey, row_offset(dkey, outer, kv_head, column), head_dim);
     if (needs_dvalue) store_row(dvalue_sums, T(1), dvalue, row_offset(dvalue, outer, kv_head, column), head_dim);
-    __syncwarp();  // the next column's rows replace this one's
   });
 }
 

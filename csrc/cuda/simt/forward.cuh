@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(
         static_cast<T*>(p.row_mass)[lse_index(p, q)] = sum > 0 ? sum * std::exp(max - lse) : T(1);
       }
     }
-    __syncwarp();  // the next query's row replaces this one's
+    // The next query's row replaces this one's, which steps that show nothing have read without a barrier behind.
+    __syncwarp();
   });
 }
 

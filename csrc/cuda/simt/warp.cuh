@@ -118,12 +118,11 @@ __device__ void store_row(const T (&sums)[kPerLane], T factor, const Operand& x,
 template <class Params>
 void launch_rows(void (*kernel)(Params), const RowGrid& grid, size_t bytes_per_warp, const Context& context,
                  const Params& params) {
-  // The largest grid along x, and along y and z.
-  constexpr int64_t kMaxX = (int64_t{1} << 31) - 1, kMaxYZ = 65535;
+  constexpr int64_t kMaxX = (int64_t{1} << 31) - 1;  // blocks of a grid along x, at most
   if (grid.outers == 0 || grid.heads == 0 || grid.rows == 0) return;
   const auto at_most = [](int64_t x, int64_t most) { return static_cast<unsigned>(x < most ? x : most); };
-  const dim3 blocks(at_most((grid.rows + kWarps - 1) / kWarps, kMaxX), at_most(grid.heads, kMaxYZ),
-                    at_most(grid.outers, kMaxYZ));
+  const dim3 blocks(at_most((grid.rows + kWarps - 1) / kWarps, kMaxX), at_most(grid.heads, context.max_grid_yz),
+                    at_most(grid.outers, context.max_grid_yz));
   launch(kernel, blocks, dim3(kWarps * kWarpSize), kWarps * bytes_per_warp, context.stream, params);
 }
 
