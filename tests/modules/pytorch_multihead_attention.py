@@ -39,7 +39,6 @@ DIFFERENCES = {
     r"fast_path_query_and_bias_have_different_dtypes": _FUSED,
     r"test_multihead_self_attn_two_masks_fast_path_mock": _FUSED,
     r"test_gradgrad_nn_(MultiheadAttention|Transformer)": "double backward is refused",
-    r"test_pickle_nn_(MultiheadAttention|Transformer)": "torch.load's weights_only admits modules of PyTorch alone",
 }
 _DROP_IN = "PREFIX_KERNELS_DROP_IN"
 
