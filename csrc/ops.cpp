@@ -1,4 +1,5 @@
-// The only definition of the operators' schemas. prefix_kernels/ops.py adds fake kernels, autograd and autocast.
+// The only definition of the operators' schemas. prefix_kernels/ops.py adds fake kernels and autocast,
+// prefix_kernels/autograd.py the derivatives.
 #include <torch/library.h>
 
 #include "validate.h"
