@@ -1,4 +1,4 @@
-"""What of a model belongs to a task: marking it trainable, and storing it as one small safetensors file.
+"""A task's parts of a model: marking them trainable, and storing them as one small safetensors file.
 
 The protocol
 ------------
@@ -272,7 +272,7 @@ def load_prefix(
 
 
 def shape_misfits(origin: str, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """In what stored prefixes of these shapes differ from those of ``model``, heads aside; values are not looked at.
+    """List the differences between stored shapes and those of the prefixes of ``model``; no value is read.
 
     Args:
         origin: where the shapes are from, for messages.
@@ -420,7 +420,7 @@ def _describe(model: nn.Module) -> dict[str, str]:
 def _load_targets(
     model: nn.Module, heads: Mapping[str, nn.Module], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, FoldsPrefix]]:
-    """Where each stored tensor goes, and the holders that have to be folded first (with stand-ins as their targets)."""
+    """Map each stored tensor to its target, and list the holders to fold first (stand-ins are their targets)."""
     targets, to_fold = _head_state(heads), {}
     for name, holder in _holders(model).items():
         owned = _owned(name, holder)

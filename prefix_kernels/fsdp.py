@@ -1,4 +1,4 @@
-"""What FSDP2, ``torch.distributed.fsdp.fully_shard``, has made of a module, without importing it where nobody did."""
+"""Detection of FSDP2's units (``fully_shard``), without importing FSDP2 where nobody did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on ``module`` itself: its parameters are there only while it runs."""
+    """Return True if ``fully_shard`` was called on ``module`` itself: its parameters are whole only while it runs."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 

@@ -139,8 +139,7 @@ def prefix_attention(
     Raises:
         ValueError: a shape, stride, layout, device or number is not as described.
         TypeError: a type or dtype is not as described.
-        IndexError: a value of ``prefix_ids`` or ``prefix_lens`` is out of range, on a CPU; on a GPU the kernel prints it
-            and traps.
+        IndexError: a value of ``prefix_ids`` or ``prefix_lens`` is out of range, on a CPU; a GPU prints it and traps.
 
     Reference: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
     """

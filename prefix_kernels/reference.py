@@ -42,7 +42,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_keep(seed: int, dropout_p: float, head: int, segment: int, rows: int, columns: int, device=None) -> Tensor:
-    """Which elements of one head's probabilities dropout keeps.
+    """Compute the mask of the probabilities of one head that dropout keeps.
 
     Args:
         seed: 64-bit seed.

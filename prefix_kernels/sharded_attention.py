@@ -77,7 +77,7 @@ def sharded_attention(
         for placement in placements:
             dim = {Shard(_BATCH): batch_dim, Shard(_HEADS): heads_dim}.get(placement)
             parts.append(Replicate() if dim is None else Shard(dim))
-            # What is whole where the query is split receives a part of its gradient from every process.
+            # A tensor kept whole where the query is split gets a part of its gradient from every process.
             partial = dim is None and placement != Replicate()
             gradients.append(Partial() if partial else parts[-1])
         if not isinstance(tensor, DTensor):

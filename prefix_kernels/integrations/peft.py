@@ -237,7 +237,7 @@ class _Adapters:
 
     @property
     def shift(self) -> int:
-        """By how much positions begin later in what runs."""
+        """Number of positions by which sequences begin later, that of the running adapter; 0 if none runs."""
         peft_model = self.running()
         return 0 if peft_model is None else peft_model.active_peft_config.num_virtual_tokens
 
@@ -270,7 +270,7 @@ class _Adapters:
         self.check(peft_model, name)
         config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
         if config.inference_mode:
-            # What a projection generated is then stored in place of it.
+            # PEFT then stores the generated table in place of the projection.
             table = encoder.embedding.weight
         else:
             tokens = peft_model.prompt_tokens[name][: config.num_virtual_tokens]
@@ -293,7 +293,7 @@ _running = _Running()
 
 
 class _Accelerated:
-    """What an accelerated model does in place of its PEFT class, the next one among its bases.
+    """Methods of an accelerated model in place of those of its PEFT class, the next one among its bases.
 
     Attributes:
         ignored_inputs: what PEFT takes and does not give to the model below. That its prefix tuning is without token

@@ -122,7 +122,7 @@ class PrefixEncoder(nn.Module):
 
     @property
     def projection(self) -> bool:
-        """Whether the table is generated (until :meth:`fold`)."""
+        """True while a network generates the table, which :meth:`fold` ends."""
         return self.table is None
 
     @torch.no_grad()
@@ -203,15 +203,15 @@ class PrefixEncoder(nn.Module):
         return self
 
     def prefix_parameter_names(self) -> list[str]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`: every parameter of an encoder belongs to the prefix."""
+        """Name every parameter, as the protocol of :mod:`prefix_kernels.checkpoint` asks: all belong to the prefix."""
         return [name for name, _ in self.named_parameters()]
 
     def frozen_prefix_names(self) -> list[str]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`: every buffer of an encoder belongs to the prefix."""
+        """Name every buffer, as the protocol of :mod:`prefix_kernels.checkpoint` asks: all belong to the prefix."""
         return [name for name, _ in self.named_buffers()]
 
     def arranged_prefix_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`: stored rows divided into frozen and trained as here."""
+        """Divide stored rows into frozen and trained ones (protocol of :mod:`prefix_kernels.checkpoint`)."""
         names = [name for name in ("frozen_table", "table") if name in state]
         if not names:
             return dict(state)
@@ -223,7 +223,7 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def folded_prefix_state(self) -> dict[str, Tensor]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`: the table, and its frozen rows if any, detached."""
+        """Return the table and its frozen rows, detached, for the protocol of :mod:`prefix_kernels.checkpoint`."""
         frozen = {} if self.frozen_table is None else {"frozen_table": self.frozen_table}
         return {"table": self._generate() if self.projection else self.table.detach()} | frozen
 

@@ -150,7 +150,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         return swapped.train(mha.training)
 
     def prefix_parameter_names(self) -> list[str]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`."""
+        """Name the parameters of the prefix, as the protocol of :mod:`prefix_kernels.checkpoint` asks."""
         return ["prefix_key", "prefix_value"] if self.num_prefix_tokens else []
 
     def forward(

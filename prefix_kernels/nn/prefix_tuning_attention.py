@@ -75,7 +75,7 @@ class PrefixTuningAttention(nn.Module):
         self.prefix = nn.Parameter(torch.randn(prefix_len, d_model, **factory))
 
     def prefix_parameter_names(self) -> list[str]:
-        """Of the protocol in :mod:`prefix_kernels.checkpoint`."""
+        """Name the parameters of the prefix, as the protocol of :mod:`prefix_kernels.checkpoint` asks."""
         return ["prefix"]
 
     def forward(

@@ -1,4 +1,4 @@
-"""What :func:`prefix_kernels.integrations.transformers.get_prefix_model` can be told."""
+"""Settings of :func:`prefix_kernels.integrations.transformers.get_prefix_model`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefix_kernels._files import LARGEST_SIZE, parse_json
 
 POSITION_OFFSETS = ("peft", "none")
 ATTENTIONS = ("prefix_kernels", "torch")
-# What a stored task calls its config in the metadata of its file.
+# The name of the config in the metadata of a stored task's file.
 CONFIG_KEY = "prefix_tuning_config"
 
 PrefixLengths = int | Sequence[int]

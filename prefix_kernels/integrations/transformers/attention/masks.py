@@ -47,7 +47,8 @@ def prefix_mask(
             return None
         return _cut(attention_mask, kv_offset, kv_offset + kv_length)[:, None, None, :]
 
-    # These are allowed where nothing is laid over the plain rule. The third kind of local attention comes in chunks.
+    # Transformers allows these skips where nothing is laid over the plain rule. The third kind of local attention
+    # comes in chunks.
     skips = allow_is_causal_skip or (allow_is_bidirectional_skip and getattr(config, "is_causal", True))
     is_window = local_size is not None and skips and getattr(config, "attention_chunk_size", None) is None
     if mask_function is causal_mask_function or is_window:

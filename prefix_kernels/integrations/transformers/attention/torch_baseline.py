@@ -88,7 +88,7 @@ def _of_each_row(bank: Tensor, ids: Tensor) -> Tensor:
 
 
 def _bank_mask(ids: Tensor, lens: Tensor, length: int, mask: Tensor) -> Tensor:
-    """Which columns of :func:`_of_each_row` are valid, to stand before ``mask``."""
+    """Mask of the valid columns of :func:`_of_each_row`, to stand before ``mask``."""
     slots = ids.view(ids.shape[0], -1)
     valid = torch.arange(length, device=ids.device) < lens[slots.clamp(min=0)][..., None]
     valid = valid & (slots >= 0)[..., None]
@@ -99,7 +99,7 @@ def _bank_mask(ids: Tensor, lens: Tensor, length: int, mask: Tensor) -> Tensor:
 
 
 def _prefix_in_window(length: int, ids: Tensor | None, lens: Tensor | None, first: Tensor, k_len: int) -> Tensor:
-    """Which of ``length`` columns of prefixes, and the ``k_len`` after them, come no sooner than position ``first``.
+    """Mask of the columns, ``length`` of prefixes and ``k_len`` after them, from position ``first`` on.
 
     The row's prefixes end where the sequence, whose columns are all taken to be visible, begins.
     """

@@ -1,4 +1,4 @@
-"""Which keys a call of Transformers' attention function sees, as ``prefix_attention`` takes it."""
+"""The keys that a call of Transformers' attention function sees, as ``prefix_attention`` takes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefix_kernels.integrations.transformers.runtime.relative_bias import biase
 
 
 class Visibility(NamedTuple):
-    """What a call sees, as :func:`prefix_kernels.prefix_attention` takes it."""
+    """The keys that a call sees, as :func:`prefix_kernels.prefix_attention` takes them."""
 
     key: Tensor
     value: Tensor
@@ -53,7 +53,7 @@ def visibility_of(
 
 
 def _position_of_the_query(module: nn.Module, query: Tensor, mask: Tensor) -> Tensor:
-    """Where the only query stands among the keys, by row: at the last one that it sees.
+    """Position of the only query of each row among the keys: that of the last key that it sees.
 
     Raises:
         NotImplementedError: there are more queries, or the mask is not boolean.

@@ -21,7 +21,7 @@ from prefix_kernels.integrations.transformers.structure.prefix_layout import Pre
 
 @dataclass(eq=False)
 class Attachment:
-    """What :func:`attach` did to a model.
+    """The changes that :func:`attach` made to a model.
 
     Attributes:
         handles: of the hooks.

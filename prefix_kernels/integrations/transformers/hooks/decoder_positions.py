@@ -1,4 +1,4 @@
-"""Where the positions of an encoder-decoder model begin when it has a prefix.
+"""The shift of the positions of an encoder-decoder model that has a prefix.
 
 PEFT's prefix lies in the cache of the decoder's self-attention and so moves the positions of the decoder, not those of
 the encoder. Decoders look them up where no caller can move them, so the hooks are at their tables; what each row sees

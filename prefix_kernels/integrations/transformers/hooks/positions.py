@@ -1,4 +1,4 @@
-"""Where the positions of a sequence begin in a model with a prefix."""
+"""The shift of the positions of a sequence in a model with a prefix."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def find_position_table(backbone: nn.Module) -> nn.Embedding | None:
 
 
 def _takes_padding(table: nn.Module) -> bool:
-    """Whether the positions of a table are counted along the padding mask (OPT)."""
+    """Return True if the positions of a table are counted along the padding mask (OPT)."""
     return isinstance(table, nn.Embedding) and "attention_mask" in inspect.signature(table.forward).parameters
 
 

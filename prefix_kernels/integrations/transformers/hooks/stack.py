@@ -1,4 +1,4 @@
-"""What a prepared model does around its layers: prefixes go in, and gradients find their way back."""
+"""The hooks around the layers of a prepared model: prefixes go in, and gradients find their way back."""
 
 from __future__ import annotations
 

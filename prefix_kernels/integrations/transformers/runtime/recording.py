@@ -1,4 +1,4 @@
-"""What a prepared model's attentions are given, as it runs without any prefix: the keys and values of a sequence."""
+"""Recording of the keys and values of a sequence, from a prepared model that runs without any prefix."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class StackBias:
             k_len: ``Sk``.
             prefix_len: ``P``, of this layer's prefix or bank; 0 without one.
         """
-        # Not a dict: looking up a length would compile the model for that length alone.
+        # A list, because looking up a length in a dict would compile the model for that length alone.
         for length, of_bias, of_mask, made in self.masks:
             if length == prefix_len and of_bias is bias and of_mask is attention_mask:
                 return made
@@ -59,7 +59,7 @@ class StackBias:
         return made
 
     def _prefix_bias(self, prefix_len: int) -> Tensor | None:
-        """What the columns of a prefix of that length get."""
+        """Return the position bias of the columns of a prefix of ``prefix_len`` tokens."""
         if self.before is None or prefix_len == 0:
             return None
         return self.before if self.columns is None else self.columns.bias(self.before, prefix_len)
@@ -183,5 +183,5 @@ class RelativeBias:
 
 
 def has_relative_bias(stack: nn.Module) -> bool:
-    """Whether ``stack`` holds such a table."""
+    """Return True if ``stack`` holds a table of relative positions."""
     return any(hasattr(module, _TABLE) for module in stack.modules())

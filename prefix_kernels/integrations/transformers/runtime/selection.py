@@ -1,4 +1,4 @@
-"""Which prefix each row of a batch sees, when they differ: one bank of prefixes, and indices into it."""
+"""Selections: the prefix that each row of a batch sees when they differ, as indices into a bank."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _open_selection(owner: PrefixSource) -> PrefixSelection | None:
 
 
 def find_selection(kwargs: Mapping[str, Any], owner: PrefixSource) -> PrefixSelection | None:
-    """What a call with ``kwargs`` is to see: what it names itself, else the selection that is open, else None."""
+    """Find the selection of a call with ``kwargs``: the one that it names, else the open one, else None."""
     named = kwargs.get(PREFIX_NAMES)
     if isinstance(named, PrefixSelection):
         named.refuse_other_owner(owner)

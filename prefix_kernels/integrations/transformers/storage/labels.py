@@ -34,7 +34,7 @@ class Labels:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Labels | None:
-        """Those that the heads of ``model`` tell apart now; None where no layer of a head has an output for each.
+        """Read the labels that the heads of ``model`` tell apart; None where no layer of a head has an output for each.
 
         The config of every model has labels, of one that generates text too, where they mean nothing.
         """

@@ -81,7 +81,7 @@ class PeftCheckpoint:
 
 
 def is_peft_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether ``path`` is a folder that PEFT wrote."""
+    """Return True if ``path`` is a folder that PEFT wrote."""
     return os.path.isfile(Path(path) / CONFIG_FILE)
 
 
@@ -341,7 +341,7 @@ def _refuse_what_peft_lacks(model: PreTrainedModel, config: PrefixTuningConfig) 
 
 
 def has_sliding_window(model: PreTrainedModel) -> bool:
-    """Whether some layers see only a window of the sequence."""
+    """Return True if some layers see only a window of the sequence."""
     config = model.config.get_text_config()
     if layer_types := getattr(config, "layer_types", None):
         return "sliding_attention" in layer_types

@@ -1,4 +1,4 @@
-"""Which part of PEFT's prefix table each layer of a model reads.
+"""The part of PEFT's prefix table that each layer of a model reads.
 
 PEFT stores a prefix as ``prompt_embeddings [P, 2 * L * Hkv * D]``: ``L`` pairs of a key and a value slice, each
 ``[P, Hkv, D]``. In a model of one stack, layer ``l`` reads pair ``l``. In an encoder-decoder model PEFT doubles the

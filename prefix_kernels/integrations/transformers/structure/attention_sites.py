@@ -1,4 +1,4 @@
-"""Where the attention of a Transformers model is, and what shape its keys have."""
+"""The attentions of a Transformers model, and the shape of their keys."""
 
 from __future__ import annotations
 

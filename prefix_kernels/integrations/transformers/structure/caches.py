@@ -12,6 +12,6 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def past_length(inputs: Mapping[str, Any]) -> int | Tensor:
-    """How many tokens the cache among the named ``inputs`` holds; 0 without one."""
+    """Number of tokens in the cache among the named ``inputs``; 0 without one."""
     caches = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
     return caches[0].get_seq_length() if caches else 0

@@ -111,7 +111,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _offloading(module: nn.Module) -> list[Any]:
-    """Those of the hooks that load the weights of ``module`` for each call."""
+    """The hooks of `accelerate` that load the weights of ``module`` for each call."""
     return [hook for hook in _hooks(module) if getattr(hook, "offload", False)]
 
 

@@ -1,4 +1,4 @@
-"""Which attentions of a model have a prefix, how long it is, and which table it lies in."""
+"""The attentions of a model that have a prefix, its length, and the table that it lies in."""
 
 from __future__ import annotations
 

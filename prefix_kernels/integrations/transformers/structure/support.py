@@ -1,4 +1,4 @@
-"""Which models can be prepared, and what of them is trained beside the prefix."""
+"""Supported models, and the heads that are trained beside the prefix."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from prefix_kernels.nn.encoder import PrefixEncoder
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether ``model`` was loaded with a ``tp_plan``, by several processes."""
+    """Return True if ``model`` was loaded with a ``tp_plan``, by several processes."""
     return (getattr(model, "_tp_size", None) or 1) > 1
 
 

@@ -118,7 +118,7 @@ def delete_named_prefix(model: PreTrainedModel, name: str) -> None:
 
 
 def select_prefixes(model: PreTrainedModel, names: Sequence[RowNames]) -> PrefixSelection:
-    """What ``prefix_names=names`` means to ``model``, to be given in its place.
+    """Make a selection of prefixes, to be given as ``prefix_names=`` in place of the names.
 
     All rows pass through the heads of the active task, also those that see no prefix or that of another task; so heads
     that differ, in size or in values, are refused. The model below its head (``model.base_model``) takes

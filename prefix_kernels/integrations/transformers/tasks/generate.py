@@ -69,12 +69,12 @@ def _count_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _is_setting(model: PreTrainedModel, name: str) -> bool:
-    """Whether an argument of ``generate`` is not handed on to the model."""
+    """Return True for an argument that ``generate`` does not hand on to the model."""
     return hasattr(model.generation_config, name) or name in inspect.signature(type(model).generate).parameters
 
 
 def _drops_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``generate`` goes on with some rows of the batch when others are done.
+    """Return True where ``generate`` goes on with some rows of the batch when others are done.
 
     Whisper does, where speech is longer than the encoder takes at once, and where it tries one temperature after
     another.

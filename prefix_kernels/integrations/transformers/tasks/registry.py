@@ -111,12 +111,12 @@ class PrefixTasks:
 
     @property
     def layout(self) -> PrefixLayout:
-        """Of the active task."""
+        """Layout of the prefix of the active task."""
         return self._tasks[self.active].layout
 
     @property
     def shift(self) -> int:
-        """By how much the active task moves positions."""
+        """Number of positions by which the active task lets sequences begin later; 0 in a recording."""
         if find_recording(self) is not None:
             return 0
         return self._tasks[self.active].shift
@@ -228,7 +228,7 @@ class PrefixTasks:
         return not fsdp.units_of(self.model)
 
     def select(self, names: Sequence[RowNames], *, for_heads: bool = False) -> PrefixSelection:
-        """What the rows of a batch see; with ``for_heads`` it is checked that the active heads suit all of them.
+        """Select the prefixes of the rows of a batch; ``for_heads`` checks that the active heads suit all of them.
 
         It holds no banks: each call of the model makes them of the prefixes as they are then.
         """
@@ -263,7 +263,7 @@ class PrefixTasks:
         return selection.holding()
 
     def selection_of(self, names: Sequence[RowNames] | PrefixSelection) -> PrefixSelection:
-        """What a call of the model with ``prefix_names=names`` is to see."""
+        """Return the selection that a call of the model with ``prefix_names=names`` means."""
         if not isinstance(names, PrefixSelection):
             return self.select(names, for_heads=True)
         names.refuse_other_owner(self)
@@ -330,7 +330,7 @@ def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.
 
 
 def _has_windows(model: PreTrainedModel) -> bool:
-    """Whether a layer may attend within a sliding window."""
+    """Return True if a layer may attend within a sliding window."""
     config = model.config.get_text_config()
     return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
