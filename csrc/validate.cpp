@@ -292,10 +292,10 @@ void validate_backward(const AttentionArguments& args, const at::Tensor& dout, c
   check_query(args.query);
   const at::Tensor& query = args.query;
   check_sequence(args);
-  check_prefix(args, kv_heads_of(args));
-  TORCH_CHECK_VALUE(query.size(1) % kv_heads_of(args) == 0,
-                    "prefix_key: expected a number of heads that divides query's ", query.size(1), ", got ",
-                    kv_heads_of(args));
+  const int64_t kv_heads = kv_heads_of(args);
+  TORCH_CHECK_VALUE(kv_heads >= 1 && query.size(1) % kv_heads == 0, args.value.has_value() ? "value" : "prefix_key",
+                    ": expected a number of heads that divides query's ", query.size(1), ", got ", kv_heads);
+  check_prefix(args, kv_heads);
 
   const bool sequence_ds = needs[kDQuery] || needs[kDKey];
   const bool prefix_ds = args.prefix_key.has_value() && (needs[kDQuery] || needs[kDPrefixKey]);

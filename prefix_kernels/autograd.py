@@ -45,7 +45,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
         prefix_value if visits_prefix and (dquery or dprefix_key) else None,
         out if ds else None,
         lse,
-        row_mass,
+        row_mass if row_mass.numel() > 0 else None,
         *options[:_NUM_TENSOR_OPTIONS],
     )
     ctx.options = options[_NUM_TENSOR_OPTIONS:]
@@ -78,7 +78,7 @@ def gradients_from_saved(
         return tuple(gradients)
     if dout is None:
         dout = torch.zeros_like(query)
-    if row_mass.numel() > 0:
+    if row_mass is not None:
         dout = (dout / row_mass.unsqueeze(-1)).to(dout.dtype)
         dlse = None if dlse is None else dlse / row_mass
     if operator is None:
@@ -122,9 +122,22 @@ def under_transform() -> bool:
 
 # Dynamo cannot trace an autograd.Function below a transform: code that it compiles runs such a transform eagerly.
 @torch.compiler.disable
-def forward_under_transform(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward_under_transform(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``prefix_kernels::forward`` under any stack of transforms."""
-    return _Forward.apply(*arguments)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Here and not in the operator, so that what is saved for backward has the dtype of the result.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (ops.cast_as_autocast(x, dtype) for x in (query, key, value))
+    return _Forward.apply(query, key, value, *rest)
+
+
+def refuse_forward_mode(*_: Any) -> None:
+    """Raise NotImplementedError: there is no formula for forward-mode differentiation."""
+    raise NotImplementedError(
+        "prefix_attention: forward-mode AD is not implemented; compute Jacobian-vector products with "
+        "prefix_kernels.reference.prefix_attention_reference"
+    )
 
 
 class _Forward(torch.autograd.Function):
@@ -135,6 +148,7 @@ class _Forward(torch.autograd.Function):
         return ops.forward(*arguments)
 
     setup_context = staticmethod(save_for_backward)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, drow_mass: None) -> tuple[Tensor | None, ...]:
@@ -157,6 +171,7 @@ class _Backward(torch.autograd.Function):
         pass
 
     backward = staticmethod(_refuse_double_backward)
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -170,14 +185,15 @@ def _one_by_one(
 
     def elements(argument: Any, dim: Any) -> Sequence[Any]:
         if not isinstance(argument, Tensor) or dim is None:
-            return [argument] * count
+            return [argument] * max(count, 1)
         batched = argument.movedim(dim, 0)
         # The kernels need stride 1 in the last dimension, which a batch dimension behind it takes away.
         if batched.dim() > 1 and batched.shape[-1] > 1 and batched.stride(-1) != 1:
             batched = batched.contiguous()
-        return batched.unbind(0)
+        return batched.unbind(0) if count else [batched.new_zeros(batched.shape[1:])]
 
     columns = [elements(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)]
     results = [operator(*row) for row in zip(*columns, strict=True)]
-    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    # An empty batch has results too, of the shape that one element would have.
+    stacked = tuple(torch.stack(column)[:count] for column in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

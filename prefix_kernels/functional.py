@@ -50,10 +50,7 @@ def _check_number(name: str, x: float | None, *, integer: bool = False) -> None:
 def _refuse_tangents(*inputs: Tensor | None) -> None:
     # An operator without a formula for forward mode would drop the tangent.
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            "prefix_attention: forward-mode AD is not implemented; compute Jacobian-vector products with "
-            "prefix_kernels.reference.prefix_attention_reference"
-        )
+        autograd.refuse_forward_mode()
 
 
 def prefix_attention(

@@ -58,17 +58,19 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a
 
 
+def cast_as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert ``x`` to the ``dtype`` of an autocast region, which leaves float64 as it is."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
     """Casts query, key and value as autocast does for attention; the prefix is read in its own dtype."""
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
-    def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
     def forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return forward(cast(query, dtype), cast(key, dtype), cast(value, dtype), *rest)
+            return forward(*(cast_as_autocast(x, dtype) for x in (query, key, value)), *rest)
 
     _autocast_library.impl("forward", forward_autocast, dispatch_key)
 

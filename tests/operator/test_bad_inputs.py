@@ -286,6 +286,12 @@ def test_the_backward_call_that_every_case_changes_is_good():
             "prefix_key",
             {"prefix_key": zeros(3, 2, 5, 16), "prefix_value": zeros(3, 2, 5, 16)},
         ),
+        "prefix without heads": (
+            "prefix_key",
+            {"key": None, "value": None, "prefix_key": zeros(0, 5, 16), "prefix_value": zeros(0, 5, 16)}
+            | {"needs": [False, False, False, True, True]},
+        ),
+        "value without heads": ("value", {"key": None, "value": zeros(2, 0, 9, 16)}),
         "ids of another batch": ("prefix_ids", {"prefix_ids": zeros(5, dtype=i64)}),
         "lens of another number": ("prefix_lens", {"prefix_lens": zeros(5, dtype=i64)}),
         "offsets of another batch": ("query_offset", {"query_offsets": zeros(5, dtype=i64)}),

@@ -151,7 +151,7 @@ def test_what_has_no_formula_is_refused(derivative):
         gradient = torch.autograd.grad(out, query, cotangents, is_grads_batched=True, create_graph=True)[0]
         return gradient.sum().backward()
 
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="^prefix_attention: "):
         call()
 
 
@@ -206,3 +206,38 @@ def test_a_saved_tensor_hook_that_returns_keys_with_other_strides_is_told():
         out = prefix_attention(*leaves)
     with pytest.raises(ValueError, match="key: expected stride 1 in the last dimension"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "backward through vmap"])
+def test_transforms_under_autocast(transform):
+    inputs, _ = small_inputs()
+    inputs = [x.float() for x in inputs]
+    batched = [torch.stack([x, 1.1 * x]) for x in inputs]
+
+    def of_inputs(*inputs):
+        return prefix_attention(*inputs).float().sin().sum()
+
+    def expected(*inputs):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(of_inputs(*leaves), leaves)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        if transform == "grad":
+            assert_all_close(grad(of_inputs, ALL)(*inputs), expected(*inputs))
+        elif transform == "vmap of grad":
+            ours = vmap(grad(of_inputs, ALL))(*batched)
+            for i in range(2):
+                assert_all_close([x[i] for x in ours], expected(*(x[i] for x in batched)))
+        else:
+            leaves = [x.requires_grad_() for x in batched]
+            ours = torch.autograd.grad(vmap(of_inputs)(*leaves).sum(), leaves)
+            for i in range(2):
+                assert_all_close([x[i] for x in ours], expected(*(x[i].detach() for x in batched)))
+
+
+def test_vmap_over_an_empty_batch():
+    inputs, _ = small_inputs()
+    empty = [x.new_zeros(0, *x.shape) for x in inputs]
+    assert vmap(prefix_attention)(*empty).shape == (0, *inputs[0].shape)
+    ours = vmap(grad(loss(prefix_attention, {}), ALL))(*empty)
+    assert [x.shape for x in ours] == [x.shape for x in empty]

@@ -220,7 +220,7 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
             columns += pair
         table = divided_like(present, torch.stack(columns, dim=1))
         if table.shape != present.shape:
-            raise ValueError(f"source: expected a prefix {list(present.shape)}, got {list(table.shape)}")
+            raise ValueError(f"{argument}: expected a prefix {list(present.shape)}, got {list(table.shape)}")
         states[one] = one.arranged_prefix_state({"table": table})
     for one, state in states.items():
         one.load_state_dict(state)
