@@ -39,7 +39,7 @@ def usual_device():
 @Q_LENS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_hidden_rows_are_those_of_the_eager_formula(dtype, q_len, number, sm_count, usual_device):
-    """In the eager formula of float32 the mask swallows the scores, and every probability is 1/N."""
+    """The eager formula of float32 loses the scores beside such a mask, so that every probability is 1/N."""
     load().device(80, sm_count)
     # One of two queries is hidden, so that a row's factor must be its own.
     call = hidden_call(q_len, HIDING[number], hidden_rows=1 if q_len == 2 else HIDDEN_ROWS, dtype=dtype)

@@ -20,8 +20,8 @@ int shared_bytes() {
 
 }  // namespace
 
-// Which GPU the emulator is: its compute capability without the dot, its number of multiprocessors, and the blocks that
-// the host code takes to be the most along y and along z of a grid.
+// Sets the GPU that the emulator is: its compute capability without the dot, its number of multiprocessors, and the
+// most blocks that the host code puts along y and along z of a grid.
 extern "C" __attribute__((visibility("default"))) void prefix_kernels_emulated_device(int new_architecture,
                                                                                       int new_sm_count,
                                                                                       int new_max_grid_yz) {

@@ -25,7 +25,7 @@ def hiding_mask(number):
 @pytest.mark.parametrize("needs", [INPUT_NAMES, ("prefix_key", "prefix_value"), ("prefix_value",)], ids="+".join)
 @pytest.mark.parametrize("number", HIDING.values(), ids=HIDING)
 def test_gradients_of_rows_hidden_everywhere_are_those_of_the_eager_formula(number, needs):
-    """In the eager formula of float32 the mask swallows the scores too: every probability is 1/N."""
+    """The eager formula of float32 loses the scores beside such a mask, so that every probability is 1/N."""
     call = make_call(**SHAPE, layout="contiguous", attn_mask=hiding_mask(number))
     ours = run(call, needs=needs)
     expected = run(call, prefix_attention_reference, needs=needs)
@@ -48,7 +48,7 @@ def test_rows_hidden_everywhere_follow_the_rule_of_tolerance(q_len, number, dtyp
 
 
 def test_probabilities_of_a_hidden_row_add_up_to_one():
-    """With values of one, dvalue summed over the keys is dout, whatever the probabilities are."""
+    """Probabilities of a row add up to one exactly if its dvalue, summed over the keys, is dout."""
     call = make_call(**SHAPE, with_dlse=False, attn_mask=hiding_mask(torch.finfo(torch.float32).min))
     grads = run(call, needs=("value", "prefix_value")).grads
     summed = grads["value"].sum((0, 2)) + grads["prefix_value"].sum(1)
