@@ -7,6 +7,8 @@ target environment has none; otherwise `environment.find_torch` finds that one f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .environment import TORCH_REQUIREMENT, BuildError, find_compiler, find_torch, require_torch
 
 try:
@@ -22,7 +24,10 @@ except ImportError:
     raise BuildError("setuptools is missing or too old: run `pip install 'setuptools>=77'`.") from None
 
 
-def _wheel_requirements(config_settings=None) -> list[str]:
+_Settings = Mapping[str, str | list[str] | None]
+
+
+def _wheel_requirements(config_settings: _Settings | None = None) -> list[str]:
     # A build that cannot work ends here, before gigabytes are downloaded for it.
     find_compiler()
     torch = find_torch()
@@ -36,5 +41,5 @@ get_requires_for_build_wheel = _wheel_requirements
 get_requires_for_build_editable = _wheel_requirements
 
 
-def get_requires_for_build_sdist(config_settings=None) -> list[str]:
+def get_requires_for_build_sdist(config_settings: _Settings | None = None) -> list[str]:
     return []

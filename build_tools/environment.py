@@ -46,8 +46,12 @@ class Torch:
     @property
     def release(self) -> tuple[int, int]:
         """``(major, minor)``: extensions compiled against one minor version do not load with another."""
-        major, minor = re.match(r"(\d+)\.(\d+)", self.version).groups()
-        return int(major), int(minor)
+        found = re.match(r"(\d+)\.(\d+)", self.version)
+        if found is None:
+            raise BuildError(
+                f"version of the PyTorch in {self.folder}: expected one like 2.13.0, got {self.version!r}."
+            )
+        return int(found[1]), int(found[2])
 
     @property
     def requirement(self) -> str:
@@ -66,6 +70,7 @@ class Torch:
     @property
     def cuda_include_folder(self) -> Path:
         """The headers that torch's own CUDA headers include and that a small toolkit may lack, such as cusparse.h."""
+        assert self.cuda is not None, "a CUDA build of PyTorch"
         return self.folder.parent / "nvidia" / f"cu{self.cuda.split('.')[0]}" / "include"
 
 

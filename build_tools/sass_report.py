@@ -164,21 +164,26 @@ def kernel_constants(toolkit: CudaToolkit) -> dict[tuple[str, ...], Kernel]:
         compiler = [str(toolkit.home / "bin" / "nvcc"), "-ccbin", find_compiler()[0], "-std=c++20", f"-I{CHECKOUT}"]
         _run([*compiler, "-gencode=arch=compute_80,code=sm_80", str(source), "-o", str(program)])
         lines = _run([str(program)]).split("\n")
-    kernels = {}
+    kernels: dict[tuple[str, ...], Kernel] = {}
     for line in filter(None, lines):
         kind, d, a, b, c, e, *numbers = line.split()
+        key: tuple[str, ...]
         on = [argument == "1" for argument in (a, b, c, e)]
         if kind == "forward":
-            key, name, words = (d, a, b), "forward", ["general" if on[0] else "plain", f"{16 * int(b)} rows a warp"]
+            key, name, words = (
+                (kind, d, a, b),
+                "forward",
+                ["general" if on[0] else "plain", f"{16 * int(b)} rows a warp"],
+            )
         elif kind == "decode":
-            key, name, words = (d, a), "decode", ["wide" if on[0] else "narrow"]
+            key, name, words = (kind, d, a), "decode", ["wide" if on[0] else "narrow"]
         elif kind == "columns":
             sums = " ".join(word for word, wanted in zip(("dK", "dV"), on, strict=False) if wanted)
-            key, name = (d, a, b, c, e), "backward columns"
+            key, name = (kind, d, a, b, c, e), "backward columns"
             words = ["general" if on[2] else "plain", sums, *(["delta"] if on[3] else [])]
         else:
-            key, name, words = (d, a), "backward rows", ["general" if on[0] else "plain"]
-        kernels[(kind, *key)] = Kernel(name, int(d), ", ".join(words), *map(int, numbers))
+            key, name, words = (kind, d, a), "backward rows", ["general" if on[0] else "plain"]
+        kernels[key] = Kernel(name, int(d), ", ".join(words), *map(int, numbers))
     return kernels
 
 
@@ -384,7 +389,7 @@ def find_loops(blocks: dict[int, Block]) -> list[Loop]:
                     if member not in loop.blocks:
                         loop.blocks.add(member)
                         waiting += predecessors[member]
-    outermost = []
+    outermost: list[Loop] = []
     by_size = sorted(loops.values(), key=lambda loop: len(loop.blocks))
     for i, loop in enumerate(by_size):
         outer = next((other for other in by_size[i + 1 :] if loop.header in other.blocks), None)
@@ -535,7 +540,7 @@ def report_object(
     cuobjdump: str, target: Path, kernels: dict[tuple[str, ...], Kernel], architectures: Iterable[str]
 ) -> list[Row]:
     """The rows of every tensor core kernel in an object."""
-    rows = []
+    rows: list[Row] = []
     for architecture in architectures:
         arch = ["-arch", f"sm_{architecture.replace('.', '')}"]
         functions = parse_functions(_run([cuobjdump, "-sass", *arch, str(target)]))

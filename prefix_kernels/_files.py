@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 LARGEST_SIZE = 2**30 - 1
 
 _JSON_NAMES = {dict: "a JSON object", list: "a JSON array"}
-_JsonType = TypeVar("_JsonType", dict, list)
+_JsonType = TypeVar("_JsonType", dict[str, Any], list[Any])
 
 
 @contextmanager
-def open_safetensors(path: str | os.PathLike, expected: str) -> Iterator[Any]:
+def open_safetensors(path: str | os.PathLike[str], expected: str) -> Iterator[Any]:
     """Open a safetensors file, as ``safetensors.safe_open`` does for torch.
 
     Args:
@@ -55,7 +55,7 @@ def open_safetensors(path: str | os.PathLike, expected: str) -> Iterator[Any]:
         raise ValueError(f"{path}: expected {expected}, got one that safetensors cannot read ({error})") from error
 
 
-def check_is_file(path: str | os.PathLike, expected: str) -> None:
+def check_is_file(path: str | os.PathLike[str], expected: str) -> None:
     """Raise where ``path`` cannot be opened as a file; errors as in :func:`open_safetensors`."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected a str or an os.PathLike, got {type(path).__name__}")
@@ -95,7 +95,7 @@ def blaming(origin: object) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, of a name that no other call has; what is there takes the place of ``path`` after the block.
 
     Where the block fails, ``path`` is left as it is. A symbolic link stays one: the file that it leads to is replaced.

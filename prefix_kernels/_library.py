@@ -49,13 +49,14 @@ def _rebuild() -> str:
 def _compiled_torch() -> str:
     """The version of PyTorch that the compiled module was built against."""
     try:
-        return importlib.import_module("prefix_kernels._compiled_torch").VERSION
+        version: str = importlib.import_module("prefix_kernels._compiled_torch").VERSION
     except ModuleNotFoundError:
         source = _source()
         raise _failure(
             f"prefix_kernels in {_PACKAGE} has not been built: run `pip install {source}` and start Python from "
             f"another folder, or `pip install -e {source}` to use it in place."
         ) from None
+    return version
 
 
 def _check_torch(compiled: str) -> None:

@@ -9,7 +9,7 @@ runs the backward pass under ``vmap``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def gradients_from_saved(
     return tuple(gradients)
 
 
-def _refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> None:
+def _refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> NoReturn:
     raise NotImplementedError(
         "prefix_attention: double backward is not implemented; compute higher-order gradients with "
         "prefix_kernels.reference.prefix_attention_reference"
@@ -129,10 +129,11 @@ def forward_under_transform(query: Tensor, key: Tensor, value: Tensor, *rest: An
         # Here and not in the operator, so that what is saved for backward has the dtype of the result.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = (ops.cast_as_autocast(x, dtype) for x in (query, key, value))
-    return _Forward.apply(query, key, value, *rest)
+    outputs: tuple[Tensor, Tensor, Tensor] = _Forward.apply(query, key, value, *rest)
+    return outputs
 
 
-def refuse_forward_mode(*_: Any) -> None:
+def refuse_forward_mode() -> NoReturn:
     """Raise NotImplementedError: there is no formula for forward-mode differentiation."""
     raise NotImplementedError(
         "prefix_attention: forward-mode AD is not implemented; compute Jacobian-vector products with "
@@ -145,10 +146,14 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.forward(*arguments)
+        outputs: tuple[Tensor, Tensor, Tensor] = ops.forward(*arguments)
+        return outputs
 
     setup_context = staticmethod(save_for_backward)
-    jvp = staticmethod(refuse_forward_mode)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        refuse_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, drow_mass: None) -> tuple[Tensor | None, ...]:
@@ -164,14 +169,18 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return ops.backward(*arguments)
+        gradients: tuple[Tensor, ...] = ops.backward(*arguments)
+        return gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     backward = staticmethod(_refuse_double_backward)
-    jvp = staticmethod(refuse_forward_mode)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        refuse_forward_mode()
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

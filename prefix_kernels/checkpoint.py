@@ -22,7 +22,7 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +30,9 @@ from torch import Tensor, nn
 
 from prefix_kernels import fsdp
 from prefix_kernels._files import open_safetensors, parse_json, replacing
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FORMAT_VERSION = 1
 _HEAD_MARK = "trained_with_prefix"
@@ -69,6 +72,23 @@ class FreezesPrefix(HoldsPrefix, Protocol):
         What is frozen belongs to training, not to the stored prefix: the file may come from a holder that froze more
         or less.
         """
+
+
+class _Module(Protocol):
+    """The methods of ``torch.nn.Module`` that holders are asked for; a protocol cannot derive from the class."""
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+    def get_buffer(self, target: str) -> Tensor: ...
+
+
+class _Holder(HoldsPrefix, _Module, Protocol): ...
+
+
+class _FoldingHolder(FoldsPrefix, _Module, Protocol): ...
+
+
+class _FreezingHolder(FreezesPrefix, _Module, Protocol): ...
 
 
 def mark_only_prefix_as_trainable(model: nn.Module, also_train: Iterable[str] = ()) -> list[str]:
@@ -122,7 +142,7 @@ def prefix_state_dict(model: nn.Module, *, fold: bool = False) -> dict[str, Tens
 
 def save_prefix(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     fold: bool = False,
     dtype: torch.dtype | None = None,
@@ -148,7 +168,7 @@ def save_prefix(
     model = _unwrapped(model)
     state = {}
     for name, tensor in prefix_state_dict(model, fold=fold).items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensor = _whole(tensor)
         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         state[name] = tensor.to("cpu").contiguous().clone()
     described = _describe(model)
@@ -159,7 +179,7 @@ def save_prefix(
         save_file(state, unfinished, metadata=described | dict(metadata or {}))
 
 
-def read_prefix_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_prefix_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The strings stored in a file of :func:`save_prefix`, without reading its tensors.
 
     Returns:
@@ -189,7 +209,7 @@ class PrefixFile:
     shapes: dict[str, tuple[int, ...]]
 
 
-def read_prefix_file(path: str | os.PathLike) -> PrefixFile:
+def read_prefix_file(path: str | os.PathLike[str]) -> PrefixFile:
     """Read and check all of a file but the values of its tensors; errors as in :func:`read_prefix_metadata`."""
     with open_safetensors(path, _EXPECTED_FILE) as file:
         metadata = file.metadata() or {}
@@ -207,7 +227,7 @@ def read_prefix_file(path: str | os.PathLike) -> PrefixFile:
     return PrefixFile(metadata, heads, shapes)
 
 
-def read_prefix_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_prefix_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a file, by name; errors as in :func:`read_prefix_metadata`."""
     with open_safetensors(path, _EXPECTED_FILE) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -215,7 +235,7 @@ def read_prefix_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def load_prefix(
     model: nn.Module,
-    source: str | os.PathLike | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
     also_load: Iterable[str] = (),
     cast: bool = False,
@@ -291,12 +311,21 @@ def shape_misfits(origin: str, model: nn.Module, shapes: Mapping[str, tuple[int,
     return _misfits(targets, state, cast=True)
 
 
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    # Asked by an attribute: isinstance would import torch.distributed.tensor where nothing else has.
+    return hasattr(tensor, "device_mesh")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
 def _laid_out_like(target: Tensor, stored: Tensor) -> Tensor:
-    if not hasattr(target, "device_mesh"):
+    if not _is_dtensor(target):
         return stored
     from torch.distributed.tensor import distribute_tensor
 
-    stored = stored.full_tensor() if hasattr(stored, "full_tensor") else stored
+    stored = _whole(stored)
     return distribute_tensor(stored.to(target.device, target.dtype), target.device_mesh, target.placements)
 
 
@@ -316,16 +345,32 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _offers(module: nn.Module, method: str) -> bool:
+def _offers(module: object, method: str) -> bool:
     # Asked of the type: a wrapper that forwards unknown attributes to what it wraps is not a second holder.
     return callable(getattr(type(module), method, None))
 
 
-def _holders(model: nn.Module) -> dict[str, nn.Module]:
+def _holds(module: nn.Module) -> TypeGuard[_Holder]:
+    return _offers(module, "prefix_parameter_names")
+
+
+def _folds(holder: _Holder) -> TypeGuard[_FoldingHolder]:
+    return _offers(holder, "folded_prefix_state")
+
+
+def _freezes(holder: _Holder) -> TypeGuard[_FreezingHolder]:
+    return _offers(holder, "frozen_prefix_names")
+
+
+def _arranges(holder: _Holder) -> TypeGuard[_FreezingHolder]:
+    return _offers(holder, "arranged_prefix_state")
+
+
+def _holders(model: nn.Module) -> dict[str, _Holder]:
     holders = {
         _canonical(name): module
         for name, module in model.named_modules()
-        if _offers(module, "prefix_parameter_names") and module.prefix_parameter_names()
+        if _holds(module) and module.prefix_parameter_names()
     }
     if not holders:
         raise ValueError(
@@ -335,9 +380,9 @@ def _holders(model: nn.Module) -> dict[str, nn.Module]:
     return holders
 
 
-def _owned(name: str, holder: nn.Module) -> dict[str, Tensor]:
-    owned = {own: holder.get_parameter(own) for own in holder.prefix_parameter_names()}
-    if _offers(holder, "frozen_prefix_names"):
+def _owned(name: str, holder: _Holder) -> dict[str, Tensor]:
+    owned: dict[str, Tensor] = {own: holder.get_parameter(own) for own in holder.prefix_parameter_names()}
+    if _freezes(holder):
         owned |= {own: holder.get_buffer(own) for own in holder.frozen_prefix_names()}
     return {_join(name, _canonical(own)): tensor for own, tensor in owned.items()}
 
@@ -346,7 +391,7 @@ def _arranged(origin: str, model: nn.Module, state: Mapping[str, Tensor]) -> dic
     """``state``, what belongs to each holder arranged as the holder wants it."""
     arranged = dict(state)
     for name, holder in _holders(model).items():
-        if _offers(holder, "arranged_prefix_state"):
+        if _arranges(holder):
             begin = f"{name}." if name else ""
             own = {key.removeprefix(begin): arranged.pop(key) for key in state if key.startswith(begin)}
             try:
@@ -364,7 +409,7 @@ def _find_heads(model: nn.Module, argument: str, names: Iterable[str]) -> dict[s
     if isinstance(names, str):
         raise TypeError(f"{argument}: expected a sequence of module names, got the string {names!r}")
     modules = {_canonical(name): module for name, module in model.named_modules()}
-    heads = {}
+    heads: dict[str, nn.Module] = {}
     for wanted in names:
         found = {n: m for n, m in modules.items() if wanted and (n == wanted or n.endswith("." + wanted))}
         if not found:
@@ -400,7 +445,7 @@ def _head_state(heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _task_state(model: nn.Module, *, fold: bool) -> dict[str, Tensor]:
     state = _head_state(marked_heads(model))
     for name, holder in _holders(model).items():
-        if fold and _offers(holder, "folded_prefix_state"):
+        if fold and _folds(holder):
             state |= {_join(name, own): tensor for own, tensor in holder.folded_prefix_state().items()}
         else:
             state |= _owned(name, holder)
@@ -419,12 +464,13 @@ def _describe(model: nn.Module) -> dict[str, str]:
 
 def _load_targets(
     model: nn.Module, heads: Mapping[str, nn.Module], state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, FoldsPrefix]]:
+) -> tuple[dict[str, Tensor], dict[str, _FoldingHolder]]:
     """Map each stored tensor to its target, and list the holders to fold first (stand-ins are their targets)."""
-    targets, to_fold = _head_state(heads), {}
+    targets = _head_state(heads)
+    to_fold: dict[str, _FoldingHolder] = {}
     for name, holder in _holders(model).items():
         owned = _owned(name, holder)
-        if _offers(holder, "folded_prefix_state") and not owned.keys() <= state.keys():
+        if _folds(holder) and not owned.keys() <= state.keys():
             folded = {_join(name, own): tensor for own, tensor in holder.folded_prefix_state().items()}
             if folded.keys() <= state.keys():
                 owned, to_fold[name] = folded, holder

@@ -54,7 +54,9 @@ class PrefixParallel(ParallelStyle):
         module.register_forward_hook(self._own_heads)
         return module
 
-    def _own_heads(self, module: nn.Module, args: object, pairs: list[tuple[Tensor, Tensor]]) -> list:
+    def _own_heads(
+        self, module: nn.Module, args: object, pairs: list[tuple[DTensor, DTensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
         def own(prefix: DTensor) -> Tensor:
             prefix = prefix.redistribute(placements=[Shard(0)])
             return prefix.to_local() if self.use_local_output else prefix

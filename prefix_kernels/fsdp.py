@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
-def is_unit(module: nn.Module) -> bool:
+
+def is_unit(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return True if ``fully_shard`` was called on ``module`` itself: its parameters are whole only while it runs."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def units_of(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[FSDPModule]:
     """The modules in ``model``, itself among them, on which ``fully_shard`` was called."""
     return [module for module in model.modules() if is_unit(module)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _window(window_size: tuple[int, int]) -> tuple[int, int]:
     return left, right
 
 
-def _check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
+def _check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
     """Raise for the first argument that the dispatcher finds no kernel for, in words that name it."""
     for name, x in (required | {name: x for name, x in optional.items() if x is not None}).items():
         if not isinstance(x, Tensor):
@@ -51,6 +52,75 @@ def _refuse_tangents(*inputs: Tensor | None) -> None:
     # An operator without a formula for forward mode would drop the tangent.
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         autograd.refuse_forward_mode()
+
+
+@overload
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    query_offset: int | Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
+    window_includes_prefix: bool = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    query_offset: int | Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+    window_includes_prefix: bool = False,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    query_offset: int | Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: bool,
+    window_includes_prefix: bool = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def prefix_attention(

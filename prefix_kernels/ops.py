@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -13,13 +16,15 @@ DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value")
 TENSOR_OPTIONS = ("attn_mask", "prefix_ids", "prefix_lens", "query_offset", "dropout_seed")
 NUM_OPTIONS = 13  # that both operators share, the tensors first
 
+_Shape = Sequence[int]  # stands for a tensor in the arguments of a FLOP formula
+
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("prefix_kernels::forward")
-def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
     for name, x in zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False):
         if x is not None and x.device != query.device:
@@ -32,7 +37,8 @@ def _forward_fake(query: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
 
 
-def _empty_gradient(like: Tensor) -> Tensor:
+def _empty_gradient(like: Tensor | None) -> Tensor:
+    assert like is not None, "neither the tensor whose gradient is asked for nor one of its shape was kept"
     gradient = torch.empty_like(like)
     if like.numel() == 0 or (like.shape[-1] > 1 and gradient.stride(-1) != 1):
         gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -41,9 +47,18 @@ def _empty_gradient(like: Tensor) -> Tensor:
 
 @torch.library.register_fake("prefix_kernels::backward")
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key, value, prefix_key, prefix_value, out, lse: Tensor, *rest
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    needs = rest[-1]
+    needs: Sequence[bool] = rest[-1]
     likes = [
         query,
         _either(key, value),
@@ -67,7 +82,7 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
     """Casts query, key and value as autocast does for attention; the prefix is read in its own dtype."""
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
-    def forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest):
+    def forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return forward(*(cast_as_autocast(x, dtype) for x in (query, key, value)), *rest)
@@ -80,7 +95,7 @@ _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")
 
 
-def _columns(key_len: int, prefix_key_shape, prefix_ids_shape) -> tuple[int, int]:
+def _columns(key_len: int, prefix_key_shape: _Shape | None, prefix_ids_shape: _Shape | None) -> tuple[int, int]:
     """``(prefix, sequence)`` columns that each query is multiplied with; masks are not counted, as PyTorch does."""
     if prefix_key_shape is None:
         return 0, key_len
@@ -89,17 +104,42 @@ def _columns(key_len: int, prefix_key_shape, prefix_ids_shape) -> tuple[int, int
 
 
 @register_flop_formula(torch.ops.prefix_kernels.forward)
-def _forward_flops(query, key, value, prefix_key, prefix_value, attn_mask=None, prefix_ids=None, *_, **__) -> int:
+def _forward_flops(
+    query: _Shape,
+    key: _Shape,
+    value: _Shape,
+    prefix_key: _Shape | None,
+    prefix_value: _Shape | None,
+    attn_mask: _Shape | None = None,
+    prefix_ids: _Shape | None = None,
+    *_: object,
+    **__: object,
+) -> int:
     batch, heads, q_len, head_dim = query
     return 4 * batch * heads * q_len * head_dim * sum(_columns(key[2], prefix_key, prefix_ids))
 
 
 @register_flop_formula(torch.ops.prefix_kernels.backward)
 def _backward_flops(
-    dout, dlse, query, key, value, prefix_key, prefix_value, out, lse, attn_mask=None, prefix_ids=None, *rest, **__
+    dout: _Shape,
+    dlse: _Shape | None,
+    query: _Shape,
+    key: _Shape | None,
+    value: _Shape | None,
+    prefix_key: _Shape | None,
+    prefix_value: _Shape | None,
+    out: _Shape | None,
+    lse: _Shape,
+    attn_mask: _Shape | None = None,
+    prefix_ids: _Shape | None = None,
+    *rest: Any,
+    **__: object,
 ) -> int:
     batch, heads, q_len, head_dim = query
-    key_len, (dquery, dkey, dvalue, dprefix_key, dprefix_value) = rest[-2:]
+    key_len: int
+    needs: Sequence[bool]
+    key_len, needs = rest[-2:]
+    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
     prefix_columns, sequence_columns = _columns(key_len, prefix_key, prefix_ids)
 
     def products(key_gradient: bool, value_gradient: bool) -> int:

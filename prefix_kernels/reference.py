@@ -41,7 +41,15 @@ def dropout_threshold(dropout_p: float) -> int:
     return int(math.floor(dropout_p * 65536 + 0.5))
 
 
-def dropout_keep(seed: int, dropout_p: float, head: int, segment: int, rows: int, columns: int, device=None) -> Tensor:
+def dropout_keep(
+    seed: int,
+    dropout_p: float,
+    head: int,
+    segment: int,
+    rows: int,
+    columns: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Compute the mask of the probabilities of one head that dropout keeps.
 
     Args:
@@ -67,15 +75,17 @@ def dropout_keep(seed: int, dropout_p: float, head: int, segment: int, rows: int
     return bits >= dropout_threshold(dropout_p)
 
 
-def _keep_row(seed: int, dropout_p: float, head: int, segments: list[tuple[int, int]], rows: int, device) -> Tensor:
+def _keep_row(
+    seed: int, dropout_p: float, head: int, segments: list[tuple[int, int]], rows: int, device: torch.device
+) -> Tensor:
     """:func:`dropout_keep` of ``(segment, columns)`` after one another."""
     return torch.cat([dropout_keep(seed, dropout_p, head, s, rows, n, device) for s, n in segments], dim=1)
 
 
-def _prefix_slots(prefix_key, prefix_ids, prefix_lens, row: int) -> list[tuple[int, int, int]]:
+def _prefix_slots(
+    prefix_key: Tensor, prefix_ids: Tensor | None, prefix_lens: Tensor | None, row: int
+) -> list[tuple[int, int, int]]:
     """``(slot, prefix, valid length)`` of every prefix that batch row ``row`` sees, in order."""
-    if prefix_key is None:
-        return []
     length = prefix_key.shape[-2]
     if prefix_ids is None:
         ids = [0 if prefix_key.dim() == 3 else row]
@@ -110,7 +120,13 @@ def prefix_attention_reference(
     """Same arguments and results as :func:`prefix_kernels.prefix_attention`, by concatenation, one batch row at a time.
 
     ``dropout_seed`` must be given when ``dropout_p > 0``. ``lse`` has the query's dtype here.
+
+    Raises:
+        ValueError: one of ``prefix_key`` and ``prefix_value`` is missing, or ``dropout_seed`` is.
     """
+    if (prefix_key is None) != (prefix_value is None):
+        missing, given = ("prefix_key", "prefix_value") if prefix_key is None else ("prefix_value", "prefix_key")
+        raise ValueError(f"{missing}: expected a tensor like {given}, got None")
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, k_len = key.shape[1], key.shape[2]
     group = q_heads // kv_heads
@@ -135,13 +151,14 @@ def prefix_attention_reference(
     outs, lses = [], []
     for b in range(batch):
         keys, values, columns, segments = [], [], [], []
-        for slot, n, length in _prefix_slots(prefix_key, prefix_ids, prefix_lens, b):
-            bank_key = prefix_key if prefix_key.dim() == 3 else prefix_key[n]
-            bank_value = prefix_value if prefix_value.dim() == 3 else prefix_value[n]
-            keys.append(bank_key[:, :length].to(query.dtype))
-            values.append(bank_value[:, :length].to(query.dtype))
-            columns.append(torch.arange(length, device=device) + slot * prefix_len)
-            segments.append((slot + 1, length))
+        if prefix_key is not None and prefix_value is not None:
+            for slot, n, length in _prefix_slots(prefix_key, prefix_ids, prefix_lens, b):
+                bank_key = prefix_key if prefix_key.dim() == 3 else prefix_key[n]
+                bank_value = prefix_value if prefix_value.dim() == 3 else prefix_value[n]
+                keys.append(bank_key[:, :length].to(query.dtype))
+                values.append(bank_value[:, :length].to(query.dtype))
+                columns.append(torch.arange(length, device=device) + slot * prefix_len)
+                segments.append((slot + 1, length))
         row_prefix_len = sum(length for _, length in segments)
         keys.append(key[b])
         values.append(value[b])
@@ -189,6 +206,8 @@ def prefix_attention_reference(
             lse = lse.masked_fill(~any_visible[..., 0], -math.inf)
         threshold = dropout_threshold(dropout_p)
         if threshold > 0:
+            if dropout_seed is None:
+                raise ValueError(f"dropout_seed: expected an int64 tensor [1] with dropout_p={dropout_p}, got None")
             seed = int(dropout_seed)
             keep = torch.stack(
                 [_keep_row(seed, dropout_p, b * q_heads + h, segments, q_len, device) for h in range(q_heads)]

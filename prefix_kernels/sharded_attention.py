@@ -18,7 +18,7 @@ _BATCH, _HEADS = 0, 1
 
 def sharded_attention(
     attention: Callable[..., Any],
-    query: DTensor,
+    query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor | None,
@@ -45,7 +45,7 @@ def sharded_attention(
 
     Args:
         attention: :func:`prefix_kernels.prefix_attention`.
-        query: ``[B, Hq, Sq, D]``.
+        query: ``[B, Hq, Sq, D]``, a DTensor.
 
     Returns:
         What ``attention`` returns, sharded like the query.
@@ -72,10 +72,11 @@ def sharded_attention(
         """This process's part of a tensor with a batch and a heads dimension, where it has them."""
         if tensor is None:
             return None
+        split_dims: dict[Placement, int | None] = {Shard(_BATCH): batch_dim, Shard(_HEADS): heads_dim}
         parts: list[Placement] = []
         gradients: list[Placement] = []
         for placement in placements:
-            dim = {Shard(_BATCH): batch_dim, Shard(_HEADS): heads_dim}.get(placement)
+            dim = split_dims.get(placement)
             parts.append(Replicate() if dim is None else Shard(dim))
             # A tensor kept whole where the query is split gets a part of its gradient from every process.
             partial = dim is None and placement != Replicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,11 @@ class PrefixEncoder(nn.Module):
         ValueError: a size below 1, ``num_frozen_tokens`` outside ``[0, P]`` or with ``projection``, a dropout outside
             ``[0, 1]``, a wrong number of ``init_std``, or ``embedding_dim`` or ``hidden_size`` without ``projection``.
     """
+
+    table: nn.Parameter | None
+    frozen_table: Tensor | None
+    embedding: nn.Embedding
+    transform: nn.Sequential
 
     def __init__(
         self,
@@ -99,21 +105,23 @@ class PrefixEncoder(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         self.init_std = init_std
-        factory = {"device": device, "dtype": dtype}
-        frozen = torch.empty(num_frozen_tokens, *self._row_shape, **factory) if num_frozen_tokens else None
+        frozen = (
+            torch.empty(num_frozen_tokens, *self._row_shape, device=device, dtype=dtype) if num_frozen_tokens else None
+        )
         self.register_buffer("frozen_table", frozen)
         if projection:
             embedding_dim = num_heads * head_dim if embedding_dim is None else embedding_dim
             hidden_size = 512 if hidden_size is None else hidden_size
-            self.embedding = nn.Embedding(num_prefix_tokens, embedding_dim, **factory)
+            self.embedding = nn.Embedding(num_prefix_tokens, embedding_dim, device=device, dtype=dtype)
             self.transform = nn.Sequential(
-                nn.Linear(embedding_dim, hidden_size, **factory),
+                nn.Linear(embedding_dim, hidden_size, device=device, dtype=dtype),
                 nn.Tanh(),
-                nn.Linear(hidden_size, 2 * num_layers * num_heads * head_dim, **factory),
+                nn.Linear(hidden_size, 2 * num_layers * num_heads * head_dim, device=device, dtype=dtype),
             )
             self.register_parameter("table", None)
         else:
-            self.table = nn.Parameter(torch.empty(num_prefix_tokens - num_frozen_tokens, *self._row_shape, **factory))
+            rows = num_prefix_tokens - num_frozen_tokens
+            self.table = nn.Parameter(torch.empty(rows, *self._row_shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     @property
@@ -125,12 +133,17 @@ class PrefixEncoder(nn.Module):
         """True while a network generates the table, which :meth:`fold` ends."""
         return self.table is None
 
+    @property
+    def _linears(self) -> tuple[nn.Linear, nn.Linear]:
+        # nn.Sequential does not know the types of its modules.
+        return cast(nn.Linear, self.transform[0]), cast(nn.Linear, self.transform[2])
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new initial values."""
         if self.projection:
             self.embedding.reset_parameters()
-            for layer in self.transform[::2]:
+            for layer in self._linears:
                 layer.reset_parameters()
         tables = [x for x in (self.frozen_table, self.table) if x is not None]
         for table in tables:
@@ -145,19 +158,20 @@ class PrefixEncoder(nn.Module):
             for table in tables:
                 table *= table.new_tensor(stds).repeat_interleave(2)[:, None, None]
             return
-        generated = self._generate().unflatten(1, (self.num_layers, 2))
+        generated: Tensor = self._generate().unflatten(1, (self.num_layers, 2))
         factors = generated.new_tensor(stds) / generated.square().mean(dim=(0, 2, 3, 4)).sqrt()
-        last = self.transform[-1]
+        last = self._linears[1]
         scales = factors.repeat_interleave(last.out_features // self.num_layers)
-        last.weight *= scales[:, None]
-        last.bias *= scales
+        last.weight.mul_(scales[:, None])
+        last.bias.mul_(scales)
 
     def _generate(self) -> Tensor:
-        return self.transform(self.embedding.weight).view(self.num_prefix_tokens, *self._row_shape)
+        rows: Tensor = self.transform(self.embedding.weight)
+        return rows.view(self.num_prefix_tokens, *self._row_shape)
 
     def full_table(self) -> Tensor:
         """``T [P, 2 L, H, D]``, differentiable with respect to what is trained; no copy where that is all of it."""
-        if self.projection:
+        if self.table is None:
             return self._generate()
         return self.table if self.frozen_table is None else torch.cat([self.frozen_table, self.table])
 
@@ -170,7 +184,7 @@ class PrefixEncoder(nn.Module):
         """
         table = F.dropout(self.full_table(), self.dropout, self.training)
         # unbind, not 2 L slices: its backward writes the table's gradient once.
-        prefixes = table.permute(1, 2, 0, 3).unbind(0)
+        prefixes: Sequence[Tensor] = table.permute(1, 2, 0, 3).unbind(0)
         if fsdp.is_unit(self):
             # The table's memory is given back as soon as this returns.
             prefixes = [prefix.clone() for prefix in prefixes]
@@ -225,7 +239,7 @@ class PrefixEncoder(nn.Module):
     def folded_prefix_state(self) -> dict[str, Tensor]:
         """Return the table and its frozen rows, detached, for the protocol of :mod:`prefix_kernels.checkpoint`."""
         frozen = {} if self.frozen_table is None else {"frozen_table": self.frozen_table}
-        return {"table": self._generate() if self.projection else self.table.detach()} | frozen
+        return {"table": self._generate() if self.table is None else self.table.detach()} | frozen
 
     def extra_repr(self) -> str:
         return (

@@ -56,6 +56,9 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         ValueError: ``num_prefix_tokens`` is negative, or a head has more than 256 features.
     """
 
+    prefix_key: nn.Parameter | None
+    prefix_value: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -211,13 +214,13 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             query_offset=0 if trust_hint else None,
             return_lse=need_weights,
         )
-        out, lse = result if need_weights else (result, None)
+        out, lse = result if isinstance(result, tuple) else (result, None)
 
         # [N, H, L, D] to the layout of the query, with the heads joined.
         out = out.permute(2, 0, 1, 3) if is_batched and not self.batch_first else out.transpose(1, 2)
         out = self.out_proj(out.flatten(2))
         weights = None
-        if need_weights:
+        if lse is not None:
             weights = self._weights(q, k, row_key, mask, lse)
             if average_attn_weights:
                 weights = weights.mean(dim=1)
@@ -258,18 +261,22 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             w_q, w_k, w_v = separate if weight is None else weight.chunk(3)
             b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
             k, v = F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
-        return tuple(
-            split_heads(x, self.num_heads, sequence_first=sequence_first) for x in (F.linear(query, w_q, b_q), k, v)
+        q = F.linear(query, w_q, b_q)
+        return (
+            split_heads(q, self.num_heads, sequence_first=sequence_first),
+            split_heads(k, self.num_heads, sequence_first=sequence_first),
+            split_heads(v, self.num_heads, sequence_first=sequence_first),
         )
 
     def _rows_every_query_sees(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values ``[H, P (+ 1) (+ 1), D]``: the prefix, then ``bias_k``/``bias_v``, then the zero key."""
-        keys, values = [], []
-        if self.num_prefix_tokens:
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        if self.prefix_key is not None and self.prefix_value is not None:
             keys.append(self.prefix_key)
             values.append(self.prefix_value)
         row = (self.num_heads, 1, self.head_dim)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             keys.append(self.bias_k.view(row))
             values.append(self.bias_v.view(row))
         if self.add_zero_attn:
@@ -317,7 +324,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         if query.size(0) == 0:
             raise ValueError(f"query: expected rows [L, {self.embed_dim}], got a nested tensor without any")
         lengths = [row.shape[0] for row in query.unbind()]
-        padded = nn.utils.rnn.pad_sequence(query.unbind(), batch_first=True)
+        padded = nn.utils.rnn.pad_sequence(list(query.unbind()), batch_first=True)
         positions = torch.arange(padded.shape[1], device=padded.device)
         padding = positions >= torch.tensor(lengths, device=padded.device)[:, None]
         out, weights = self.forward(padded, padded, padded, padding, need_weights, None, average_attn_weights)
@@ -338,10 +345,10 @@ def check_head_dim(name: str, width: int, num_heads: int) -> None:
 
 def split_heads(x: Tensor, num_heads: int, *, sequence_first: bool) -> Tensor:
     """View ``[S, N, E]`` (``sequence_first``), ``[N, S, E]`` or ``[S, E]`` as ``[N, num_heads, S, E / num_heads]``."""
-    x = x.unflatten(-1, (num_heads, -1))
-    if x.dim() == 3:
-        x = x.unsqueeze(0)
-    return x.permute(1, 2, 0, 3) if sequence_first else x.transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    if heads.dim() == 3:
+        heads = heads.unsqueeze(0)
+    return heads.permute(1, 2, 0, 3) if sequence_first else heads.transpose(1, 2)
 
 
 def merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

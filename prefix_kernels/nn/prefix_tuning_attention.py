@@ -66,13 +66,12 @@ class PrefixTuningAttention(nn.Module):
         self.num_prefix_tokens = prefix_len
         self.dropout = dropout
         self.batch_first = batch_first
-        factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, d_model, bias, **factory)
-        self.k_proj = nn.Linear(d_model, d_model, bias, **factory)
-        self.v_proj = nn.Linear(d_model, d_model, bias, **factory)
-        self.out_proj = nn.Linear(d_model, d_model, bias, **factory)
+        self.q_proj = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.k_proj = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.v_proj = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)
         self.requires_grad_(not freeze_projections)
-        self.prefix = nn.Parameter(torch.randn(prefix_len, d_model, **factory))
+        self.prefix = nn.Parameter(torch.randn(prefix_len, d_model, device=device, dtype=dtype))
 
     def prefix_parameter_names(self) -> list[str]:
         """Name the parameters of the prefix, as the protocol of :mod:`prefix_kernels.checkpoint` asks."""
@@ -126,7 +125,8 @@ class PrefixTuningAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         out = prefix_attention(q, k, v, prefix_key, prefix_value, mask, dropout_p, is_causal)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
-        return self.out_proj(out.flatten(2))
+        projected: Tensor = self.out_proj(out.flatten(2))
+        return projected
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_heads={self.n_heads}, prefix_len={self.num_prefix_tokens}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import nn
 
@@ -9,6 +12,7 @@ from prefix_kernels.nn.multihead_attention import PrefixMultiheadAttention
 
 # On a PrefixMultiheadAttention that took a place: which of the weights were trainable before.
 _TRAINABLE_BEFORE = "_trainable_before_replacement"
+_Attention = TypeVar("_Attention", bound=nn.MultiheadAttention)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,7 +55,7 @@ def replace_multihead_attention(
         raise ValueError(f"num_prefix_tokens: expected at least 1, got {num_prefix_tokens}")
     found = _find(model, nn.MultiheadAttention)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    replacements = {}
+    replacements: dict[nn.Module, PrefixMultiheadAttention] = {}
     try:
         for name, attention in found.items():
             replacements[attention] = _replacement(name, attention, num_prefix_tokens, prefix_dtype)
@@ -59,8 +63,8 @@ def replace_multihead_attention(
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
-    for attention, replacement in replacements.items():
-        before = {name: flags[parameter] for name, parameter in attention.named_parameters()}
+    for replaced, replacement in replacements.items():
+        before = {name: flags[parameter] for name, parameter in replaced.named_parameters()}
         setattr(replacement, _TRAINABLE_BEFORE, before)
     _exchange(model, replacements)
     return model
@@ -83,7 +87,7 @@ def restore_multihead_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def _find(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+def _find(model: nn.Module, kind: type[_Attention]) -> dict[str, _Attention]:
     if isinstance(model, kind):
         raise ValueError(
             f"model: expected a module that contains attention, got a {type(model).__name__} itself; see "
@@ -129,8 +133,8 @@ def _plain(attention: PrefixMultiheadAttention) -> nn.MultiheadAttention:
     return plain.train(attention.training)
 
 
-def _exchange(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def _exchange(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])

@@ -8,6 +8,7 @@ import torch
 from helpers import make_call
 
 from prefix_kernels import prefix_attention
+from prefix_kernels.reference import prefix_attention_reference
 
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError)
 
@@ -248,6 +249,20 @@ def test_a_wrong_dtype_is_a_type_error(changes):
 def test_a_wrong_shape_or_number_is_a_value_error(changes):
     with pytest.raises(ValueError):
         prefix_attention(**arguments(changes))
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("prefix_key", {"prefix_key": None}),
+        ("prefix_value", {"prefix_value": None}),
+        ("dropout_seed", {"dropout_p": 0.5, "dropout_seed": None}),
+    ],
+    ids=["no prefix_key", "no prefix_value", "no dropout_seed"],
+)
+def test_the_reference_names_what_is_missing(argument, changes):
+    with pytest.raises(ValueError, match=f"^{argument}: expected .* got None"):
+        prefix_attention_reference(**arguments(changes))
 
 
 def backward_arguments() -> dict[str, object]:

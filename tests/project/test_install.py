@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).parent.parent.parent
 PACKAGE = Path(prefix_kernels.__file__).parent
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 RELEASE = ".".join(torch.__version__.split(".")[:2])
-SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".tsv")
+SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".tsv", ".typed")
 CPU_TORCH, CUDA_TORCH = "2.13.0+cpu", "2.14.1+cu130"
 
 
@@ -170,9 +170,7 @@ def test_an_isolated_build_without_a_compiler_ends_before_anything_is_downloaded
     assert _is_one_sentence(run.stderr.strip())
 
 
-def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python, tmp_path):
-    python, environment = bare_python
-    tree = tmp_path / "tree"
+def _copy_sources(tree: Path) -> list[str]:
     files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", ".clang-format"]
     for folder in ("build_tools", "csrc", "prefix_kernels", "tests", "examples"):
         sources = (path for path in (CHECKOUT / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES)
@@ -180,6 +178,13 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
     for file in files:
         (tree / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / file, tree / file)
+    return files
+
+
+def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python, tmp_path):
+    python, environment = bare_python
+    tree = tmp_path / "tree"
+    files = _copy_sources(tree)
     (tree / "prefix_kernels" / "_compiled_torch.py").write_text('VERSION = "of this machine"')
     make = f"import os; os.chdir({str(tree)!r}); import build_tools.backend as b; print(b.build_sdist('.'))"
     path = os.pathsep.join([str(tree), environment["PYTHONPATH"]])
@@ -189,6 +194,18 @@ def test_a_source_distribution_needs_no_torch_and_holds_every_source(bare_python
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert set(files) <= held, set(files) - held
     assert "prefix_kernels/_compiled_torch.py" not in held
+
+
+def test_a_wheel_holds_the_mark_of_a_typed_package(bare_python, tmp_path):
+    python, environment = bare_python
+    tree, built = tmp_path / "tree", tmp_path / "built"
+    _copy_sources(tree)
+    run = _python(
+        "setup.py", "--quiet", "build_py", "--build-lib", str(built), executable=python, folder=tree, **environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert (built / "prefix_kernels" / "__init__.py").is_file()
+    assert (built / "prefix_kernels" / "py.typed").is_file()
 
 
 def test_no_header_hides_one_of_the_system(build_environment):
