@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from prefix_kernels._files import LARGEST_SIZE, parse_json
 
@@ -18,6 +18,7 @@ ATTENTIONS = ("prefix_kernels", "torch")
 CONFIG_KEY = "prefix_tuning_config"
 
 PrefixLengths = int | Sequence[int]
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -161,11 +162,12 @@ class PrefixTuningConfig:
 def _integer(name: str, value: object, smallest: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}: expected an int, got {reprlib.repr(value)}")
-    if smallest is not None and value < smallest:
+    number = int(value)
+    if smallest is not None and number < smallest:
         raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-    if value > LARGEST_SIZE:
+    if number > LARGEST_SIZE:
         raise ValueError(f"{name}: expected at most {LARGEST_SIZE}, got {reprlib.repr(value)}")
-    return int(value)
+    return number
 
 
 def _number(name: str, value: object, expected: str) -> float:
@@ -183,12 +185,12 @@ def _name(name: str, value: object) -> str:
     return value
 
 
-def _list(name: str, values: object, read: Callable[[str, Any], Any], *, may_be_empty: bool = False) -> list:
+def _list(name: str, values: object, read: Callable[[str, Any], _T], *, may_be_empty: bool = False) -> list[_T]:
     """``values`` as a list, ``read(name, value)`` in place of each."""
     if isinstance(values, str | bytes):
         raise ValueError(f"{name}: expected a sequence, got the string {reprlib.repr(values)}")
     try:
-        given = None if isinstance(values, Mapping) else list(values)
+        given = None if isinstance(values, Mapping) else list(cast(Iterable[object], values))
     except TypeError:  # of numbers, and of tensors and arrays without dimensions
         given = None
     if given is None:

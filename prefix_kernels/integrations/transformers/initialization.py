@@ -85,13 +85,14 @@ def initialize_from_text(
                 "shorter text over and over"
             )
         first = 0 if tokens == "first" else max(rows - length, 0)
-        return tuple(_fitted(x[0, :, first:], length) for x in recorded[site])
+        key, value = recorded[site]
+        return _fitted(key[0, :, first:], length), _fitted(value[0, :, first:], length)
 
     _write(model, taken, "text")
 
 
 @torch.no_grad()
-def initialize_from_prefix(model: PreTrainedModel, source: str | os.PathLike | PreTrainedModel) -> None:
+def initialize_from_prefix(model: PreTrainedModel, source: str | os.PathLike[str] | PreTrainedModel) -> None:
     """Let the prefix begin as another one, of any length: of a longer one its beginning, a shorter one repeated.
 
     Args:
@@ -110,7 +111,12 @@ def initialize_from_prefix(model: PreTrainedModel, source: str | os.PathLike | P
         role, depth = missing[0]
         raise ValueError(f"source: expected a prefix at every attention of the model's, got none at {role} {depth}")
     by_site = {number: pairs[place] for place, number in places.items()}
-    _write(model, lambda site, length: tuple(_fitted(x, length) for x in by_site[site]), "source")
+
+    def fitted(site: int, length: int) -> PrefixPair:
+        key, value = by_site[site]
+        return _fitted(key, length), _fitted(value, length)
+
+    _write(model, fitted, "source")
 
 
 @torch.no_grad()
@@ -137,8 +143,8 @@ def initialize_like_keys(model: PreTrainedModel, *, generator: torch.Generator |
     sites = tasks_of(model).layout.sites
 
     def drawn(site: int, length: int) -> PrefixPair:
-        states = [_visible_tokens(x, sites[site].role, inputs) for x in recorded[site]]
-        return tuple(_noise_like(x, length, generator) for x in states)
+        key, value = (_visible_tokens(x, sites[site].role, inputs) for x in recorded[site])
+        return _noise_like(key, length, generator), _noise_like(value, length, generator)
 
     _write(model, drawn, "inputs")
 
@@ -155,8 +161,8 @@ def _visible_tokens(states: Tensor, role: str, inputs: Mapping[str, Any]) -> Ten
     rows = states.transpose(1, 2).float()
     name = next((one for one in _SAMPLES_OF_ROLE.get(role, _SAMPLES) if inputs.get(one) is not None), "inputs")
     padding = _PADDING_OF_ROLE.get(role, "attention_mask")
-    mask = inputs.get(padding)
-    if mask is not None and mask.shape == rows.shape[:2]:
+    mask = None if padding is None else inputs.get(padding)
+    if padding is not None and mask is not None and mask.shape == rows.shape[:2]:
         name, rows = padding, rows[mask.bool()]
     rows = rows.reshape(-1, *rows.shape[-2:])
     if rows.shape[0] < 2:
@@ -200,10 +206,10 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
         ValueError: a table cannot be written to, has another shape, or would get what is not finite; that names
             ``argument``, the argument that the pairs come from.
     """
-    encoder, layout = model.prefix_encoder, tasks_of(model).layout
+    encoder, layout = _encoder_of(model), tasks_of(model).layout
     states: dict[PrefixEncoder, dict[str, Tensor]] = {}
     for group in layout.groups:
-        one = encoder if isinstance(encoder, PrefixEncoder) else encoder[group.name]
+        one = group.encoder_in(encoder)
         if one.projection:
             raise ValueError(
                 "model: expected a prefix that is a table, got one that a projection generates (prefix_projection=True)"
@@ -228,15 +234,21 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
 
 def _pairs_in_model(model: PreTrainedModel) -> dict[tuple[str, int], PrefixPair]:
     _refuse_sharded("source", model)
-    return _pairs(tasks_of(model).layout, model.prefix_encoder)
+    return _pairs(tasks_of(model).layout, _encoder_of(model))
 
 
-def _pairs_in_file(model: PreTrainedModel, path: str | os.PathLike) -> dict[tuple[str, int], PrefixPair]:
+def _encoder_of(model: PreTrainedModel) -> PrefixEncoder | nn.ModuleDict:
+    encoder = model.get_submodule("prefix_encoder")
+    assert isinstance(encoder, PrefixEncoder | nn.ModuleDict)
+    return encoder
+
+
+def _pairs_in_file(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[tuple[str, int], PrefixPair]:
     task = read_stored_task(path, model)
     return _pairs(PrefixLayout(find_sites(model), task.config), task.prefix_encoder(model))
 
 
-def _pairs(layout: PrefixLayout, encoder: nn.Module) -> dict[tuple[str, int], PrefixPair]:
+def _pairs(layout: PrefixLayout, encoder: PrefixEncoder | nn.ModuleDict) -> dict[tuple[str, int], PrefixPair]:
     training = encoder.training
     encoder.eval()
     pairs = {site: pair for stack in layout.stacks for site, pair in layout.pairs(encoder, stack).items()}

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+_Container = dict[Any, Any] | set[Any]
 # An object, its attributes, and the containers among them with what they held.
-_State = tuple[object, dict[str, Any], list[tuple[dict | set, dict | set]]]
+_State = tuple[object, dict[str, Any], list[tuple[_Container, _Container]]]
 
 
 @contextmanager

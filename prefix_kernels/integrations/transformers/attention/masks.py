@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ def prefix_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable[[int, int, int, int], bool] = causal_mask_function,
     attention_mask: Tensor | None = None,
     config: object = None,
     local_size: int | None = None,
@@ -67,7 +68,7 @@ def prefix_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=cast(int, q_offset),  # Transformers hands tensors on too
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,

@@ -43,8 +43,8 @@ def torch_attention_forward(
         module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes
     )
     q_len, k_len = query.shape[2], key.shape[2]
-    offset = k_len - q_len if offset is None else offset[:, None, None, None]
-    position = torch.arange(q_len, device=query.device)[:, None] + offset
+    first = k_len - q_len if offset is None else offset[:, None, None, None]
+    position = torch.arange(q_len, device=query.device)[:, None] + first
     if (causal and q_len > 1) or left >= 0 or right >= 0:
         column = torch.arange(k_len, device=query.device)
         visible = column <= position if causal else torch.ones_like(column <= position)
@@ -58,20 +58,23 @@ def torch_attention_forward(
         mask = mask.to(query.dtype)
 
     prefix_key, prefix_value = prefix_of(module, layer_prefixes)
-    if prefix_key is not None:
+    if prefix_key is not None and prefix_value is not None:
         ids, lens = rows_of(module, layer_prefixes)
-        if ids is None:
+        if ids is None or lens is None:
             prefix_key, prefix_value = (x.expand(query.shape[0], -1, -1, -1) for x in (prefix_key, prefix_value))
         else:
-            bias = None if mask is None or mask.shape[-1] == k_len else mask[..., :-k_len]
-            mask = _mask_of_columns(mask if bias is None else mask[..., -k_len:], query, k_len)
+            bias = None
+            if mask is not None and mask.shape[-1] != k_len:
+                bias, mask = mask[..., :-k_len], mask[..., -k_len:]
+            mask = _mask_of_columns(mask, query, k_len)
             bank_mask = _bank_mask(ids, lens, prefix_key.shape[2], mask)
             mask = torch.cat([bank_mask if bias is None else bank_mask + bias, mask], dim=-1)
             prefix_key, prefix_value = _of_each_row(prefix_key, ids), _of_each_row(prefix_value, ids)
         if mask is not None and ids is None and mask.shape[-1] == k_len:
             seen = 1.0 if mask.dtype == torch.bool else 0.0
             mask = F.pad(mask, (prefix_key.shape[2], 0), value=seen)
-        if layer_prefixes.window_includes_prefix and left >= 0:
+        slides = layer_prefixes is not None and layer_prefixes.window_includes_prefix
+        if slides and mask is not None and left >= 0:
             mask = mask & _prefix_in_window(prefix_key.shape[2], ids, lens, position - left, k_len)
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
         value = torch.cat([prefix_value.to(value.dtype), value], dim=2)
@@ -103,7 +106,7 @@ def _prefix_in_window(length: int, ids: Tensor | None, lens: Tensor | None, firs
 
     The row's prefixes end where the sequence, whose columns are all taken to be visible, begins.
     """
-    if ids is None:
+    if ids is None or lens is None:
         position = torch.arange(-length, 0, device=first.device)
     else:
         slots = ids.view(ids.shape[0], -1)

@@ -6,6 +6,7 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from transformers import PreTrainedModel
 
@@ -14,6 +15,12 @@ from prefix_kernels.checkpoint import marked_heads
 
 # The name of a stored task's labels in the metadata of its file.
 LABELS_KEY = "labels"
+
+# Some losses read the model's own copy of the number.
+_NUM_LABELS = "num_labels"
+
+# Those that Transformers has losses for; a config takes any string.
+_ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"] | None
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +49,9 @@ class Labels:
         layers = [layer for head in marked_heads(model).values() for layer in head.modules()]
         if not any(getattr(layer, "out_features", None) == len(config.id2label or {}) for layer in layers):
             return None
-        return cls(dict(config.id2label), dict(config.label2id or {}), config.problem_type)
+        # Transformers has made numbers of the numbers in the file of a config.
+        names, numbers = cast("dict[int, str]", config.id2label), cast("dict[str, int]", config.label2id or {})
+        return cls(dict(names), dict(numbers), config.problem_type)
 
     @classmethod
     def unnamed(cls, count: int) -> Labels:
@@ -54,10 +63,9 @@ class Labels:
         """Make them the labels of ``model``, whose config must be its own."""
         config = model.config
         config.id2label, config.label2id = dict(self.id2label), dict(self.label2id)
-        config.problem_type = self.problem_type
-        # Some losses read the model's own copy of the number.
-        if hasattr(model, "num_labels"):
-            model.num_labels = len(self.id2label)
+        config.problem_type = cast("_ProblemType", self.problem_type)
+        if hasattr(model, _NUM_LABELS):
+            setattr(model, _NUM_LABELS, len(self.id2label))
 
     def to_json(self) -> str:
         """One line of JSON; names that are no strings become strings."""

@@ -15,7 +15,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +38,7 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 __all__ = ["PeftCheckpoint", "is_peft_checkpoint", "read_peft_checkpoint", "save_peft_checkpoint"]
 
@@ -80,12 +81,12 @@ class PeftCheckpoint:
     state: dict[str, Tensor]
 
 
-def is_peft_checkpoint(path: str | os.PathLike) -> bool:
+def is_peft_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return True if ``path`` is a folder that PEFT wrote."""
     return os.path.isfile(Path(path) / CONFIG_FILE)
 
 
-def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> PeftCheckpoint:
+def read_peft_checkpoint(path: str | os.PathLike[str], model: PreTrainedModel) -> PeftCheckpoint:
     """Read a checkpoint of the type PREFIX_TUNING or CARTRIDGE that was trained for a model like ``model``.
 
     Args:
@@ -144,7 +145,7 @@ def read_peft_checkpoint(path: str | os.PathLike, model: PreTrainedModel) -> Pef
 
 def save_peft_checkpoint(
     model: PreTrainedModel,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     task_type: str | None = None,
     num_frozen_tokens: int | None = None,
@@ -185,7 +186,8 @@ def save_peft_checkpoint(
 
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     num_pairs = model.config.num_hidden_layers if is_encoder_decoder else len(sites)
-    table = model.prefix_encoder.full_table().detach()
+    # PEFT has one stack alone, whose prefixes are of one shape and lie in one table.
+    table = cast(PrefixEncoder, model.prefix_encoder).full_table().detach()
     tensors = {_TABLE: table_to_peft(table, num_pairs, is_encoder_decoder=is_encoder_decoder)}
     trained = [name for name, module in model.named_modules() if getattr(module, "trained_with_prefix", False)]
     modules_to_save = list(dict.fromkeys([*trained, *_HEADS_OF_TASK[task_type]]))
@@ -279,7 +281,8 @@ def _read_heads(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by their names in ``model``, and the modules that they belong to."""
     modules = {name for name, _ in model.named_modules() if any(name.endswith(target) for target in targets)}
-    state, heads = {}, {}
+    state: dict[str, Tensor] = {}
+    heads: dict[str, None] = {}
     for stored_name, tensor in tensors.items():
         parts = stored_name.removeprefix(_MODEL).split(".")
         head = next((name for i in range(1, len(parts)) if (name := ".".join(parts[:i])) in modules), None)

@@ -86,7 +86,7 @@ def table_to_peft(table: Tensor, num_pairs: int | None = None, *, is_encoder_dec
     num_layers = table.shape[1] // 2
     num_pairs = num_layers if num_pairs is None else num_pairs
     pairs = pairs_of_layers(num_pairs, num_layers, is_encoder_decoder=is_encoder_decoder)
-    layers = table.unflatten(1, (num_layers, 2))
+    layers: Tensor = table.unflatten(1, (num_layers, 2))
     slices = layers.new_zeros(layers.shape[0], num_pairs, *layers.shape[2:])
     slices[:, pairs] = layers
     for layer, pair in enumerate(pairs):

@@ -22,6 +22,7 @@ from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.nn.encoder import PrefixEncoder
 
 _PREFIX = "prefix_encoder"
 
@@ -38,7 +39,7 @@ class StoredTask:
     """
 
     config: PrefixTuningConfig
-    source: str | os.PathLike | Mapping[str, Tensor]
+    source: str | os.PathLike[str] | Mapping[str, Tensor]
     heads: Sequence[str]
     labels: Labels | None
 
@@ -53,7 +54,7 @@ class StoredTask:
         # PEFT converts what it loads to the dtype of the model.
         load_prefix(model, self.source, cast=isinstance(self.source, Mapping))
 
-    def prefix_encoder(self, model: PreTrainedModel) -> nn.Module:
+    def prefix_encoder(self, model: PreTrainedModel) -> PrefixEncoder | nn.ModuleDict:
         """The stored prefix as a module of its own, on the CPU and in float32."""
         tensors = self.source if isinstance(self.source, Mapping) else read_prefix_tensors(self.source)
         state = {name: tensor for name, tensor in tensors.items() if _is_of_prefix(name)}
@@ -63,7 +64,7 @@ class StoredTask:
 
 
 def read_stored_task(
-    path: str | os.PathLike, model: PreTrainedModel, config: PrefixTuningConfig | None = None
+    path: str | os.PathLike[str], model: PreTrainedModel, config: PrefixTuningConfig | None = None
 ) -> StoredTask:
     """Read what is needed to prepare ``model`` for the task at ``path``, and check that its prefix fits.
 
@@ -109,12 +110,13 @@ def checked_config(config: PrefixTuningConfig) -> PrefixTuningConfig:
     return replace(config)
 
 
-def _read_folder(path: str | os.PathLike, model: PreTrainedModel, config: PrefixTuningConfig | None) -> StoredTask:
+def _read_folder(path: str | os.PathLike[str], model: PreTrainedModel, config: PrefixTuningConfig | None) -> StoredTask:
     checkpoint = read_peft_checkpoint(path, model)
-    return StoredTask(config or checkpoint.config, checkpoint.state, checkpoint.config.modules_to_save, None)
+    heads = checkpoint.config.modules_to_save or ()
+    return StoredTask(config or checkpoint.config, checkpoint.state, heads, None)
 
 
-def _read_file(path: str | os.PathLike, config: PrefixTuningConfig | None) -> StoredTask:
+def _read_file(path: str | os.PathLike[str], config: PrefixTuningConfig | None) -> StoredTask:
     if os.path.isdir(path):
         raise ValueError(
             f"{path}: expected a file of save_prefix_model, or a folder with PEFT's {CONFIG_FILE}, got a folder without"

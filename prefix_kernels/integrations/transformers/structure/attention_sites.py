@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,9 +51,9 @@ class AttentionSite:
 
 
 @functools.cache
-def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
+def _asks_for_attention(forward: Callable[..., Any]) -> bool:
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class.forward)
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(forward)
     except (OSError, TypeError):
         return False
 
@@ -64,8 +66,8 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     Raises:
         ValueError: there are none, one is outside every list of layers, or one has heads that the kernels do not take.
     """
-    backbone = model.base_model.get_submodule(LANGUAGE_MODELS.get(model.config.model_type, ""))
-    found = {name: module for name, module in backbone.named_modules() if _calls_attention_interface(type(module))}
+    backbone: nn.Module = model.base_model.get_submodule(LANGUAGE_MODELS.get(model.config.model_type, ""))
+    found = {name: module for name, module in backbone.named_modules() if _asks_for_attention(type(module).forward)}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
     sites = []
@@ -92,8 +94,9 @@ def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
     groups = getattr(stack, "albert_layer_groups", None)
     if groups is None:
         return sites
-    repetitions = stack.config.num_hidden_layers / stack.config.num_hidden_groups
-    called = [int(i / repetitions) for i in range(stack.config.num_hidden_layers)]
+    config = _config(stack)
+    repetitions = config.num_hidden_layers / config.num_hidden_groups
+    called = [int(i / repetitions) for i in range(config.num_hidden_layers)]
     return [
         replace(site, call=called[:i].count(group), calls=called.count(group))
         for i, group in enumerate(called)
@@ -122,18 +125,26 @@ def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
     return tower.removesuffix("_model") if tower.endswith("_model") else SELF
 
 
+def _config(module: nn.Module) -> Any:
+    """The config of ``module``; which attributes it has depends on the model type."""
+    return module.config
+
+
 def _num_kv_heads(module: nn.Module) -> int:
-    kv_heads = getattr(module.config, "num_key_value_heads", None)
+    kv_heads: int | None = getattr(module.config, "num_key_value_heads", None)
     if kv_heads is not None:
         return kv_heads
     for attribute in ("num_heads", "n_heads", "num_attention_heads"):
         if isinstance(count := getattr(module, attribute, None), int):
             return count
-    return module.config.num_attention_heads
+    heads: int = _config(module).num_attention_heads
+    return heads
 
 
 def _head_dim(module: nn.Module) -> int:
     for attribute in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size"):
         if isinstance(size := getattr(module, attribute, None), int):
             return size
-    return module.config.hidden_size // module.config.num_attention_heads
+    config = _config(module)
+    head_dim: int = config.hidden_size // config.num_attention_heads
+    return head_dim

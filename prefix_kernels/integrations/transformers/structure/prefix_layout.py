@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class PrefixGroup:
     num_virtual_tokens: int
     num_kv_heads: int
     head_dim: int
+
+    def encoder_in(self, encoder: PrefixEncoder | nn.ModuleDict) -> PrefixEncoder:
+        """The part of a model's prefix module that holds the table of this group."""
+        # nn.ModuleDict does not know the types of its modules.
+        return encoder if isinstance(encoder, PrefixEncoder) else cast(PrefixEncoder, encoder[self.name])
 
 
 class PrefixLayout:
@@ -79,11 +84,10 @@ class PrefixLayout:
 
     def pairs(self, encoder: PrefixEncoder | nn.ModuleDict, stack: nn.Module) -> dict[int, PrefixPair]:
         """The prefixes of the attentions in ``stack``, by site. Evaluates each table that it needs once."""
-        pairs = {}
+        pairs: dict[int, PrefixPair] = {}
         for group in self.groups:
             if self.sites[group.sites[0]].stack is stack:
-                one = encoder if isinstance(encoder, PrefixEncoder) else encoder[group.name]
-                pairs |= zip(group.sites, one(), strict=True)
+                pairs |= zip(group.sites, group.encoder_in(encoder)(), strict=True)
         return pairs
 
 

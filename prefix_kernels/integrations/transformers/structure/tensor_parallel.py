@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.nn.encoder import PrefixEncoder
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
@@ -46,16 +50,17 @@ def divided_like(present: Tensor, table: Tensor) -> Tensor:
         return table
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(present, DTensor)
     table, mesh, placements = table.to(present.device, present.dtype), present.device_mesh, present.placements
     if table.shape == present.shape:
         return distribute_tensor(table, mesh, placements)
     return DTensor.from_local(table, mesh, placements, run_check=False)
 
 
-def _mesh_of(attention: nn.Module):
+def _mesh_of(attention: nn.Module) -> DeviceMesh:
     """The mesh over which the projections of ``attention`` are divided."""
     for parameter in attention.parameters():
-        mesh = getattr(parameter, "device_mesh", None)
+        mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)
         if mesh is not None:
             return mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
     raise ValueError(f"{type(attention).__name__}: its model is tensor-parallel, but none of its weights is divided")
