@@ -20,7 +20,7 @@ from prefix_kernels.integrations.transformers.attention.visibility import (
     visibility_of,
     with_position_bias,
 )
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes, prefix_of, record, rows_of
 
 
 def prefix_attention_forward(
@@ -34,7 +34,7 @@ def prefix_attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layer_prefixes: LayerPrefixes | None = None,
+    call_prefixes: CallPrefixes | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function, by :func:`prefix_kernels.prefix_attention`.
@@ -49,17 +49,17 @@ def prefix_attention_forward(
         The output ``[B, Sq, Hq, D]``, and None for the attention weights, which the kernels never form.
     """
     refuse_attention_weights(module, kwargs)
-    prefix_key, prefix_value = prefix_of(module, layer_prefixes)
-    prefix_ids, prefix_lens = rows_of(module, layer_prefixes)
-    record(module, key, value, layer_prefixes)
-    seen = visibility_of(module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes)
+    prefix_key, prefix_value = prefix_of(module, call_prefixes)
+    prefix_ids, prefix_lens = rows_of(module, call_prefixes)
+    record(module, key, value, call_prefixes)
+    seen = visibility_of(module, query, key, value, attention_mask, is_causal, sliding_window, call_prefixes)
     out = prefix_attention(
         query,
         seen.key,
         seen.value,
         prefix_key,
         prefix_value,
-        attn_mask=with_position_bias(module, seen.attn_mask, attention_mask, seen.key.shape[2], layer_prefixes, kwargs),
+        attn_mask=with_position_bias(module, seen.attn_mask, attention_mask, seen.key.shape[2], call_prefixes, kwargs),
         dropout_p=dropout,
         is_causal=seen.is_causal,
         scale=scaling,
@@ -68,7 +68,7 @@ def prefix_attention_forward(
         window_size=seen.window_size,
         query_offset=seen.query_offset,
         softcap=softcap or 0.0,
-        window_includes_prefix=layer_prefixes is not None and layer_prefixes.window_includes_prefix,
+        window_includes_prefix=call_prefixes is not None and call_prefixes.window_includes_prefix,
     )
     return out.transpose(1, 2), None
 

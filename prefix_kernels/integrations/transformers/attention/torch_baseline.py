@@ -11,7 +11,7 @@ from prefix_kernels.integrations.transformers.attention.visibility import (
     visibility_of,
     with_position_bias,
 )
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes, prefix_of, record, rows_of
 
 
 def torch_attention_forward(
@@ -25,7 +25,7 @@ def torch_attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layer_prefixes: LayerPrefixes | None = None,
+    call_prefixes: CallPrefixes | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The baseline: the same as :func:`prefix_attention_forward` by ``torch.cat`` and SDPA.
@@ -38,9 +38,9 @@ def torch_attention_forward(
         raise ValueError(
             'attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"'
         )
-    record(module, key, value, layer_prefixes)
+    record(module, key, value, call_prefixes)
     key, value, mask, causal, (left, right), offset = visibility_of(
-        module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes
+        module, query, key, value, attention_mask, is_causal, sliding_window, call_prefixes
     )
     q_len, k_len = query.shape[2], key.shape[2]
     offset = k_len - q_len if offset is None else offset[:, None, None, None]
@@ -53,13 +53,13 @@ def torch_attention_forward(
         if right >= 0:
             visible = visible & (column <= position + right)
         mask = visible if mask is None else visible & mask
-    mask = with_position_bias(module, mask, attention_mask, k_len, layer_prefixes, kwargs)
+    mask = with_position_bias(module, mask, attention_mask, k_len, call_prefixes, kwargs)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
 
-    prefix_key, prefix_value = prefix_of(module, layer_prefixes)
+    prefix_key, prefix_value = prefix_of(module, call_prefixes)
     if prefix_key is not None:
-        ids, lens = rows_of(module, layer_prefixes)
+        ids, lens = rows_of(module, call_prefixes)
         if ids is None:
             prefix_key, prefix_value = (x.expand(query.shape[0], -1, -1, -1) for x in (prefix_key, prefix_value))
         else:
@@ -71,7 +71,7 @@ def torch_attention_forward(
         if mask is not None and ids is None and mask.shape[-1] == k_len:
             seen = 1.0 if mask.dtype == torch.bool else 0.0
             mask = F.pad(mask, (prefix_key.shape[2], 0), value=seen)
-        if layer_prefixes.window_includes_prefix and left >= 0:
+        if call_prefixes.window_includes_prefix and left >= 0:
             mask = mask & _prefix_in_window(prefix_key.shape[2], ids, lens, position - left, k_len)
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
         value = torch.cat([prefix_value.to(value.dtype), value], dim=2)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
 from prefix_kernels.integrations.transformers.runtime.relative_bias import biased_mask, position_bias_of
 
 
@@ -30,7 +30,7 @@ def visibility_of(
     attention_mask: Tensor | None,
     is_causal: bool | None,
     sliding_window: int | None,
-    prefixes: LayerPrefixes | None,
+    prefixes: CallPrefixes | None,
 ) -> Visibility:
     if attention_mask is not None and attention_mask.dim() == 4:
         # A mask of four dimensions says everything about the sequence: it is the caller's own, or `prefix_mask` built
@@ -74,7 +74,7 @@ def with_position_bias(
     visible: Tensor | None,
     attention_mask: Tensor | None,
     k_len: int,
-    prefixes: LayerPrefixes | None,
+    prefixes: CallPrefixes | None,
     arguments: dict[str, object],
 ) -> Tensor | None:
     """``visible``, or with a position bias the mask of both, which may have columns for the prefix."""

@@ -20,7 +20,7 @@ from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank, stack_prefixes
-from prefix_kernels.integrations.transformers.runtime.recording import find_recording
+from prefix_kernels.integrations.transformers.runtime.call_context import CallContext
 from prefix_kernels.integrations.transformers.runtime.selection import (
     PREFIX_NAMES,
     PrefixSelection,
@@ -37,18 +37,6 @@ from prefix_kernels.integrations.transformers.tasks.heads import fitted_heads, l
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 FIRST_NAME = "default"
-_TASKS = "_prefix_tasks"
-
-
-def tasks_of(model: nn.Module) -> PrefixTasks:
-    """The tasks of a prepared model.
-
-    Raises:
-        ValueError: it has no prefix.
-    """
-    if not hasattr(model, _TASKS):
-        raise ValueError(f"model: expected a model prepared by get_prefix_model, got a plain {type(model).__name__}")
-    return getattr(model, _TASKS)
 
 
 @dataclass(eq=False)
@@ -76,19 +64,18 @@ class PrefixTasks:
 
     Attributes:
         active: the name of the active task.
-        open_selections: how many selections and recordings are open in all threads.
+        context: the selection and the recording that are open around the calls of the model.
     """
 
     def __init__(self, model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout) -> None:
         self.model = model
         self.active = FIRST_NAME
-        self.open_selections = 0
+        self.context: CallContext[PrefixSelection] = CallContext()
         self._tasks = {FIRST_NAME: _Task(config, layout)}
         self._shifts_positions = bool(self.shift)
 
     def install(self) -> list[RemovableHandle]:
-        """Let the model take ``prefix_names=``; the hooks that it needs."""
-        setattr(self.model, _TASKS, self)
+        """Let the model take ``prefix_names=``, and return the handles of the hooks that this needs."""
         if self.model.can_generate():
             self.model.generate = GenerateWithPrefixes(self.model, self)
         return [
@@ -98,12 +85,8 @@ class PrefixTasks:
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for the hooks."""
-        delattr(self.model, _TASKS)
         if self.model.can_generate():
             del self.model.generate
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"open_selections": 0}
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +100,7 @@ class PrefixTasks:
     @property
     def shift(self) -> int:
         """Number of positions by which the active task lets sequences begin later; 0 in a recording."""
-        if find_recording(self) is not None:
+        if self.context.recorded is not None:
             return 0
         return self._tasks[self.active].shift
 
@@ -274,7 +257,7 @@ class PrefixTasks:
 
     def using(self, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
         """While it is open, calls of the model in this thread see these prefixes."""
-        return selected(replace(self.selection_of(names), may_repeat=True))
+        return selected(replace(self.selection_of(names), rows_may_repeat=True))
 
     def _rows(self, names: Sequence[RowNames]) -> list[list[str]]:
         if isinstance(names, str) or not isinstance(names, Sequence):
