@@ -452,17 +452,6 @@ def test_a_sliding_window_limits_the_sequence_and_not_the_prefix(attention: Call
     torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
 
 
-def test_softcap_is_applied_or_refused() -> None:
-    module = nn.Module()
-    module.is_causal = False
-    query = torch.randn(1, 2, 4, 8)
-    out, _ = prefix_attention_forward(module, query, query, query, None, softcap=1.5)
-    expected = prefix_attention_reference(query, query, query, softcap=1.5)
-    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="has no softcap; use attention="):
-        torch_attention_forward(module, query, query, query, None, softcap=1.5)
-
-
 def test_no_mask_of_size_sq_times_sk_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

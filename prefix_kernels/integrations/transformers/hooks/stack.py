@@ -25,6 +25,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     find_selection,
 )
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 
 
 class StackHook:
@@ -56,11 +57,7 @@ class StackHook:
                     f"the model's attention implementation is {attention.config._attn_implementation!r}, which would "
                     f"ignore the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
                 )
-        if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True: the attention weights are never formed, so they cannot be returned; remove "
-                'the prefix and use attn_implementation="eager" to look at them'
-            )
+        refuse_attention_weights("output_attentions", kwargs.get("output_attentions"))
         selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
         recorded = self.source.context.recorded

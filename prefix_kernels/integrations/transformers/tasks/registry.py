@@ -32,6 +32,7 @@ from prefix_kernels.integrations.transformers.storage.stored_task import StoredT
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
+from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
 from prefix_kernels.integrations.transformers.tasks.heads import fitted_heads, labels_of_size, refuse_unequal_heads
 from prefix_kernels.nn.encoder import PrefixEncoder
@@ -132,7 +133,7 @@ class PrefixTasks:
                 f"got one at {len(layout.sites)} others where it has {len(places)}"
             )
         windows = self.model.prefix_tuning_config.window_includes_prefix
-        if config.window_includes_prefix != windows and _has_windows(self.model):
+        if config.window_includes_prefix != windows and has_sliding_window(self.model):
             raise ValueError(f"{name}: expected window_includes_prefix={windows} as in the model, got the opposite")
         if config.position_offset == "peft" and not self._shifts_positions:
             raise ValueError(
@@ -310,12 +311,6 @@ def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.
     dtype = there.dtype if cast else here.dtype
     # Not where there is nothing to do: DTensor parameters that autograd knows cannot be exchanged.
     return module if (here.device, here.dtype) == (there.device, dtype) else module.to(there.device, dtype)
-
-
-def _has_windows(model: PreTrainedModel) -> bool:
-    """Return True if a layer may attend within a sliding window."""
-    config = model.config.get_text_config()
-    return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
 
 def _ordinary_tensors() -> AbstractContextManager[object]:
