@@ -28,7 +28,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,10 +53,11 @@ except ImportError as error:
 from prefix_kernels import fsdp
 from prefix_kernels.integrations.transformers.attention.interface import register
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
-from prefix_kernels.integrations.transformers.hooks.attach import Attachment, attach
+from prefix_kernels.integrations.transformers.hooks.attach import PrefixHooks, install_hooks
 from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
 from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.call_context import CallContext
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
@@ -114,7 +115,7 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
     for name in peft_model.peft_config:
         adapters.check(peft_model, name)
     with unchanged_on_error(peft_model):
-        adapters.attachment = attach(model, adapters.layout, config, adapters)
+        adapters.hooks = install_hooks(model, adapters.layout, config, adapters)
 
     # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
     for name in ("forward", "prepare_inputs_for_generation"):
@@ -137,7 +138,7 @@ def restore(peft_model: PeftModel) -> PeftModel:
         raise ValueError(f"peft_model: expected a model of accelerate(), got {type(peft_model).__name__}")
     if fsdp.units_of(peft_model):
         raise ValueError("peft_model: expected one that is not sharded, got one of fully_shard")
-    getattr(peft_model, _ADAPTERS).attachment.remove(peft_model.base_model)
+    getattr(peft_model, _ADAPTERS).hooks.remove(peft_model.base_model)
     delattr(peft_model, _ADAPTERS)
     peft_model.__class__ = type(peft_model).__bases__[-1]
     return peft_model
@@ -181,11 +182,20 @@ def _refuse(peft_model: nn.Module) -> None:
             "peft_model: expected a model whose heads are not divided among processes (tp_plan), got one whose are, "
             "for which PEFT's tables are too wide; load_prefix_model reads its checkpoints into such a model"
         )
-    if any(hasattr(module, PREFIX_SITE_ATTRIBUTE) for module in peft_model.base_model.modules()):
+    if any(hasattr(module, SITE_ATTRIBUTE) for module in peft_model.base_model.modules()):
         raise ValueError(
             f"{type(peft_model.base_model).__name__} below the PEFT model has a prefix already, of get_prefix_model or "
             "of another accelerated model"
         )
+
+
+class _Current(threading.local):
+    """The accelerated model that runs in a thread: of threads, one may run what another has disabled."""
+
+    model: PeftModel | None = None
+
+    def __reduce__(self) -> tuple[type[_Current], tuple[()]]:
+        return _Current, ()
 
 
 @dataclass(eq=False)
@@ -194,14 +204,15 @@ class _Adapters:
 
     Attributes:
         layout: the attentions with a prefix.
-        attachment: the hooks.
-        open_selections: none ever; see ``find_selection`` of
-            :mod:`prefix_kernels.integrations.transformers.runtime.selection`.
+        hooks: the hooks on the model below.
+        context: nothing is ever open in it, as rows cannot name adapters.
+        current: the accelerated model, or its replica in DataParallel, that runs in a thread.
     """
 
     layout: PrefixLayout
-    attachment: Attachment | None = None
-    open_selections: int = 0
+    hooks: PrefixHooks | None = None
+    context: CallContext[PrefixSelection] = field(default_factory=CallContext)
+    current: _Current = field(default_factory=_Current)
 
     def check(self, peft_model: PeftModel, name: str) -> None:
         """Raise ValueError where the adapter ``name`` does not fit the attentions."""
@@ -229,11 +240,8 @@ class _Adapters:
 
     def running(self) -> PeftModel | None:
         """The model of these adapters, if it runs in this thread with its adapter enabled."""
-        model = _running.model
-        # A replica of DataParallel is another object, with parameters of its own.
-        if model is None or getattr(model, _ADAPTERS) is not self or not model.has_active_enabled_adapter:
-            return None
-        return model
+        model = self.current.model
+        return model if model is not None and model.has_active_enabled_adapter else None
 
     @property
     def shift(self) -> int:
@@ -283,15 +291,6 @@ class _Adapters:
         return {site: (slices[2 * pair], slices[2 * pair + 1]) for site, pair in enumerate(read)}
 
 
-class _Running(threading.local):
-    """The accelerated model that runs in this thread: of threads, one may run what another has disabled."""
-
-    model: PeftModel | None = None
-
-
-_running = _Running()
-
-
 class _Accelerated:
     """Methods of an accelerated model in place of those of its PEFT class, the next one among its bases.
 
@@ -325,11 +324,12 @@ class _Accelerated:
         for name in ("adapter_names", PREFIX_NAMES):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None, got {kwargs[name]}; {_ONE_ADAPTER}")
-        before, _running.model = _running.model, self
+        current = getattr(self, _ADAPTERS).current
+        before, current.model = current.model, self
         try:
             return function(*args, **kwargs)
         finally:
-            _running.model = before
+            current.model = before
 
     def _given_to_the_model_below(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs.pop("task_ids", None)

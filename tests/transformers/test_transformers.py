@@ -24,7 +24,7 @@ from prefix_kernels.integrations.transformers import (
 )
 from prefix_kernels.integrations.transformers.attention.interface import prefix_attention, prefix_attention_forward
 from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
 from prefix_kernels.reference import prefix_attention_reference
 
 P, LAYERS, VOCABULARY = 5, 2, 99
@@ -443,24 +443,13 @@ def test_a_sliding_window_limits_the_sequence_and_not_the_prefix(attention: Call
     module.is_causal, module.prefix_site = True, 0
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     prefix_key, prefix_value = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    prefixes = LayerPrefixes({0: (prefix_key, prefix_value)})
-    out, _ = attention(module, query, key, value, None, sliding_window=2, layer_prefixes=prefixes)
+    prefixes = CallPrefixes({0: (prefix_key, prefix_value)})
+    out, _ = attention(module, query, key, value, None, sliding_window=2, call_prefixes=prefixes)
 
     columns, rows = torch.arange(6), torch.arange(6)[:, None]
     window = (columns <= rows) & (columns > rows - 2)
     expected = prefix_attention_reference(query, key, value, prefix_key, prefix_value, attn_mask=window)
     torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
-
-
-def test_softcap_is_applied_or_refused() -> None:
-    module = nn.Module()
-    module.is_causal = False
-    query = torch.randn(1, 2, 4, 8)
-    out, _ = prefix_attention_forward(module, query, query, query, None, softcap=1.5)
-    expected = prefix_attention_reference(query, query, query, softcap=1.5)
-    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="has no softcap; use attention="):
-        torch_attention_forward(module, query, query, query, None, softcap=1.5)
 
 
 def test_no_mask_of_size_sq_times_sk_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from prefix_kernels.integrations.transformers import (
     save_prefix_model,
 )
 from prefix_kernels.integrations.transformers import model as preparation
-from prefix_kernels.integrations.transformers.hooks import attach as attachment
+from prefix_kernels.integrations.transformers.hooks import attach
 from prefix_kernels.integrations.transformers.storage import stored_task as stored
 from prefix_kernels.integrations.transformers.tasks import registry as tasks
 
@@ -146,13 +146,13 @@ STAGES = {
     "the prefix encoder": (preparation.PrefixLayout, "make_encoder"),
     "the division over heads": (preparation, "split_over_heads"),
     "what is trained": (preparation, "mark_only_prefix_as_trainable"),
-    "the adapters": (preparation, "injected_parameters"),
+    "the adapters": (preparation, "peft_adapter_parameters"),
     "the tasks": (tasks.PrefixTasks, "install"),
-    "its own config": (attachment, "_give_own_config"),
-    "the attention implementation": (attachment, "_set_implementation"),
-    "the hooks of the stacks": (attachment, "UnpackedHint"),
-    "the hooks of the layers": (attachment.StackHook, "__init__"),
-    "all the hooks": (preparation, "attach"),
+    "its own config": (attach, "_give_own_config"),
+    "the attention implementation": (attach, "_set_implementation"),
+    "the hooks of the stacks": (attach, "UnpackedHint"),
+    "the hooks of the layers": (attach.StackHook, "__init__"),
+    "all the hooks": (preparation, "install_hooks"),
 }
 LOADING = STAGES | {
     "the prefix": (preparation, "get_prefix_model"),
@@ -231,7 +231,7 @@ def test_an_acceleration_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPa
     model = peft.get_peft_model(tiny_model("bert"), config)
     state, kind = snapshot(model), type(model)
     with monkeypatch.context() as patches:
-        fail_at((attachment.StackHook, "__init__"), False, patches)
+        fail_at((attach.StackHook, "__init__"), False, patches)
         with pytest.raises(Injected):
             accelerate(model)
     assert_unchanged(model, state)

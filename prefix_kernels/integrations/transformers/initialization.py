@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
-from prefix_kernels.integrations.transformers.runtime.recording import recording
 from prefix_kernels.integrations.transformers.storage.stored_task import read_stored_task
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, VISION, find_sites
 from prefix_kernels.integrations.transformers.structure.offload import running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import divided_like
-from prefix_kernels.integrations.transformers.tasks.registry import tasks_of
+from prefix_kernels.integrations.transformers.tasks.state import tasks_of
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 # The inputs from which the keys and values of a role come; elsewhere it is the first of `_SAMPLES` that is given.
@@ -184,9 +183,10 @@ def _keys_and_values(model: PreTrainedModel, **inputs: Any) -> dict[int, PrefixP
     device = running_device(model)
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     modes = {module: module.training for module in model.modules()}
+    recorded: dict[int, PrefixPair] = {}
     model.eval()
     try:
-        with recording(tasks_of(model)) as recorded:
+        with tasks_of(model).context.opened(recorded=recorded):
             model.base_model(**inputs)
     finally:
         for module, mode in modes.items():

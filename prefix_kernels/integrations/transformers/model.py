@@ -11,21 +11,20 @@ from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import mark_only_prefix_as_trainable, save_prefix
 from prefix_kernels.integrations.transformers.attention.interface import register
 from prefix_kernels.integrations.transformers.config import CONFIG_KEY, PrefixTuningConfig
-from prefix_kernels.integrations.transformers.hooks.attach import attach
+from prefix_kernels.integrations.transformers.hooks.attach import install_hooks
 from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
 from prefix_kernels.integrations.transformers.storage.labels import LABELS_KEY, Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import checked_config, read_stored_task
-from prefix_kernels.integrations.transformers.structure.adapters import injected_parameters
+from prefix_kernels.integrations.transformers.structure.adapters import peft_adapter_parameters
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.offload import keep_loaded, running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
-from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks, tasks_of
+from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
+from prefix_kernels.integrations.transformers.tasks.state import PrefixState, is_prepared, state_of
 
 __all__ = ["get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
-
-_PREPARED = "_prefix_preparation"
 
 register()
 
@@ -59,7 +58,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
             already, lacks a module named in ``config.modules_to_save``, or has offloaded weights tied to those of one.
     """
     config = PrefixTuningConfig() if config is None else checked_config(config)
-    if hasattr(model, _PREPARED):
+    if is_prepared(model):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
     refuse_unsupported(model)
     if fsdp.units_of(model):
@@ -82,8 +81,8 @@ def _install(
     model.prefix_encoder = encoder.train(model.training)
     model.prefix_tuning_config = config
 
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapters = [parameter for parameter in injected_parameters(model) if parameter.requires_grad]
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters = [parameter for parameter in peft_adapter_parameters(model) if parameter.requires_grad]
     mark_only_prefix_as_trainable(model, also_train=heads)
     for parameter in adapters:
         parameter.requires_grad_(True)
@@ -91,9 +90,8 @@ def _install(
         model.requires_grad_(False)
 
     tasks = PrefixTasks(model, config, layout)
-    hooks = tasks.install()
-    attachment = attach(model, layout, config, tasks)
-    setattr(model, _PREPARED, {"hooks": hooks, "attachment": attachment, "trainable": trainable})
+    handles = tasks.install()
+    PrefixState(tasks, handles, install_hooks(model, layout, config, tasks), trained).install(model)
 
 
 def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,17 +102,12 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: ``model`` has no prefix.
     """
-    _expect_prepared(model)
-    preparation = getattr(model, _PREPARED)
-    for hook in preparation["hooks"]:
-        hook.remove()
-    tasks_of(model).uninstall()
+    state = state_of(model)
+    state.remove(model)
     del model.prefix_encoder, model.prefix_tuning_config
-    delattr(model, _PREPARED)
-    preparation["attachment"].remove(model)
     for name, parameter in model.named_parameters():
         # Names have changed where PEFT has put adapters into layers since.
-        parameter.requires_grad_(preparation["trainable"].get(name, parameter.requires_grad))
+        parameter.requires_grad_(state.trained.get(name, parameter.requires_grad))
     return model
 
 
@@ -129,7 +122,7 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
     Raises:
         ValueError: ``model`` has no prefix.
     """
-    _expect_prepared(model)
+    state_of(model)
     config = model.prefix_tuning_config
     if fold and config.prefix_projection:
         config = PrefixTuningConfig.from_dict(
@@ -172,11 +165,6 @@ def load_prefix_model(
         # Last, because what it writes is not taken back; it writes nothing unless all of it fits.
         task.load_into(model)
     return model
-
-
-def _expect_prepared(model: nn.Module) -> None:
-    if not hasattr(model, _PREPARED):
-        raise ValueError(f"model: expected a model prepared by get_prefix_model, got a plain {type(model).__name__}")
 
 
 def _check_names(model: nn.Module, names: list[str]) -> None:

@@ -9,67 +9,58 @@ backward pass.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_kernels.functional import prefix_attention
-from prefix_kernels.integrations.transformers.attention.masks import prefix_mask
+from prefix_kernels.integrations.transformers.attention.call import read_call
+from prefix_kernels.integrations.transformers.attention.masks import prefix_mask, visibility_of
+from prefix_kernels.integrations.transformers.attention.position_bias import with_position_bias
 from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
-from prefix_kernels.integrations.transformers.attention.visibility import (
-    refuse_attention_weights,
-    visibility_of,
-    with_position_bias,
-)
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import prefix_of, record, rows_of
 
 
 def prefix_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    layer_prefixes: LayerPrefixes | None = None,
-    **kwargs: object,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
     """Transformers' attention function, by :func:`prefix_kernels.prefix_attention`.
 
-    Args:
-        module: the attention module that calls; it says which layer's prefix to use and whether it is causal.
-        query: ``[B, Hq, Sq, D]``.
-        key, value: ``[B, Hkv, Sk, D]``, including what a cache holds, which is never the prefix.
-        attention_mask: what :func:`prefix_mask` returned, or a mask of four dimensions given by the user.
+    The arguments are those of :class:`prefix_kernels.integrations.transformers.attention.call.AttentionCall`.
 
     Returns:
         The output ``[B, Sq, Hq, D]``, and None for the attention weights, which the kernels never form.
     """
-    refuse_attention_weights(module, kwargs)
-    prefix_key, prefix_value = prefix_of(module, layer_prefixes)
-    prefix_ids, prefix_lens = rows_of(module, layer_prefixes)
-    record(module, key, value, layer_prefixes)
-    seen = visibility_of(module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes)
+    call = read_call(module, query, key, value, attention_mask, arguments)
+    prefix_key, prefix_value = prefix_of(module, call.prefixes)
+    prefix_ids, prefix_lens = rows_of(module, call.prefixes)
+    record(module, key, value, call.prefixes)
+    seen = visibility_of(call)
     out = prefix_attention(
         query,
         seen.key,
         seen.value,
         prefix_key,
         prefix_value,
-        attn_mask=with_position_bias(module, seen.attn_mask, attention_mask, seen.key.shape[2], layer_prefixes, kwargs),
-        dropout_p=dropout,
+        attn_mask=with_position_bias(call, seen.attn_mask, seen.key.shape[2]),
+        dropout_p=call.dropout,
         is_causal=seen.is_causal,
-        scale=scaling,
+        scale=call.scaling,
         prefix_ids=prefix_ids,
         prefix_lens=prefix_lens,
         window_size=seen.window_size,
         query_offset=seen.query_offset,
-        softcap=softcap or 0.0,
-        window_includes_prefix=layer_prefixes is not None and layer_prefixes.window_includes_prefix,
+        softcap=call.softcap,
+        return_lse=call.sinks is not None,
+        window_includes_prefix=call.prefixes is not None and call.prefixes.window_includes_prefix,
     )
+    if call.sinks is not None:
+        out, lse = out
+        # The sink is one more term of the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of the rest is left.
+        share = torch.sigmoid(lse - call.sinks.to(lse.dtype).view(1, -1, 1))
+        out = (out * share.unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
 
 

@@ -1,15 +1,20 @@
-"""The mask function that Transformers calls by name: padding, and as little else as possible."""
+"""Masks: the function that makes them for Transformers, and what the attention function reads in them.
+
+A mask says as little as possible beside the padding; causality and windows stay rules.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from prefix_kernels.integrations.transformers.attention.call import AttentionCall
 
 
 def prefix_mask(
@@ -95,3 +100,55 @@ def _warn_dense_mask(model_type: str) -> None:
             "a [B, 1, Sq, Sk] mask: right, but slower and larger",
             stacklevel=2,
         )
+
+
+class Visibility(NamedTuple):
+    """The keys that a call sees, as :func:`prefix_kernels.prefix_attention` takes them."""
+
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    window_size: tuple[int, int]
+    query_offset: Tensor | None = None
+
+
+def visibility_of(call: AttentionCall) -> Visibility:
+    """Read ``call.attention_mask``, the result of :func:`prefix_mask` or a mask of the user's own."""
+    key, value, mask, window = call.key, call.value, call.attention_mask, call.sliding_window
+    if mask is not None and mask.dim() == 4:
+        # A mask of four dimensions says everything about the sequence: it is the caller's own, or `prefix_mask` built
+        # it to.
+        prefixes = call.prefixes
+        slides = prefixes is not None and prefixes.window_includes_prefix and prefixes.site_of(call.module) is not None
+        if window is None or not slides:
+            return Visibility(key, value, mask, False, (-1, -1))
+        offset = _position_of_the_query(call.module, call.query, mask)
+        return Visibility(key, value, mask, False, (window - 1, -1), offset)
+    causal = getattr(call.module, "is_causal", True) if call.is_causal is None else call.is_causal
+    window_size = (-1, -1) if window is None else (window - 1, 0 if causal else window - 1)
+    if mask is None:
+        return Visibility(key, value, None, causal, window_size)
+    # The mask ends with the last query. A static cache has room for more keys behind it; a sliding cache has dropped
+    # the first ones.
+    end = mask.shape[1]
+    key, value = key[:, :, :end], value[:, :, :end]
+    padding = mask[:, end - key.shape[2] :]
+    return Visibility(key, value, padding[:, None, None, :], causal, window_size)
+
+
+def _position_of_the_query(module: nn.Module, query: Tensor, mask: Tensor) -> Tensor:
+    """Position of the only query of each row among the keys: that of the last key that it sees.
+
+    Raises:
+        NotImplementedError: there are more queries, or the mask is not boolean.
+    """
+    if query.shape[2] != 1 or mask.dtype != torch.bool:
+        raise NotImplementedError(
+            f"{type(module).__name__}: window_includes_prefix=True: a mask of four dimensions (packed sequences, or "
+            "one given as attention_mask) does not say how much of the prefix is inside the window; give a padding "
+            "mask [B, Sk], or use window_includes_prefix=False"
+        )
+    column = torch.arange(mask.shape[-1], device=mask.device)
+    last = torch.where(mask[:, 0, 0], column, 0).amax(-1)
+    return last.expand(query.shape[0])

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.transformers.attention.visibility import (
-    refuse_attention_weights,
-    visibility_of,
-    with_position_bias,
-)
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import LayerPrefixes, prefix_of, record, rows_of
+from prefix_kernels.integrations.transformers.attention.call import AttentionCall, read_call
+from prefix_kernels.integrations.transformers.attention.masks import visibility_of
+from prefix_kernels.integrations.transformers.attention.position_bias import with_position_bias
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import prefix_of, record, rows_of
 
 
 def torch_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    layer_prefixes: LayerPrefixes | None = None,
-    **kwargs: object,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
     """The baseline: the same as :func:`prefix_attention_forward` by ``torch.cat`` and SDPA.
 
     The prefix is converted to the query's dtype and repeated for every row of the batch, as PEFT does. The mask stays
     ``[B, 1, 1, P + Sk]`` where attention is not causal.
     """
-    refuse_attention_weights(module, kwargs)
-    if softcap:
-        raise ValueError(
-            'attention="torch": scaled_dot_product_attention has no softcap; use attention="prefix_kernels"'
-        )
-    record(module, key, value, layer_prefixes)
-    key, value, mask, causal, (left, right), offset = visibility_of(
-        module, query, key, value, attention_mask, is_causal, sliding_window, layer_prefixes
-    )
+    call = read_call(module, query, key, value, attention_mask, arguments)
+    record(module, key, value, call.prefixes)
+    key, value, mask, causal, (left, right), offset = visibility_of(call)
     q_len, k_len = query.shape[2], key.shape[2]
     first = k_len - q_len if offset is None else offset[:, None, None, None]
     position = torch.arange(q_len, device=query.device)[:, None] + first
@@ -53,13 +36,13 @@ def torch_attention_forward(
         if right >= 0:
             visible = visible & (column <= position + right)
         mask = visible if mask is None else visible & mask
-    mask = with_position_bias(module, mask, attention_mask, k_len, layer_prefixes, kwargs)
+    mask = with_position_bias(call, mask, k_len)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
 
-    prefix_key, prefix_value = prefix_of(module, layer_prefixes)
+    prefix_key, prefix_value = prefix_of(module, call.prefixes)
     if prefix_key is not None and prefix_value is not None:
-        ids, lens = rows_of(module, layer_prefixes)
+        ids, lens = rows_of(module, call.prefixes)
         if ids is None or lens is None:
             prefix_key, prefix_value = (x.expand(query.shape[0], -1, -1, -1) for x in (prefix_key, prefix_value))
         else:
@@ -73,15 +56,36 @@ def torch_attention_forward(
         if mask is not None and ids is None and mask.shape[-1] == k_len:
             seen = 1.0 if mask.dtype == torch.bool else 0.0
             mask = F.pad(mask, (prefix_key.shape[2], 0), value=seen)
-        slides = layer_prefixes is not None and layer_prefixes.window_includes_prefix
+        slides = call.prefixes is not None and call.prefixes.window_includes_prefix
         if slides and mask is not None and left >= 0:
             mask = mask & _prefix_in_window(prefix_key.shape[2], ids, lens, position - left, k_len)
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
         value = torch.cat([prefix_value.to(value.dtype), value], dim=2)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2), None
+    return _attention(call, key, value, mask).transpose(1, 2), None
+
+
+def _attention(call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention over all keys ``[B, Hkv, P + Sk, D]``, by SDPA where it can do what the call asks for."""
+    query = call.query
+    if call.sinks is None and not call.softcap:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling, enable_gqa=grouped
+        )
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if call.sinks is not None:
+        sinks = call.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    unseeing = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing get zeros, as from SDPA
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores.masked_fill(unseeing, 0.0), dim=-1, dtype=dtype).masked_fill(unseeing, 0.0)
+    weights = weights[..., : key.shape[2]].to(query.dtype)
+    return F.dropout(weights, call.dropout) @ value
 
 
 def _of_each_row(bank: Tensor, ids: Tensor) -> Tensor:

@@ -12,19 +12,19 @@ from prefix_kernels.integrations.transformers.attention.interface import impleme
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.hooks.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.transformers.hooks.positions import PositionShift, UnpackedHint, position_modules
-from prefix_kernels.integrations.transformers.hooks.shared_layers import RepeatedLayerHook
+from prefix_kernels.integrations.transformers.hooks.shared_layers import SharedLayerHook
 from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
 @dataclass(eq=False)
-class Attachment:
-    """The changes that :func:`attach` made to a model.
+class PrefixHooks:
+    """The changes that :func:`install_hooks` made to a model.
 
     Attributes:
-        handles: of the hooks.
+        handles: the handles of the hooks.
         attn_implementation: the attention implementation from before.
     """
 
@@ -36,22 +36,22 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         for module in model.modules():
-            if hasattr(module, PREFIX_SITE_ATTRIBUTE):
-                delattr(module, PREFIX_SITE_ATTRIBUTE)
+            if hasattr(module, SITE_ATTRIBUTE):
+                delattr(module, SITE_ATTRIBUTE)
         _set_implementation(model, self.attn_implementation)
 
 
-def attach(
+def install_hooks(
     model: PreTrainedModel,
     layout: PrefixLayout,
     config: PrefixTuningConfig,
     source: PrefixSource,
-) -> Attachment:
+) -> PrefixHooks:
     """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says."""
     _give_own_config(model)
-    attachment = Attachment([], model.config._attn_implementation)
+    hooks = PrefixHooks([], model.config._attn_implementation)
     _set_implementation(model, implementation_name(config.attention))
-    handles = attachment.handles
+    handles = hooks.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
     if config.position_offset == "peft" and model.config.is_encoder_decoder:
         handles += register_decoder_shift(layout, source)
@@ -64,11 +64,11 @@ def attach(
         handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
         handles.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
     for layer in {id(site.layer): site.layer for site in layout.sites if site.calls > 1}.values():
-        handles.append(layer.register_forward_pre_hook(RepeatedLayerHook(layer, layout), with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(SharedLayerHook(layer, layout), with_kwargs=True))
     for index, site in enumerate(layout.sites):
-        if not hasattr(site.module, PREFIX_SITE_ATTRIBUTE):
-            setattr(site.module, PREFIX_SITE_ATTRIBUTE, index)
-    return attachment
+        if not hasattr(site.module, SITE_ATTRIBUTE):
+            setattr(site.module, SITE_ATTRIBUTE, index)
+    return hooks
 
 
 def _set_implementation(model: PreTrainedModel, name: str) -> None:

@@ -24,8 +24,8 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import D
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
-class _Calling(threading.local):
-    """The call of a decoder that this thread has begun last, and that asks its table next.
+class _CurrentShift(threading.local):
+    """The shift of the call of a decoder that a thread has begun last, and that asks its table next.
 
     Attributes:
         shift: by how much its positions begin later, one for all rows or int64 ``[B, 1]``.
@@ -35,8 +35,8 @@ class _Calling(threading.local):
     shift: int | Tensor = 0
     largest: int = 0
 
-
-_calling = _Calling()
+    def __reduce__(self) -> tuple[type[_CurrentShift], tuple[()]]:
+        return _CurrentShift, ()
 
 
 class DecoderShift:
@@ -47,20 +47,21 @@ class DecoderShift:
 
     def __init__(self, source: PrefixSource) -> None:
         self.source = source
+        self.current = _CurrentShift()
 
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         selection = find_selection(kwargs, self.source)
         if selection is None:
-            _calling.shift = _calling.largest = self.source.shift
+            self.current.shift = self.current.largest = self.source.shift
             return None
-        if selection.moves:
-            _calling.shift = selection.shifts_of(batch_size(args, kwargs))
+        if selection.shifts_positions:
+            self.current.shift = selection.shifts_of(batch_size(args, kwargs))
             # Code compiled for one largest shift would be compiled again for another; there, the table itself refuses.
-            _calling.largest = 0 if torch.compiler.is_compiling() else selection.largest_shift
+            self.current.largest = 0 if torch.compiler.is_compiling() else selection.largest_shift
         else:
-            _calling.shift = _calling.largest = 0
+            self.current.shift = self.current.largest = 0
         return args, kwargs | {PREFIX_NAMES: selection}
 
 
@@ -70,7 +71,8 @@ class PositionTableShift:
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, table: nn.Embedding) -> None:
+    def __init__(self, table: nn.Embedding, decoder: DecoderShift) -> None:
+        self.current = decoder.current
         self.num_positions = table.num_embeddings - getattr(table, "offset", 0)
 
     def __call__(self, table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -82,14 +84,14 @@ class PositionTableShift:
             )
         names = ("cache_length", "past_key_values_length")  # newer and older versions
         past = args[1] if len(args) > 1 else next((kwargs[name] for name in names if name in kwargs), 0)
-        usable = self.num_positions - _calling.largest
+        usable = self.num_positions - self.current.largest
         if isinstance(past, int) and past + positions.shape[-1] > usable:
             raise ValueError(
                 f"decoder_input_ids: {past + positions.shape[-1]} tokens do not fit: position_offset='peft' moves "
-                f"positions by {_calling.largest}, which leaves {usable} of the decoder's positions; "
+                f"positions by {self.current.largest}, which leaves {usable} of the decoder's positions; "
                 "position_offset='none' keeps all"
             )
-        return args, kwargs | {"position_ids": positions + _calling.shift}
+        return args, kwargs | {"position_ids": positions + self.current.shift}
 
 
 def without_row_dimension(
@@ -115,6 +117,6 @@ def register_decoder_shift(layout: PrefixLayout, source: PrefixSource) -> list[R
             # Before the decoder's own hook, which takes the names away.
             shift = DecoderShift(source)
             handles.append(decoder.register_forward_pre_hook(shift, with_kwargs=True, prepend=True))
-            handles.append(table.register_forward_pre_hook(PositionTableShift(table), with_kwargs=True))
+            handles.append(table.register_forward_pre_hook(PositionTableShift(table, shift), with_kwargs=True))
             handles.append(table.register_forward_hook(without_row_dimension, with_kwargs=True))
     return handles

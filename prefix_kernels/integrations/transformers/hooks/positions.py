@@ -67,7 +67,7 @@ class PositionShift:
         if selection is None:
             return self.source.shift, self.source.shift
         kwargs[PREFIX_NAMES] = selection
-        if not selection.moves:
+        if not selection.shifts_positions:
             return 0, 0
         # Code compiled for one largest shift would be compiled again for another; there, the table itself refuses.
         return selection.shifts_of(batch), 0 if torch.compiler.is_compiling() else selection.largest_shift

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, LayerPrefixes
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, CallPrefixes
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
-class RepeatedLayerHook:
+class SharedLayerHook:
     """Forward pre-hook of a layer that its stack calls more than once: tells its attentions which call it is.
 
     Calls are counted within one forward pass. What activation checkpointing runs again during the backward pass comes
@@ -41,7 +41,7 @@ class RepeatedLayerHook:
         call = self._call(prefixes, args[0] if args else kwargs["hidden_states"])
         return args, kwargs | {PREFIX_ARGUMENT: replace(prefixes, sites=self.sites[call])}
 
-    def _call(self, prefixes: LayerPrefixes, hidden_states: Tensor) -> int:
+    def _call(self, prefixes: CallPrefixes, hidden_states: Tensor) -> int:
         inputs = prefixes.inputs.setdefault(self.layer, [])
         if len(inputs) < self.calls:
             # A compiled layer is traced once for each call, and its checkpoints run again without Python.

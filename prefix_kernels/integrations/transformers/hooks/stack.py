@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from prefix_kernels.integrations.transformers.attention.interface import implementation_name
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, LayerPrefixes
-from prefix_kernels.integrations.transformers.runtime.recording import find_recording
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, CallPrefixes
 from prefix_kernels.integrations.transformers.runtime.relative_bias import (
     BankColumns,
     RelativeBias,
@@ -26,6 +25,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     find_selection,
 )
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 
 
 class StackHook:
@@ -57,21 +57,17 @@ class StackHook:
                     f"the model's attention implementation is {attention.config._attn_implementation!r}, which would "
                     f"ignore the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
                 )
-        if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True: the attention weights are never formed, so they cannot be returned; remove "
-                'the prefix and use attn_implementation="eager" to look at them'
-            )
+        refuse_attention_weights("output_attentions", kwargs.get("output_attentions"))
         selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
-        recorded = find_recording(self.source)
+        recorded = self.source.context.recorded
         if recorded is not None:
-            prefixes = LayerPrefixes({}, recorded=recorded)
+            prefixes = CallPrefixes({}, recorded=recorded)
         elif selection is None:
-            prefixes = LayerPrefixes(self.source.pairs(stack), self.window_includes_prefix)
+            prefixes = CallPrefixes(self.source.pairs(stack), self.window_includes_prefix)
         else:
             bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
-            prefixes = LayerPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
+            prefixes = CallPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
         if self.relative_bias is not None:
             prefixes.bias = self._position_bias(prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)
@@ -79,20 +75,20 @@ class StackHook:
 
     def _position_bias(
         self,
-        prefixes: LayerPrefixes,
+        prefixes: CallPrefixes,
         selection: PrefixSelection | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> StackBias:
         if prefixes.ids is None:
             return self.relative_bias(self.source.shift, args, kwargs)
-        if not selection.moves:
+        if not selection.shifts_positions:
             return StackBias()
         columns = BankColumns(prefixes.ids, selection.bank_shifts)
         longest = max(key.shape[2] for key, _ in prefixes.pairs.values())
         return replace(self.relative_bias(columns.slots * longest, args, kwargs), columns=columns)
 
-    def _detach_for_reentrant_checkpointing(self, prefixes: LayerPrefixes) -> None:
+    def _detach_for_reentrant_checkpointing(self, prefixes: CallPrefixes) -> None:
         pairs = prefixes.pairs
         needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
         if needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers):

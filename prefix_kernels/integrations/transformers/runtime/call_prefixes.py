@@ -11,13 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from prefix_kernels.integrations.transformers.runtime.relative_bias import StackBias
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
-PREFIX_ARGUMENT = "layer_prefixes"
+PREFIX_ARGUMENT = "call_prefixes"
 # Set on every attention module with a prefix: its index in PrefixLayout.sites.
-PREFIX_SITE_ATTRIBUTE = "prefix_site"
+SITE_ATTRIBUTE = "prefix_site"
 
 
 @dataclass(eq=False)
-class LayerPrefixes:
+class CallPrefixes:
     """The prefixes of a stack of layers for one call of it.
 
     Attributes:
@@ -52,12 +52,12 @@ class LayerPrefixes:
 
     def called_site(self, module: nn.Module) -> int | None:
         """The same, whether or not this call has prefixes."""
-        site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+        site = getattr(module, SITE_ATTRIBUTE, None)
         return site if self.sites is None else self.sites.get(site)
 
 
-def prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair | tuple[None, None]:
-    site = getattr(module, PREFIX_SITE_ATTRIBUTE, None)
+def prefix_of(module: nn.Module, prefixes: CallPrefixes | None) -> PrefixPair | tuple[None, None]:
+    site = getattr(module, SITE_ATTRIBUTE, None)
     if site is None:
         return None, None
     if prefixes is None:
@@ -83,12 +83,12 @@ def prefix_of(module: nn.Module, prefixes: LayerPrefixes | None) -> PrefixPair |
     return key, value
 
 
-def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: LayerPrefixes | None) -> None:
+def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: CallPrefixes | None) -> None:
     if prefixes is not None and prefixes.recorded is not None and (site := prefixes.called_site(module)) is not None:
         prefixes.recorded[site] = key, value
 
 
-def rows_of(module: nn.Module, prefixes: LayerPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
+def rows_of(module: nn.Module, prefixes: CallPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
     """``(prefix_ids, prefix_lens)`` of a mixed batch, or None for both."""
     site = None if prefixes is None or prefixes.ids is None else prefixes.site_of(module)
     return (None, None) if site is None else (prefixes.ids, prefixes.lens[site])

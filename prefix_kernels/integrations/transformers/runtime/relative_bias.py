@@ -129,13 +129,12 @@ def biased_mask(bias: Tensor, visible: Tensor | None, k_len: int, prefix_bias: T
     return bias.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else bias + visible
 
 
-def position_bias_of(module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
-    """The bias that ``module`` gave its attention function, if it says something.
+def position_bias_of(module: nn.Module, bias: Tensor | None) -> Tensor | None:
+    """The ``bias`` that ``module`` gave its attention function, if it says something.
 
     Raises:
         ValueError: the table is being trained.
     """
-    bias = arguments.get("position_bias")
     # T5 has one class for all attention. Cross-attention, the only one of a decoder that is not causal, gets zeros.
     if bias is None or (getattr(module, "is_decoder", False) and not module.is_causal):
         return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank
+from prefix_kernels.integrations.transformers.runtime.call_context import CallContext
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 
 # The keyword argument of a prepared model's forward and generate.
@@ -32,10 +31,10 @@ class PrefixSource(Protocol):
     The tasks of a prepared model are one, the adapters of an accelerated PEFT model another.
 
     Attributes:
-        open_selections: the number of selections and recordings that are open in all threads.
+        context: the selection and the recording that are open around the calls of its model.
     """
 
-    open_selections: int
+    context: CallContext[PrefixSelection]
 
     @property
     def layout(self) -> PrefixLayout:
@@ -81,12 +80,13 @@ class PrefixSelection:
         bank_shifts: int64 ``[N]``, by how much each prefix of the bank lets positions begin later: its length, or 0.
         shifts: int64 ``[B]``, by how much the positions of each row begin later (``position_offset="peft"``).
         largest_shift: the largest of them.
-        moves: whether that is more than 0.
-        may_repeat: a batch may have ``n`` rows for each of these, one after another, as beams are laid out.
-        checked_rows: ``generate`` has compared the number of entries with the rows of its inputs.
+        shifts_positions: True where that is more than 0.
+        rows_may_repeat: True where a batch may have ``n`` rows for each entry, one after another, as beams are laid
+            out.
+        row_count_checked: True after ``generate`` has compared the number of entries with the rows of its inputs.
         banks: the bank of each stack if the selection holds them; otherwise each forward pass makes its own from the
             prefixes as they are then, and gradients reach them.
-        was_used: whether a stack has asked for it.
+        was_used: True after a stack has asked for its bank.
     """
 
     owner: PrefixSource
@@ -97,9 +97,9 @@ class PrefixSelection:
     bank_shifts: Tensor
     shifts: Tensor
     largest_shift: int
-    moves: bool
-    may_repeat: bool = False
-    checked_rows: bool = False
+    shifts_positions: bool
+    rows_may_repeat: bool = False
+    row_count_checked: bool = False
     banks: dict[int, PrefixBank] | None = None
     was_used: bool = field(default=False, init=False)
 
@@ -160,12 +160,12 @@ class PrefixSelection:
         Raises:
             ValueError: there is not one entry for each row.
         """
-        if not self.checked_rows and count != self.ids.shape[0]:
+        if not self.row_count_checked and count != self.ids.shape[0]:
             raise ValueError(
                 f"prefix_names: expected one entry for each of the {count} rows of generate's inputs, got "
                 f"{self.ids.shape[0]}; beams and returned sequences need no entries of their own"
             )
-        return replace(self, may_repeat=True, checked_rows=True)
+        return replace(self, rows_may_repeat=True, row_count_checked=True)
 
     def ids_of(self, batch: int) -> Tensor:
         """``ids`` for a batch of that many rows."""
@@ -193,9 +193,9 @@ class PrefixSelection:
         count = rows.shape[0]
         if batch == count:
             return rows
-        if self.may_repeat and count and batch % count == 0:
+        if self.rows_may_repeat and count and batch % count == 0:
             return rows.repeat_interleave(batch // count, dim=0)
-        expected = "one entry for each, or for each equal group," if self.may_repeat else "one entry for each"
+        expected = "one entry for each, or for each equal group," if self.rows_may_repeat else "one entry for each"
         raise ValueError(f"prefix_names: expected {expected} of the {batch} rows of the batch, got {count}")
 
 
@@ -206,36 +206,9 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return next(candidate.shape[0] for candidate in candidates if isinstance(candidate, Tensor))
 
 
-_selections: ContextVar[Mapping[int, PrefixSelection]] = ContextVar("prefix_selections", default={})  # noqa: B039
-_lock = threading.Lock()
-
-
-@contextmanager
-def counted_open(owner: PrefixSource) -> Iterator[None]:
-    """Counts in ``owner.open_selections``, which compiled code can look at where it cannot look into a ContextVar."""
-    with _lock:
-        owner.open_selections += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            owner.open_selections -= 1
-
-
-@contextmanager
-def selected(selection: PrefixSelection) -> Iterator[None]:
+def selected(selection: PrefixSelection) -> AbstractContextManager[None]:
     """While it is open, ``selection`` is what the calls of its model in this thread see, unless they name their own."""
-    with counted_open(selection.owner):
-        token = _selections.set({**_selections.get(), id(selection.owner): selection})
-        try:
-            yield
-        finally:
-            _selections.reset(token)
-
-
-@torch.compiler.disable
-def _open_selection(owner: PrefixSource) -> PrefixSelection | None:
-    return _selections.get().get(id(owner))
+    return selection.owner.context.opened(selection=selection)
 
 
 def find_selection(kwargs: Mapping[str, Any], owner: PrefixSource) -> PrefixSelection | None:
@@ -246,5 +219,4 @@ def find_selection(kwargs: Mapping[str, Any], owner: PrefixSource) -> PrefixSele
         return named
     if named is not None:
         return owner.select(named)
-    # Compiled code guards on this number: the graph is broken only if it has to be.
-    return _open_selection(owner) if owner.open_selections else None
+    return owner.context.selection

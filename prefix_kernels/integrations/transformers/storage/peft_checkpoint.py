@@ -38,6 +38,7 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 __all__ = ["PeftCheckpoint", "is_peft_checkpoint", "read_peft_checkpoint", "save_peft_checkpoint"]
@@ -341,14 +342,6 @@ def _refuse_what_peft_lacks(model: PreTrainedModel, config: PrefixTuningConfig) 
     if not any(set(CACHE_NAMES) & set(inspect.signature(m.forward).parameters) for m in (model, model.base_model)):
         raise ValueError(f"{name}: PEFT cannot run a prefix on it, because its forward takes no key/value cache")
     return expected
-
-
-def has_sliding_window(model: PreTrainedModel) -> bool:
-    """Return True if some layers see only a window of the sequence."""
-    config = model.config.get_text_config()
-    if layer_types := getattr(config, "layer_types", None):
-        return "sliding_attention" in layer_types
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def _task_of(model: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 
-def injected_parameters(model: nn.Module) -> list[nn.Parameter]:
+def peft_adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that PEFT has put into layers of ``model``."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # a model that has them was made with it
     if tuners is None:

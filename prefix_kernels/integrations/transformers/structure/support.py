@@ -45,9 +45,19 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise ValueError(f"{name} has cross-attention, which is not supported outside an encoder-decoder model")
     if model.config.model_type not in (*FAMILIES, *ENCODER_DECODERS):
         raise ValueError(f"{name} is not supported; supported are {', '.join((*FAMILIES, *ENCODER_DECODERS))}")
-    if model.config.output_attentions:
+    refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
+
+
+def refuse_attention_weights(name: str, wanted: object) -> None:
+    """Raise where a setting or argument called ``name`` asks for attention weights.
+
+    Raises:
+        ValueError: it does.
+    """
+    if wanted:
         raise ValueError(
-            "model.config.output_attentions=True: the attention weights are never formed, so they cannot be returned"
+            f"{name}=True: the attention weights are never formed, so they cannot be returned; use the model without a "
+            'prefix and attn_implementation="eager" to look at them'
         )
 
 

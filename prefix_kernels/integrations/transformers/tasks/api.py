@@ -21,7 +21,7 @@ from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.stored_task import read_stored_task
-from prefix_kernels.integrations.transformers.tasks.registry import tasks_of
+from prefix_kernels.integrations.transformers.tasks.state import tasks_of
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 

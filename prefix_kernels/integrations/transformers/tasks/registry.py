@@ -20,7 +20,7 @@ from prefix_kernels import fsdp
 from prefix_kernels.checkpoint import marked_heads
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.runtime.bank import PrefixBank, stack_prefixes
-from prefix_kernels.integrations.transformers.runtime.recording import find_recording
+from prefix_kernels.integrations.transformers.runtime.call_context import CallContext
 from prefix_kernels.integrations.transformers.runtime.selection import (
     PREFIX_NAMES,
     PrefixSelection,
@@ -32,23 +32,12 @@ from prefix_kernels.integrations.transformers.storage.stored_task import StoredT
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
+from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
 from prefix_kernels.integrations.transformers.tasks.heads import fitted_heads, labels_of_size, refuse_unequal_heads
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 FIRST_NAME = "default"
-_TASKS = "_prefix_tasks"
-
-
-def tasks_of(model: nn.Module) -> PrefixTasks:
-    """The tasks of a prepared model.
-
-    Raises:
-        ValueError: it has no prefix.
-    """
-    if not hasattr(model, _TASKS):
-        raise ValueError(f"model: expected a model prepared by get_prefix_model, got a plain {type(model).__name__}")
-    return getattr(model, _TASKS)
 
 
 @dataclass(eq=False)
@@ -76,19 +65,18 @@ class PrefixTasks:
 
     Attributes:
         active: the name of the active task.
-        open_selections: how many selections and recordings are open in all threads.
+        context: the selection and the recording that are open around the calls of the model.
     """
 
     def __init__(self, model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout) -> None:
         self.model = model
         self.active = FIRST_NAME
-        self.open_selections = 0
+        self.context: CallContext[PrefixSelection] = CallContext()
         self._tasks = {FIRST_NAME: _Task(config, layout)}
         self._shifts_positions = bool(self.shift)
 
     def install(self) -> list[RemovableHandle]:
-        """Let the model take ``prefix_names=``; the hooks that it needs."""
-        setattr(self.model, _TASKS, self)
+        """Let the model take ``prefix_names=``, and return the handles of the hooks that this needs."""
         if self.model.can_generate():
             self.model.generate = GenerateWithPrefixes(self.model, self)
         return [
@@ -98,12 +86,8 @@ class PrefixTasks:
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for the hooks."""
-        delattr(self.model, _TASKS)
         if self.model.can_generate():
             del self.model.generate
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"open_selections": 0}
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +101,7 @@ class PrefixTasks:
     @property
     def shift(self) -> int:
         """Number of positions by which the active task lets sequences begin later; 0 in a recording."""
-        if find_recording(self) is not None:
+        if self.context.recorded is not None:
             return 0
         return self._tasks[self.active].shift
 
@@ -149,7 +133,7 @@ class PrefixTasks:
                 f"got one at {len(layout.sites)} others where it has {len(places)}"
             )
         windows = self.model.prefix_tuning_config.window_includes_prefix
-        if config.window_includes_prefix != windows and _has_windows(self.model):
+        if config.window_includes_prefix != windows and has_sliding_window(self.model):
             raise ValueError(f"{name}: expected window_includes_prefix={windows} as in the model, got the opposite")
         if config.position_offset == "peft" and not self._shifts_positions:
             raise ValueError(
@@ -274,7 +258,7 @@ class PrefixTasks:
 
     def using(self, names: Sequence[RowNames] | PrefixSelection) -> AbstractContextManager[None]:
         """While it is open, calls of the model in this thread see these prefixes."""
-        return selected(replace(self.selection_of(names), may_repeat=True))
+        return selected(replace(self.selection_of(names), rows_may_repeat=True))
 
     def _rows(self, names: Sequence[RowNames]) -> list[list[str]]:
         if isinstance(names, str) or not isinstance(names, Sequence):
@@ -327,12 +311,6 @@ def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.
     dtype = there.dtype if cast else here.dtype
     # Not where there is nothing to do: DTensor parameters that autograd knows cannot be exchanged.
     return module if (here.device, here.dtype) == (there.device, dtype) else module.to(there.device, dtype)
-
-
-def _has_windows(model: PreTrainedModel) -> bool:
-    """Return True if a layer may attend within a sliding window."""
-    config = model.config.get_text_config()
-    return any(getattr(config, name, None) is not None for name in ("sliding_window", "local_attention"))
 
 
 def _ordinary_tensors() -> AbstractContextManager[object]:
