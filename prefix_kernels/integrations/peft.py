@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_
 from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
-from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites, module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel
@@ -103,8 +103,7 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
         Li and Liang, 2021: "Prefix-Tuning: Optimizing Continuous Prompts for Generation"; Eyuboglu et al., 2025:
         "Cartridges: Lightweight and general-purpose long context representations via self-study".
     """
-    _refuse(peft_model)
-    model = peft_model.base_model
+    model = _supported_model_below(peft_model)
     # One length stands for those of all adapters, whose tables are PEFT's.
     config = PrefixTuningConfig(
         num_virtual_tokens=1,
@@ -144,7 +143,8 @@ def restore(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
-def _refuse(peft_model: nn.Module) -> None:
+def _supported_model_below(peft_model: PeftModel) -> PreTrainedModel:
+    """The model below ``peft_model``; errors as in :func:`accelerate`."""
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
     if isinstance(peft_model, _Accelerated):
@@ -171,22 +171,36 @@ def _refuse(peft_model: nn.Module) -> None:
         )
     if not peft_model.has_active_enabled_adapter:
         raise ValueError("peft_model: expected one with its adapter enabled, got one inside disable_adapter()")
-    if not isinstance(peft_model.base_model, PreTrainedModel):
-        raise TypeError(
-            "peft_model.base_model: expected a transformers.PreTrainedModel, got "
-            f"{type(peft_model.base_model).__name__}"
-        )
-    refuse_unsupported(peft_model.base_model)
-    if is_tensor_parallel(peft_model.base_model):
+    model = peft_model.base_model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"peft_model.base_model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    refuse_unsupported(model)
+    if is_tensor_parallel(model):
         raise ValueError(
             "peft_model: expected a model whose heads are not divided among processes (tp_plan), got one whose are, "
             "for which PEFT's tables are too wide; load_prefix_model reads its checkpoints into such a model"
         )
-    if any(hasattr(module, SITE_ATTRIBUTE) for module in peft_model.base_model.modules()):
+    if any(hasattr(module, SITE_ATTRIBUTE) for module in model.modules()):
         raise ValueError(
-            f"{type(peft_model.base_model).__name__} below the PEFT model has a prefix already, of get_prefix_model or "
-            "of another accelerated model"
+            f"{type(model).__name__} below the PEFT model has a prefix already, of get_prefix_model or of another "
+            "accelerated model"
         )
+    return model
+
+
+class _Settings(Protocol):
+    """The settings of an adapter of one of PREFIX_TYPES, filled in by PEFT where the user left them out."""
+
+    inference_mode: bool
+    num_virtual_tokens: int
+    num_layers: int
+    num_attention_heads: int
+    token_dim: int
+    num_transformer_submodules: int
+
+
+def _settings_of(peft_model: PeftModel, name: str) -> _Settings:
+    return cast(_Settings, peft_model.peft_config[name])
 
 
 class _Current(threading.local):
@@ -216,7 +230,7 @@ class _Adapters:
 
     def check(self, peft_model: PeftModel, name: str) -> None:
         """Raise ValueError where the adapter ``name`` does not fit the attentions."""
-        config = peft_model.peft_config[name]
+        config = _settings_of(peft_model, name)
         heads, width = config.num_attention_heads, config.token_dim
         for site in self.layout.sites:
             if (site.num_kv_heads, site.num_kv_heads * site.head_dim) != (heads, width):
@@ -225,7 +239,7 @@ class _Adapters:
                     f"token_dim={site.num_kv_heads * site.head_dim}, the key/value heads of {site.role} layer "
                     f"{site.depth}, got {heads} and {width}"
                 )
-        is_encoder_decoder = bool(peft_model.base_model.config.is_encoder_decoder)
+        is_encoder_decoder = bool(module_config(peft_model.base_model).is_encoder_decoder)
         if config.num_transformer_submodules != 1 + is_encoder_decoder:
             raise ValueError(
                 f"adapter {name!r}: expected num_transformer_submodules={1 + is_encoder_decoder}, which PEFT uses for "
@@ -247,7 +261,7 @@ class _Adapters:
     def shift(self) -> int:
         """Number of positions by which sequences begin later, that of the running adapter; 0 if none runs."""
         peft_model = self.running()
-        return 0 if peft_model is None else peft_model.active_peft_config.num_virtual_tokens
+        return 0 if peft_model is None else _settings_of(peft_model, peft_model.active_adapter).num_virtual_tokens
 
     @property
     def names(self) -> list[str]:
@@ -276,22 +290,30 @@ class _Adapters:
             return {}
         name = peft_model.active_adapter
         self.check(peft_model, name)
-        config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
+        config, encoder = _settings_of(peft_model, name), peft_model.prompt_encoder[name]
+        table: Tensor
         if config.inference_mode:
             # PEFT then stores the generated table in place of the projection.
-            table = encoder.embedding.weight
+            table = cast(nn.Embedding, encoder.embedding).weight
         else:
             tokens = peft_model.prompt_tokens[name][: config.num_virtual_tokens]
             table = encoder(tokens[None].to(next(encoder.parameters()).device))[0]
-        slices = table.view(table.shape[0], 2 * config.num_layers, config.num_attention_heads, -1)
-        slices = slices.permute(1, 2, 0, 3).unbind(0)
+        layers = table.view(table.shape[0], 2 * config.num_layers, config.num_attention_heads, -1)
+        slices = layers.permute(1, 2, 0, 3).unbind(0)
         read = pairs_of_layers(
             config.num_layers, len(self.layout.sites), is_encoder_decoder=config.num_transformer_submodules == 2
         )
         return {site: (slices[2 * pair], slices[2 * pair + 1]) for site, pair in enumerate(read)}
 
 
-class _Accelerated:
+# A mixin of classes of PEFT, whose members it uses.
+if TYPE_CHECKING:
+    _Mixin = PeftModel
+else:
+    _Mixin = object
+
+
+class _Accelerated(_Mixin):
     """Methods of an accelerated model in place of those of its PEFT class, the next one among its bases.
 
     Attributes:
@@ -342,7 +364,10 @@ class _Accelerated:
 
 
 class _AcceleratedGenerator(_Accelerated):
-    def prepare_inputs_for_generation(
+    base_model_prepare_inputs_for_generation: Callable[..., dict[str, Any]]
+
+    # PeftModel, whose generating subclasses have the method, assigns to the name: mypy sees an attribute there.
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)

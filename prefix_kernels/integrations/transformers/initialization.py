@@ -22,6 +22,7 @@ from prefix_kernels.integrations.transformers.storage.stored_task import read_st
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, VISION, find_sites
 from prefix_kernels.integrations.transformers.structure.offload import running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import divided_like
 from prefix_kernels.integrations.transformers.tasks.state import tasks_of
 from prefix_kernels.nn.encoder import PrefixEncoder
@@ -206,7 +207,7 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
         ValueError: a table cannot be written to, has another shape, or would get what is not finite; that names
             ``argument``, the argument that the pairs come from.
     """
-    encoder, layout = _encoder_of(model), tasks_of(model).layout
+    encoder, layout = encoder_of(model), tasks_of(model).layout
     states: dict[PrefixEncoder, dict[str, Tensor]] = {}
     for group in layout.groups:
         one = group.encoder_in(encoder)
@@ -234,13 +235,7 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
 
 def _pairs_in_model(model: PreTrainedModel) -> dict[tuple[str, int], PrefixPair]:
     _refuse_sharded("source", model)
-    return _pairs(tasks_of(model).layout, _encoder_of(model))
-
-
-def _encoder_of(model: PreTrainedModel) -> PrefixEncoder | nn.ModuleDict:
-    encoder = model.get_submodule("prefix_encoder")
-    assert isinstance(encoder, PrefixEncoder | nn.ModuleDict)
-    return encoder
+    return _pairs(tasks_of(model).layout, encoder_of(model))
 
 
 def _pairs_in_file(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[tuple[str, int], PrefixPair]:

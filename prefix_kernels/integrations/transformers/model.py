@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from prefix_kernels.integrations.transformers.structure.adapters import peft_ada
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.offload import keep_loaded, running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.prepared import config_of, set_config
 from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
@@ -74,12 +76,12 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
 
 
 def _install(
-    model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout, encoder: nn.Module, heads: list[str]
+    model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout, encoder: nn.Module, heads: Sequence[str]
 ) -> None:
     """Change ``model`` as :func:`get_prefix_model` does."""
     keep_loaded(model, heads)
     model.prefix_encoder = encoder.train(model.training)
-    model.prefix_tuning_config = config
+    set_config(model, config)
 
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapters = [parameter for parameter in peft_adapter_parameters(model) if parameter.requires_grad]
@@ -111,7 +113,7 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: bool = True) -> None:
+def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike[str], *, fold: bool = True) -> None:
     """Store the task that ``model`` was trained for as one safetensors file: prefix, heads and their labels, config.
 
     Args:
@@ -123,7 +125,7 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
         ValueError: ``model`` has no prefix.
     """
     state_of(model)
-    config = model.prefix_tuning_config
+    config = config_of(model)
     if fold and config.prefix_projection:
         config = PrefixTuningConfig.from_dict(
             config.to_dict() | {"prefix_projection": False, "encoder_hidden_size": None}
@@ -135,7 +137,7 @@ def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike, *, fold: 
 
 
 def load_prefix_model(
-    model: PreTrainedModel, path: str | os.PathLike, *, config: PrefixTuningConfig | None = None
+    model: PreTrainedModel, path: str | os.PathLike[str], *, config: PrefixTuningConfig | None = None
 ) -> PreTrainedModel:
     """Prepare a fresh ``model`` for the task stored by :func:`save_prefix_model` or by PEFT, and load it.
 
@@ -167,7 +169,7 @@ def load_prefix_model(
     return model
 
 
-def _check_names(model: nn.Module, names: list[str]) -> None:
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(getattr(model, name, None), nn.Module):
             raise ValueError(

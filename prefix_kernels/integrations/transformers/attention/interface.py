@@ -38,7 +38,7 @@ def prefix_attention_forward(
     prefix_ids, prefix_lens = rows_of(module, call.prefixes)
     record(module, key, value, call.prefixes)
     seen = visibility_of(call)
-    out = prefix_attention(
+    result = prefix_attention(
         query,
         seen.key,
         seen.value,
@@ -56,8 +56,8 @@ def prefix_attention_forward(
         return_lse=call.sinks is not None,
         window_includes_prefix=call.prefixes is not None and call.prefixes.window_includes_prefix,
     )
-    if call.sinks is not None:
-        out, lse = out
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    if call.sinks is not None and lse is not None:
         # The sink is one more term of the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of the rest is left.
         share = torch.sigmoid(lse - call.sinks.to(lse.dtype).view(1, -1, 1))
         out = (out * share.unsqueeze(-1)).to(out.dtype)

@@ -75,7 +75,9 @@ class PositionTableShift:
         self.current = decoder.current
         self.num_positions = table.num_embeddings - getattr(table, "offset", 0)
 
-    def __call__(self, table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def __call__(
+        self, table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positions = kwargs.get("position_ids")
         if positions is None:
             raise RuntimeError(

@@ -56,7 +56,9 @@ class PositionShift:
         embeddings = getattr(backbone, "embeddings", None)
         self.padding_aware = embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
 
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def __call__(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
         self._move_positions(kwargs)
         return (), kwargs
@@ -74,9 +76,9 @@ class PositionShift:
 
     def _move_positions(self, kwargs: dict[str, Any]) -> None:
         input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (input_ids is None) == (embeddings is None):
+        tokens: Tensor | None = input_ids if embeddings is None else embeddings
+        if tokens is None or (input_ids is not None and embeddings is not None):
             return  # the model says what is wrong
-        tokens = input_ids if embeddings is None else embeddings
         length, device = tokens.shape[1], tokens.device
         shift, largest = self._shift(kwargs, tokens.shape[0])
         if isinstance(shift, int) and shift == 0:
@@ -92,8 +94,7 @@ class PositionShift:
         else:
             first = 0 if self.padding_aware is None else self.padding_aware.padding_idx + 1
             positions = torch.arange(length, device=device).unsqueeze(0) + (past + shift + first)
-        if self.num_positions is not None:
-            self._check_positions(length, past, largest)
+        self._check_positions(length, past, largest)
         kwargs["position_ids"] = positions
 
     def _moved(self, positions: Tensor, shift: int | Tensor) -> Tensor:
@@ -101,6 +102,8 @@ class PositionShift:
         return torch.where(positions < 0, positions, positions + shift) if self.counts_tokens else positions + shift
 
     def _check_positions(self, length: int, past: int | Tensor, shift: int) -> None:
+        if self.num_positions is None:
+            return
         usable = self.num_positions - shift
         if self.padding_aware is not None:
             usable -= self.padding_aware.padding_idx + 1
@@ -146,7 +149,9 @@ class UnpackedHint:
             name in self.parameter_names for name in CACHE_NAMES
         )
 
-    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def __call__(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not (self.applies and torch.compiler.is_compiling()):
             return None
         given = dict(zip(self.parameter_names, args, strict=False)) | kwargs

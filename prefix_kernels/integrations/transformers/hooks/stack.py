@@ -24,6 +24,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     batch_size,
     find_selection,
 )
+from prefix_kernels.integrations.transformers.structure.attention_sites import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 
@@ -50,12 +51,15 @@ class StackHook:
         self.attentions = list({id(site.module): site.module for site in sites}.values())
         self.relative_bias = RelativeBias(stack) if has_relative_bias(stack) else None
 
-    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def __call__(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for attention in self.attentions:
-            if attention.config._attn_implementation != self.implementation:
+            implementation = module_config(attention)._attn_implementation
+            if implementation != self.implementation:
                 raise RuntimeError(
-                    f"the model's attention implementation is {attention.config._attn_implementation!r}, which would "
-                    f"ignore the prefix: expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
+                    f"the model's attention implementation is {implementation!r}, which would ignore the prefix: "
+                    f"expected {self.implementation!r} (remove_prefix(model) takes the prefix off)"
                 )
         refuse_attention_weights("output_attentions", kwargs.get("output_attentions"))
         selection = find_selection(kwargs, self.source)
@@ -69,24 +73,25 @@ class StackHook:
             bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
             prefixes = CallPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
         if self.relative_bias is not None:
-            prefixes.bias = self._position_bias(prefixes, selection, args, kwargs)
+            prefixes.bias = self._position_bias(self.relative_bias, prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)
         return args, kwargs | {PREFIX_ARGUMENT: prefixes}
 
     def _position_bias(
         self,
+        relative_bias: RelativeBias,
         prefixes: CallPrefixes,
         selection: PrefixSelection | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> StackBias:
-        if prefixes.ids is None:
-            return self.relative_bias(self.source.shift, args, kwargs)
+        if prefixes.ids is None or selection is None:
+            return relative_bias(self.source.shift, args, kwargs)
         if not selection.shifts_positions:
             return StackBias()
         columns = BankColumns(prefixes.ids, selection.bank_shifts)
         longest = max(key.shape[2] for key, _ in prefixes.pairs.values())
-        return replace(self.relative_bias(columns.slots * longest, args, kwargs), columns=columns)
+        return replace(relative_bias(columns.slots * longest, args, kwargs), columns=columns)
 
     def _detach_for_reentrant_checkpointing(self, prefixes: CallPrefixes) -> None:
         pairs = prefixes.pairs
@@ -96,7 +101,8 @@ class StackHook:
             # many passes, the second of which fails: what the first needed has been freed.
             prefixes.detached_from = pairs
             prefixes.pairs = {
-                site: tuple(tensor.detach().requires_grad_() for tensor in pair) for site, pair in pairs.items()
+                site: (key.detach().requires_grad_(), value.detach().requires_grad_())
+                for site, (key, value) in pairs.items()
             }
 
 
@@ -108,7 +114,8 @@ def _is_checkpointed_reentrantly(layer: nn.Module) -> bool:
         return False
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
     # torch's checkpoint is reentrant unless told otherwise.
-    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    reentrant: bool = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    return reentrant
 
 
 def first_layer_hook(

@@ -44,9 +44,10 @@ def stack_prefixes(prefixes: Sequence[Mapping[int, PrefixPair]]) -> PrefixBank:
         pairs = [prefix[site] for prefix in prefixes]
         lengths = [key.shape[1] for key, _ in pairs]
         longest = max(lengths)
-        bank.pairs[site] = tuple(
+        keys, values = (
             torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tensors])
             for tensors in zip(*pairs, strict=True)
         )
+        bank.pairs[site] = keys, values
         bank.lens[site] = torch.tensor(lengths, device=pairs[0][0].device)
     return bank

@@ -52,8 +52,8 @@ class CallPrefixes:
 
     def called_site(self, module: nn.Module) -> int | None:
         """The same, whether or not this call has prefixes."""
-        site = getattr(module, SITE_ATTRIBUTE, None)
-        return site if self.sites is None else self.sites.get(site)
+        site: int | None = getattr(module, SITE_ATTRIBUTE, None)
+        return site if self.sites is None or site is None else self.sites.get(site)
 
 
 def prefix_of(module: nn.Module, prefixes: CallPrefixes | None) -> PrefixPair | tuple[None, None]:
@@ -90,5 +90,7 @@ def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: CallPrefixes
 
 def rows_of(module: nn.Module, prefixes: CallPrefixes | None) -> tuple[Tensor | None, Tensor | None]:
     """``(prefix_ids, prefix_lens)`` of a mixed batch, or None for both."""
-    site = None if prefixes is None or prefixes.ids is None else prefixes.site_of(module)
+    if prefixes is None or prefixes.ids is None or prefixes.lens is None:
+        return None, None
+    site = prefixes.site_of(module)
     return (None, None) if site is None else (prefixes.ids, prefixes.lens[site])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,16 @@ def position_bias_of(module: nn.Module, bias: Tensor | None) -> Tensor | None:
     return bias
 
 
+class _BiasedAttention(Protocol):
+    """The members of T5's attention that are used here."""
+
+    is_decoder: bool
+
+    def compute_bias(
+        self, query_length: int, key_length: int, *, device: torch.device, past_seen_tokens: int | Tensor
+    ) -> Tensor: ...
+
+
 class RelativeBias:
     """Makes the :class:`StackBias` of each call of a stack.
 
@@ -156,7 +166,7 @@ class RelativeBias:
 
     def __init__(self, stack: nn.Module) -> None:
         self.stack = stack
-        self.attention = next(module for module in stack.modules() if hasattr(module, _TABLE))
+        self.attention = cast(_BiasedAttention, next(module for module in stack.modules() if hasattr(module, _TABLE)))
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
 
     def __call__(self, num_positions: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackBias:

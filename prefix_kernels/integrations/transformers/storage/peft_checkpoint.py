@@ -37,6 +37,7 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
 )
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.nn.encoder import PrefixEncoder
@@ -188,7 +189,7 @@ def save_peft_checkpoint(
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     num_pairs = model.config.num_hidden_layers if is_encoder_decoder else len(sites)
     # PEFT has one stack alone, whose prefixes are of one shape and lie in one table.
-    table = cast(PrefixEncoder, model.prefix_encoder).full_table().detach()
+    table = cast(PrefixEncoder, encoder_of(model)).full_table().detach()
     tensors = {_TABLE: table_to_peft(table, num_pairs, is_encoder_decoder=is_encoder_decoder)}
     trained = [name for name, module in model.named_modules() if getattr(module, "trained_with_prefix", False)]
     modules_to_save = list(dict.fromkeys([*trained, *_HEADS_OF_TASK[task_type]]))

@@ -94,7 +94,7 @@ def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
     groups = getattr(stack, "albert_layer_groups", None)
     if groups is None:
         return sites
-    config = _config(stack)
+    config = module_config(stack)
     repetitions = config.num_hidden_layers / config.num_hidden_groups
     called = [int(i / repetitions) for i in range(config.num_hidden_layers)]
     return [
@@ -125,7 +125,7 @@ def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
     return tower.removesuffix("_model") if tower.endswith("_model") else SELF
 
 
-def _config(module: nn.Module) -> Any:
+def module_config(module: nn.Module) -> Any:
     """The config of ``module``; which attributes it has depends on the model type."""
     return module.config
 
@@ -137,7 +137,7 @@ def _num_kv_heads(module: nn.Module) -> int:
     for attribute in ("num_heads", "n_heads", "num_attention_heads"):
         if isinstance(count := getattr(module, attribute, None), int):
             return count
-    heads: int = _config(module).num_attention_heads
+    heads: int = module_config(module).num_attention_heads
     return heads
 
 
@@ -145,6 +145,6 @@ def _head_dim(module: nn.Module) -> int:
     for attribute in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size"):
         if isinstance(size := getattr(module, attribute, None), int):
             return size
-    config = _config(module)
+    config = module_config(module)
     head_dim: int = config.hidden_size // config.num_attention_heads
     return head_dim

@@ -28,7 +28,7 @@ from prefix_kernels.nn.encoder import PrefixEncoder
 def load_named_prefix(
     model: PreTrainedModel,
     name: str,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     config: PrefixTuningConfig | None = None,
     is_trainable: bool = False,

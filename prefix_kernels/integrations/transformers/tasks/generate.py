@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     find_selection,
     selected,
 )
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 
 class SelectsForCalls(PrefixSource, Protocol):
@@ -40,7 +43,7 @@ class GenerateWithPrefixes:
     def __call__(
         self, *args: Any, prefix_names: Sequence[RowNames] | PrefixSelection | None = None, **kwargs: Any
     ) -> Any:
-        generate = type(self.model).generate
+        generate = _generate_of(self.model)
         if prefix_names is None:
             selection = find_selection({}, self.tasks)
         else:
@@ -52,6 +55,11 @@ class GenerateWithPrefixes:
             selection = selection.for_any_rows()
         with torch.no_grad(), selected(selection.holding()):
             return generate(self.model, *args, **kwargs)
+
+
+def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """The ``generate`` of the class of ``model``, which is behind the one of the object."""
+    return cast("type[GenerationMixin]", type(model)).generate
 
 
 def _count_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -70,7 +78,7 @@ def _count_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _is_setting(model: PreTrainedModel, name: str) -> bool:
     """Return True for an argument that ``generate`` does not hand on to the model."""
-    return hasattr(model.generation_config, name) or name in inspect.signature(type(model).generate).parameters
+    return hasattr(model.generation_config, name) or name in inspect.signature(_generate_of(model)).parameters
 
 
 def _drops_rows(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

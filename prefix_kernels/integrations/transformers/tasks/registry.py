@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from prefix_kernels.integrations.transformers.storage.labels import Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import StoredTask
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
+from prefix_kernels.integrations.transformers.structure.prepared import config_of, encoder_of, set_config
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
@@ -38,6 +39,8 @@ from prefix_kernels.integrations.transformers.tasks.heads import fitted_heads, l
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 FIRST_NAME = "default"
+_GENERATE = "generate"
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -50,7 +53,7 @@ class _Task:
 
     config: PrefixTuningConfig
     layout: PrefixLayout
-    encoder: nn.Module | None = None
+    encoder: PrefixEncoder | nn.ModuleDict | None = None
     heads: dict[str, nn.Module] | None = None
     labels: Labels | None = None
     was_deleted: bool = False
@@ -78,7 +81,7 @@ class PrefixTasks:
     def install(self) -> list[RemovableHandle]:
         """Let the model take ``prefix_names=``, and return the handles of the hooks that this needs."""
         if self.model.can_generate():
-            self.model.generate = GenerateWithPrefixes(self.model, self)
+            setattr(self.model, _GENERATE, GenerateWithPrefixes(self.model, self))
         return [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -87,7 +90,7 @@ class PrefixTasks:
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for the hooks."""
         if self.model.can_generate():
-            del self.model.generate
+            delattr(self.model, _GENERATE)
 
     @property
     def names(self) -> list[str]:
@@ -109,11 +112,15 @@ class PrefixTasks:
         if name not in self._tasks:
             raise ValueError(f"prefix name: expected one of {self.names}, got {name!r}")
 
-    def encoder(self, name: str) -> nn.Module:
-        return self.model.prefix_encoder if name == self.active else self._tasks[name].encoder
+    def encoder(self, name: str) -> PrefixEncoder | nn.ModuleDict:
+        encoder = encoder_of(self.model) if name == self.active else self._tasks[name].encoder
+        assert encoder is not None, f"the inactive task {name!r} without its prefix"
+        return encoder
 
     def heads(self, name: str) -> dict[str, nn.Module]:
-        return marked_heads(self.model) if name == self.active else self._tasks[name].heads
+        heads = marked_heads(self.model) if name == self.active else self._tasks[name].heads
+        assert heads is not None, f"the inactive task {name!r} without its heads"
+        return heads
 
     def add(self, name: str, stored: StoredTask) -> None:
         """A task with a new prefix, and heads of the stored sizes that are otherwise like those of the active task."""
@@ -132,7 +139,7 @@ class PrefixTasks:
                 f"{name}: expected a prefix at the same attentions as the model's first (target_attentions, layers), "
                 f"got one at {len(layout.sites)} others where it has {len(places)}"
             )
-        windows = self.model.prefix_tuning_config.window_includes_prefix
+        windows = config_of(self.model).window_includes_prefix
         if config.window_includes_prefix != windows and has_sliding_window(self.model):
             raise ValueError(f"{name}: expected window_includes_prefix={windows} as in the model, got the opposite")
         if config.position_offset == "peft" and not self._shifts_positions:
@@ -144,7 +151,7 @@ class PrefixTasks:
         labels = stored.labels
         if labels is None and (ours := Labels.of(self.model)) is not None:
             labels = labels_of_size(heads, fitted, ours)
-        device = next(self.model.prefix_encoder.parameters()).device
+        device = next(encoder_of(self.model).parameters()).device
         encoder = layout.make_encoder(config, device)
         split_over_heads(self.model, encoder, layout)
         encoder.train(self.model.training)
@@ -161,17 +168,18 @@ class PrefixTasks:
             return
         self._refuse_fsdp()
         leaving, entering = self._tasks[self.active], self._tasks[name]
-        leaving.encoder, leaving.heads = self.model.prefix_encoder, marked_heads(self.model)
-        leaving.labels = Labels.of(self.model)
-        self.model.prefix_encoder = _moved_to(leaving.encoder, entering.encoder).train(self.model.training)
-        for head_name, head in entering.heads.items():
+        encoder, heads = self.encoder(self.active), self.heads(self.active)
+        new_encoder, new_heads = self.encoder(name), self.heads(name)
+        leaving.encoder, leaving.heads, leaving.labels = encoder, heads, Labels.of(self.model)
+        self.model.prefix_encoder = _moved_to(encoder, new_encoder).train(self.model.training)
+        for head_name, head in new_heads.items():
             parent, _, own_name = head_name.rpartition(".")
-            head = _moved_to(leaving.heads[head_name], head, cast=True).train(self.model.training)
+            head = _moved_to(heads[head_name], head, cast=True).train(self.model.training)
             setattr(self.model.get_submodule(parent), own_name, head)
         if entering.labels is not None:
             entering.labels.give_to(self.model)
         entering.encoder, entering.heads, entering.labels = None, None, None
-        self.model.prefix_tuning_config = entering.config
+        set_config(self.model, entering.config)
         self.active = name
 
     def _refuse_fsdp(self) -> None:
@@ -183,14 +191,14 @@ class PrefixTasks:
 
     def pairs(self, stack: nn.Module) -> dict[int, PrefixPair]:
         """The active prefixes of the attentions in ``stack``, by site."""
-        return self.layout.pairs(self.model.prefix_encoder, stack)
+        return self.layout.pairs(encoder_of(self.model), stack)
 
     def stack_number(self, stack: nn.Module) -> int:
         return next(number for number, one in enumerate(self.layout.stacks) if one is stack)
 
     def make_bank(self, names: Sequence[str], stack: nn.Module) -> PrefixBank:
         """The bank of these tasks for ``stack``, as they are now; of no tasks, one with an entry that no row sees."""
-        device = next(self.model.prefix_encoder.parameters()).device
+        device = next(encoder_of(self.model).parameters()).device
         prefixes = []
         for name in names:
             pairs = self._tasks[name].layout.pairs(self.encoder(name), stack)
@@ -223,7 +231,7 @@ class PrefixTasks:
         slots = max([1, *(len(row) for row in rows)])
         ids = [[used.index(name) for name in row] + [-1] * (slots - len(row)) for row in rows]
         shifts = [sum(self._tasks[name].shift for name in row) for row in rows]
-        device = next(self.model.prefix_encoder.parameters()).device
+        device = next(encoder_of(self.model).parameters()).device
         with _ordinary_tensors():
             return PrefixSelection(
                 self,
@@ -305,7 +313,7 @@ class PrefixTasks:
             )
 
 
-def _moved_to(place: nn.Module, module: nn.Module, *, cast: bool = False) -> nn.Module:
+def _moved_to(place: nn.Module, module: _Module, *, cast: bool = False) -> _Module:
     """``module`` on the device of ``place``, with ``cast`` also in its dtype."""
     there, here = next(place.parameters()), next(module.parameters())
     dtype = there.dtype if cast else here.dtype
