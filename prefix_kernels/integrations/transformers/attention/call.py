@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, CallPrefixes
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes, prefixes_of_call
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 
 # Arguments that reach an attention function and do not change its result, because something else has applied them
@@ -59,6 +61,23 @@ class AttentionCall:
     prefixes: CallPrefixes | None
 
 
+_warned_strides: set[type[nn.Module]] = set()
+
+
+def _dense_rows(module: nn.Module, name: str, states: Tensor) -> Tensor:
+    """``states``, or a copy where the elements of a row do not lie one beside the other, as the kernels need them."""
+    if states.stride(-1) == 1 or states.shape[-1] == 1:
+        return states
+    if not torch.compiler.is_compiling() and type(module) not in _warned_strides:
+        _warned_strides.add(type(module))
+        warnings.warn(
+            f"{type(module).__name__}: {name} has stride {states.stride(-1)} in its last dimension, where the kernels "
+            "need 1; it is copied in every call",
+            stacklevel=2,
+        )
+    return states.contiguous()
+
+
 def read_call(
     module: nn.Module,
     query: Tensor,
@@ -77,9 +96,7 @@ def read_call(
     refuse_attention_weights("output_attentions", left.get("output_attentions"))
     call = AttentionCall(
         module,
-        query,
-        key,
-        value,
+        *(_dense_rows(module, name, x) for name, x in (("query", query), ("key", key), ("value", value))),
         attention_mask,
         left.pop("dropout", 0.0),
         left.pop("scaling", None),
@@ -88,7 +105,7 @@ def read_call(
         left.pop("softcap", None) or 0.0,
         left.pop("s_aux", None),
         left.pop("position_bias", None),
-        left.pop(PREFIX_ARGUMENT, None),
+        prefixes_of_call(module, left),
     )
     for name, argument in left.items():
         if name not in HARMLESS_ARGUMENTS and argument is not None and argument is not False:

@@ -17,7 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_kernels.functional import prefix_attention
 from prefix_kernels.integrations.transformers.attention.call import read_call
-from prefix_kernels.integrations.transformers.attention.masks import prefix_mask, visibility_of
+from prefix_kernels.integrations.transformers.attention.masks import (
+    dense_prefix_mask,
+    prefix_mask,
+    visibility_of,
+)
 from prefix_kernels.integrations.transformers.attention.position_bias import with_position_bias
 from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import prefix_of, record, rows_of
@@ -34,7 +38,7 @@ def prefix_attention_forward(
         The output ``[B, Sq, Hq, D]``, and None for the attention weights, which the kernels never form.
     """
     call = read_call(module, query, key, value, attention_mask, arguments)
-    prefix_key, prefix_value = prefix_of(module, call.prefixes)
+    prefix_key, prefix_value = prefix_of(module, call.key, call.value, call.prefixes)
     prefix_ids, prefix_lens = rows_of(module, call.prefixes)
     record(module, key, value, call.prefixes)
     seen = visibility_of(call)
@@ -65,12 +69,20 @@ def prefix_attention_forward(
 
 
 def register() -> None:
-    """Make both attention functions and their mask function known to Transformers."""
+    """Make both attention functions and their mask functions known to Transformers."""
     for name, function in {"prefix_kernels": prefix_attention_forward, "torch": torch_attention_forward}.items():
-        AttentionInterface.register(implementation_name(name), function)
-        AttentionMaskInterface.register(implementation_name(name), prefix_mask)
+        for dense_masks, mask in ((False, prefix_mask), (True, dense_prefix_mask)):
+            implementation = implementation_name(name, dense_masks=dense_masks)
+            AttentionInterface.register(implementation, function)
+            AttentionMaskInterface.register(implementation, mask)
 
 
-def implementation_name(attention: str) -> str:
-    """The name of ``PrefixTuningConfig.attention`` in Transformers' registries."""
-    return "prefix_kernels" if attention == "prefix_kernels" else f"prefix_kernels_{attention}"
+def implementation_name(attention: str, *, dense_masks: bool = False) -> str:
+    """The name of ``PrefixTuningConfig.attention`` in Transformers' registries.
+
+    Args:
+        attention: as in the config.
+        dense_masks: True where masks say everything, because attention knows neither causality nor its window.
+    """
+    name = "prefix_kernels" if attention == "prefix_kernels" else f"prefix_kernels_{attention}"
+    return f"{name}_dense_masks" if dense_masks else name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,17 @@ def prefix_mask(
         use_vmap=use_vmap,
         device=device,
     )
+
+
+def dense_prefix_mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
+    """The mask function for attention that knows neither causality nor its window: the mask has both.
+
+    Returns:
+        Bool ``[B, 1, Sq, Sk]``; where attention sees both sides, the result of :func:`prefix_mask`.
+    """
+    if mask_function is bidirectional_mask_function:
+        return prefix_mask(*args, mask_function=mask_function, **kwargs)
+    return sdpa_mask(*args, mask_function=mask_function, **kwargs | {"allow_is_causal_skip": False})
 
 
 def _cut(padding: Tensor, begin: int, end: int) -> Tensor:

@@ -40,7 +40,7 @@ def torch_attention_forward(
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
 
-    prefix_key, prefix_value = prefix_of(module, call.prefixes)
+    prefix_key, prefix_value = prefix_of(module, call.key, call.value, call.prefixes)
     if prefix_key is not None and prefix_value is not None:
         ids, lens = rows_of(module, call.prefixes)
         if ids is None or lens is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 
 from torch.utils.hooks import RemovableHandle
@@ -12,11 +13,18 @@ from prefix_kernels.integrations.transformers.attention.interface import impleme
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.hooks.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.transformers.hooks.positions import PositionShift, UnpackedHint, position_modules
+from prefix_kernels.integrations.transformers.hooks.relay import register_relay
 from prefix_kernels.integrations.transformers.hooks.shared_layers import SharedLayerHook
 from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
-from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import RELAY_ATTRIBUTE, SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
+from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.source import (
+    hands_on_keywords,
+    hands_over_window,
+    relies_on_causal_mask,
+)
 
 
 @dataclass(eq=False)
@@ -36,8 +44,9 @@ class PrefixHooks:
         for handle in self.handles:
             handle.remove()
         for module in model.modules():
-            if hasattr(module, SITE_ATTRIBUTE):
-                delattr(module, SITE_ATTRIBUTE)
+            for name in (SITE_ATTRIBUTE, RELAY_ATTRIBUTE):
+                if hasattr(module, name):
+                    delattr(module, name)
         _set_implementation(model, self.attn_implementation)
 
 
@@ -50,25 +59,63 @@ def install_hooks(
     """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says."""
     _give_own_config(model)
     hooks = PrefixHooks([], model.config._attn_implementation)
-    _set_implementation(model, implementation_name(config.attention))
+    implementation = implementation_name(config.attention, dense_masks=_needs_dense_masks(model, layout, config))
+    _set_implementation(model, implementation)
     handles = hooks.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
-    if config.position_offset == "peft" and model.config.is_encoder_decoder:
-        handles += register_decoder_shift(layout, source)
-    elif config.position_offset == "peft":
-        for module in position_modules(model, layout.stacks):
-            shift = PositionShift(module, source)
-            handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
+    if config.position_offset == "peft":
+        handles += _move_positions(model, layout, source)
     for stack in layout.stacks:
-        stack_hook = StackHook(stack, layout, config, source)
+        stack_hook = StackHook(stack, layout, config, source, implementation)
         handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
         handles.append(stack_hook.layers[0].register_forward_pre_hook(first_layer_hook, with_kwargs=True))
     for layer in {id(site.layer): site.layer for site in layout.sites if site.calls > 1}.values():
         handles.append(layer.register_forward_pre_hook(SharedLayerHook(layer, layout), with_kwargs=True))
+    for layer, attention in dict.fromkeys((site.layer, site.module) for site in layout.sites):
+        if not hands_on_keywords(layer, attention):
+            handles.append(register_relay(layer, attention))
     for index, site in enumerate(layout.sites):
         if not hasattr(site.module, SITE_ATTRIBUTE):
             setattr(site.module, SITE_ATTRIBUTE, index)
     return hooks
+
+
+def _move_positions(model: PreTrainedModel, layout: PrefixLayout, source: PrefixSource) -> list[RemovableHandle]:
+    """Let sequences begin behind their prefix, in the stacks that number the positions of tokens."""
+    if model.config.is_encoder_decoder:
+        decoders = {site.stack: None for site in layout.sites if site.role == DECODER}
+        return register_decoder_shift(decoders, source)
+    owners = position_modules(model, layout.stacks)
+    handles = []
+    for module in dict.fromkeys(owners.values()):
+        shift = PositionShift(module, source)
+        handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
+    others = [stack for stack in layout.stacks if stack not in owners]
+    handles += register_decoder_shift(others, source)
+    unmoved = [stack for stack in others if getattr(stack, "embed_positions", None) is None]
+    if unmoved and model.main_input_name == "input_ids" and not owners:
+        warnings.warn(
+            f"{type(model).__name__} takes no position_ids, so its sequence keeps its own positions: what it computes "
+            "is that of position_offset='none'",
+            stacklevel=4,
+        )
+    return handles
+
+
+def _needs_dense_masks(model: PreTrainedModel, layout: PrefixLayout, config: PrefixTuningConfig) -> bool:
+    """Return True if masks have to say everything, because some attention is not told causality or its window."""
+    unknowing = [site for site in layout.sites if not hands_over_window(site.module)]
+    if unknowing and config.window_includes_prefix:
+        raise ValueError(
+            f"window_includes_prefix: expected False, because {type(unknowing[0].module).__name__} does not say how "
+            "large its window is, got True"
+        )
+    decodes = getattr(model.config, "is_decoder", False)
+    return bool(unknowing) or any(
+        relies_on_causal_mask(site.module, site.stack, decodes or site.role == DECODER)
+        for site in layout.sites
+        if site.role != CROSS
+    )
 
 
 def _set_implementation(model: PreTrainedModel, name: str) -> None:

@@ -8,6 +8,7 @@ is known to the decoder alone, whose hook leaves it to them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     batch_size,
     find_selection,
 )
-from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER
-from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 
 
 class _CurrentShift(threading.local):
@@ -73,7 +72,9 @@ class PositionTableShift:
 
     def __init__(self, table: nn.Embedding, decoder: DecoderShift) -> None:
         self.current = decoder.current
-        self.num_positions = table.num_embeddings - getattr(table, "offset", 0)
+        # Tables of sines grow.
+        size = getattr(table, "num_embeddings", None)
+        self.num_positions = None if size is None else size - getattr(table, "offset", 0)
 
     def __call__(
         self, table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -86,8 +87,8 @@ class PositionTableShift:
             )
         names = ("cache_length", "past_key_values_length")  # newer and older versions
         past = args[1] if len(args) > 1 else next((kwargs[name] for name in names if name in kwargs), 0)
-        usable = self.num_positions - self.current.largest
-        if isinstance(past, int) and past + positions.shape[-1] > usable:
+        usable = None if self.num_positions is None else self.num_positions - self.current.largest
+        if usable is not None and isinstance(past, int) and past + positions.shape[-1] > usable:
             raise ValueError(
                 f"decoder_input_ids: {past + positions.shape[-1]} tokens do not fit: position_offset='peft' moves "
                 f"positions by {self.current.largest}, which leaves {usable} of the decoder's positions; "
@@ -106,14 +107,14 @@ def without_row_dimension(
     return output.squeeze(0) if output.dim() == 4 else None
 
 
-def register_decoder_shift(layout: PrefixLayout, source: PrefixSource) -> list[RemovableHandle]:
-    """Move the positions of the decoder, if its self-attention has a prefix.
+def register_decoder_shift(decoders: Iterable[nn.Module], source: PrefixSource) -> list[RemovableHandle]:
+    """Move the positions of ``decoders``, the stacks whose self-attention has a prefix.
 
     T5 has none to move: there the prefix gets a position bias, see
     :mod:`prefix_kernels.integrations.transformers.runtime.relative_bias`.
     """
     handles = []
-    for decoder in {id(site.stack): site.stack for site in layout.sites if site.role == DECODER}.values():
+    for decoder in decoders:
         table = getattr(decoder, "embed_positions", None)
         if table is not None:
             # Before the decoder's own hook, which takes the names away.

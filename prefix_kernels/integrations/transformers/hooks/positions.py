@@ -17,13 +17,13 @@ from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAME
 POSITION_TABLES = ("position_embeddings", "position_embedding", "wpe")
 
 
-def position_modules(model: PreTrainedModel, stacks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules that number the positions of the sequences that ``stacks`` process.
+def position_modules(model: PreTrainedModel, stacks: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The module that numbers the positions of the sequences that each of ``stacks`` processes, where there is one.
 
-    Each is the innermost model around a stack: of CLIP, whose towers can be called alone, the text tower. Models of
+    It is the innermost model around the stack: of CLIP, whose towers can be called alone, the text tower. Models of
     images take no position_ids: they have no sequence that could begin behind the prefix.
     """
-    found: dict[int, nn.Module] = {}
+    found: dict[nn.Module, nn.Module] = {}
     for stack in stacks:
         owners = [
             module
@@ -31,8 +31,8 @@ def position_modules(model: PreTrainedModel, stacks: Sequence[nn.Module]) -> lis
             if isinstance(module, PreTrainedModel) and any(inner is stack for inner in module.modules())
         ]
         if "position_ids" in inspect.signature(owners[-1].forward).parameters:
-            found[id(owners[-1])] = owners[-1]
-    return list(found.values())
+            found[stack] = owners[-1]
+    return found
 
 
 class PositionShift:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_kernels.integrations.transformers.attention.interface import implementation_name
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, CallPrefixes
 from prefix_kernels.integrations.transformers.runtime.relative_bias import (
@@ -24,7 +23,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     batch_size,
     find_selection,
 )
-from prefix_kernels.integrations.transformers.structure.attention_sites import module_config
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 
@@ -41,11 +40,13 @@ class StackHook:
         layout: PrefixLayout,
         config: PrefixTuningConfig,
         source: PrefixSource,
+        implementation: str,
     ) -> None:
         self.source = source
         self.stack = stack
-        self.implementation = implementation_name(config.attention)
+        self.implementation = implementation
         self.window_includes_prefix = config.window_includes_prefix
+        self.counts_positions = config.position_offset == "peft"
         sites = [site for site in layout.sites if site.stack is stack]
         self.layers = list({id(site.layer): site.layer for site in sites}.values())
         self.attentions = list({id(site.module): site.module for site in sites}.values())
@@ -72,6 +73,7 @@ class StackHook:
         else:
             bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
             prefixes = CallPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
+        prefixes.counts_positions = self.counts_positions
         if self.relative_bias is not None:
             prefixes.bias = self._position_bias(self.relative_bias, prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from prefix_kernels.integrations.transformers.structure.prefix_layout import Pre
 PREFIX_ARGUMENT = "call_prefixes"
 # Set on every attention module with a prefix: its index in PrefixLayout.sites.
 SITE_ATTRIBUTE = "prefix_site"
+# Set on those of them that are not given the prefixes as an argument: their PrefixRelay.
+RELAY_ATTRIBUTE = "prefix_relay"
 
 
 @dataclass(eq=False)
@@ -28,7 +32,8 @@ class CallPrefixes:
         lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
             :func:`prefix_kernels.integrations.transformers.hooks.stack.first_layer_hook`); otherwise None.
-        bias: the stack's position bias, where it has one.
+        bias: the stack's position bias, where it is known how to make it.
+        counts_positions: True where the prefix has the positions before the sequence (``position_offset="peft"``).
         sites: in a layer that is called more than once, the sites of its attentions in this call by those of their
             first calls; an attention that is missing has no prefix in this call. None elsewhere.
         inputs: arguments of the earlier calls of such layers; see
@@ -42,6 +47,7 @@ class CallPrefixes:
     lens: dict[int, Tensor] | None = None
     detached_from: dict[int, PrefixPair] | None = None
     bias: StackBias | None = None
+    counts_positions: bool = False
     sites: dict[int, int] | None = None
     inputs: dict[int, list[StorageWeakRef | None]] = field(default_factory=dict)
     recorded: dict[int, PrefixPair] | None = None
@@ -56,7 +62,31 @@ class CallPrefixes:
         return site if self.sites is None or site is None else self.sites.get(site)
 
 
-def prefix_of(module: nn.Module, prefixes: CallPrefixes | None) -> PrefixPair | tuple[None, None]:
+class PrefixRelay(threading.local):
+    """The prefixes of the call of a layer that a thread has begun last, for an attention in it."""
+
+    prefixes: CallPrefixes | None = None
+
+    def __reduce__(self) -> tuple[type[PrefixRelay], tuple[()]]:
+        return PrefixRelay, ()
+
+
+def prefixes_of_call(module: nn.Module, arguments: dict[str, Any]) -> CallPrefixes | None:
+    """Take out of the ``arguments`` that ``module`` gives its attention function the prefixes of this call."""
+    prefixes: CallPrefixes | None = arguments.pop(PREFIX_ARGUMENT, None)
+    relay: PrefixRelay | None = getattr(module, RELAY_ATTRIBUTE, None)
+    return relay.prefixes if prefixes is None and relay is not None else prefixes
+
+
+def prefix_of(
+    module: nn.Module, key: Tensor, value: Tensor, prefixes: CallPrefixes | None
+) -> PrefixPair | tuple[None, None]:
+    """Return the prefix of ``module`` in this call, whose ``key`` and ``value`` are ``[B, Hkv, Sk, D]``.
+
+    Raises:
+        RuntimeError: the call has lost its prefixes, or would lose their gradients.
+        ValueError: the prefix has other heads or another head dim than ``key`` and ``value``.
+    """
     site = getattr(module, SITE_ATTRIBUTE, None)
     if site is None:
         return None, None
@@ -73,14 +103,21 @@ def prefix_of(module: nn.Module, prefixes: CallPrefixes | None) -> PrefixPair | 
     site = prefixes.site_of(module)
     if site is None:
         return None, None
-    key, value = prefixes.pairs[site]
-    if not torch.is_grad_enabled() and key.requires_grad and key.grad_fn is not None:
+    prefix_key, prefix_value = prefixes.pairs[site]
+    for name, states, prefix in (("keys", key, prefix_key), ("values", value, prefix_value)):
+        if (states.shape[1], states.shape[3]) != (prefix.shape[-3], prefix.shape[-1]):
+            raise ValueError(
+                f"{type(module).__name__} of prefix {site}: expected {name} of {prefix.shape[-3]} heads and head dim "
+                f"{prefix.shape[-1]}, as read from the module when the model was prepared, got {states.shape[1]} and "
+                f"{states.shape[3]}: this kind of attention is not understood"
+            )
+    if not torch.is_grad_enabled() and prefix_key.requires_grad and prefix_key.grad_fn is not None:
         raise RuntimeError(
             f"{type(module).__name__} of prefix {site} runs without gradients in a forward pass that needs them: "
             "reentrant activation checkpointing that get_prefix_model does not know of would lose the gradient of the "
             "prefix; use use_reentrant=False, or torch's checkpoint_wrapper before get_prefix_model"
         )
-    return key, value
+    return prefix_key, prefix_value
 
 
 def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: CallPrefixes | None) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.functional import MAX_HEAD_DIM
+from prefix_kernels.integrations.transformers.structure.key_shape import key_shape, module_config
+from prefix_kernels.integrations.transformers.structure.source import asks_for_attention
 
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 SELF = "self"
 VISION = "vision"  # the tower of images beside one of text
-# The module, in model types that read images beside text, that reads the text. As in PEFT it alone has a prefix: their
-# image towers hand no arguments on to their attentions, and do not see which rows the images belong to.
-LANGUAGE_MODELS = {"gemma3": "language_model"}
+# Names in the config of a model that reads images or sound beside text: the token that stands for them.
+_MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+# Parts of the name of a module that attends to the states of an encoder.
+_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,42 +48,59 @@ class AttentionSite:
     calls: int = 1
 
 
-@functools.cache
-def _asks_for_attention(forward: Callable[..., Any]) -> bool:
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(forward)
-    except (OSError, TypeError):
-        return False
-
-
 def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     """All attentions of ``model``, in the order of its modules, or of their calls where layers share weights.
 
-    Those of images are left out where the model reads text beside them (:data:`LANGUAGE_MODELS`).
+    A model that reads images or sound beside text has them in its language model alone, as in PEFT: its other towers
+    hand no arguments on to their attentions, and do not see which rows their inputs belong to. A decoder that can
+    attend to an encoder has them at its self-attention alone.
 
     Raises:
         ValueError: there are none, one is outside every list of layers, or one has heads that the kernels do not take.
     """
-    backbone: nn.Module = model.base_model.get_submodule(LANGUAGE_MODELS.get(model.config.model_type, ""))
-    found = {name: module for name, module in backbone.named_modules() if _asks_for_attention(type(module).forward)}
+    backbone = _language_model(model.base_model)
+    found = {name: module for name, module in backbone.named_modules() if asks_for_attention(module)}
+    if not model.config.is_encoder_decoder:
+        found = {name: module for name, module in found.items() if not _is_cross(name)}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
     sites = []
     for name, module in found.items():
         stack_name, layer = _enclosing_layer(backbone, name)
         stack, role = backbone.get_submodule(stack_name), _role(model, stack_name, name)
-        head_dim = _head_dim(module)
-        if head_dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"{type(model).__name__}: {name}: expected a head dim of at most {MAX_HEAD_DIM}, got {head_dim}"
-            )
-        sites.append(AttentionSite(module, layer, stack, role, 0, _num_kv_heads(module), head_dim))
+        if role == SELF:
+            _refuse_other_input(model, backbone, stack, name)
+        num_kv_heads, head_dim = key_shape(module, f"{type(model).__name__}: {name}")
+        sites.append(AttentionSite(module, layer, stack, role, 0, num_kv_heads, head_dim))
     depths: Counter[str] = Counter()
     numbered = []
     for site in _in_order_of_calls(sites):
         numbered.append(replace(site, depth=depths[site.role]))
         depths[site.role] += 1
     return numbered
+
+
+def _refuse_other_input(model: PreTrainedModel, backbone: nn.Module, stack: nn.Module, name: str) -> None:
+    """Raise where ``stack`` is in a part of ``model`` that reads something else than the model, as an image."""
+    around = [part for part in backbone.modules() if isinstance(part, PreTrainedModel) and stack in part.modules()]
+    if around and around[-1].main_input_name != model.main_input_name:
+        raise ValueError(
+            f"{type(model).__name__}: expected attentions to {model.main_input_name} that call Transformers' "
+            f"AttentionInterface, found only {name}, of {around[-1].main_input_name}"
+        )
+
+
+def _language_model(backbone: PreTrainedModel) -> nn.Module:
+    """The part of ``backbone`` that reads text, where it is a part; else ``backbone``."""
+    reads_media = any(getattr(backbone.config, name, None) is not None for name in _MEDIA_TOKENS)
+    for name in ("language_model", "text_model") if reads_media else ("language_model",):
+        if isinstance(part := getattr(backbone, name, None), nn.Module):
+            return part
+    return backbone
+
+
+def _is_cross(name: str) -> bool:
+    return any(cross in part for part in name.split(".") for cross in _CROSS_NAMES)
 
 
 def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
@@ -117,34 +132,13 @@ def _enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
 
 
 def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
+    last = stack_name.split(".")[-1]
     if model.config.is_encoder_decoder:
-        is_decoder = stack_name.split(".")[-1] == "decoder"
-        is_cross = any("encoder_attn" in part or "EncDecAttention" in part for part in name.split("."))
-        return CROSS if is_cross else DECODER if is_decoder else ENCODER
+        if last not in (ENCODER, DECODER):
+            raise ValueError(
+                f"{type(model).__name__}: expected an encoder-decoder model whose layers are those of a module "
+                f"'encoder' or 'decoder', got {name}"
+            )
+        return CROSS if _is_cross(name) else last
     tower = stack_name.split(".")[0]
     return tower.removesuffix("_model") if tower.endswith("_model") else SELF
-
-
-def module_config(module: nn.Module) -> Any:
-    """The config of ``module``; which attributes it has depends on the model type."""
-    return module.config
-
-
-def _num_kv_heads(module: nn.Module) -> int:
-    kv_heads: int | None = getattr(module.config, "num_key_value_heads", None)
-    if kv_heads is not None:
-        return kv_heads
-    for attribute in ("num_heads", "n_heads", "num_attention_heads"):
-        if isinstance(count := getattr(module, attribute, None), int):
-            return count
-    heads: int = module_config(module).num_attention_heads
-    return heads
-
-
-def _head_dim(module: nn.Module) -> int:
-    for attribute in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size"):
-        if isinstance(size := getattr(module, attribute, None), int):
-            return size
-    config = module_config(module)
-    head_dim: int = config.hidden_size // config.num_attention_heads
-    return head_dim

@@ -1,18 +1,15 @@
-"""Supported models, and the heads that are trained beside the prefix."""
+"""Models that cannot be prepared, and the heads that are trained beside the prefix."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
 
-# Model types, by kind: encoders of text, decoders, images (and both), decoders that read images beside text.
-FAMILIES = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "modernbert"),
-    *("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"),
-    *("vit", "deit", "clip", "clip_text_model", "clip_vision_model"),
-    "gemma3",
-)
-ENCODER_DECODERS = ("t5", "bart", "mbart", "whisper")
+# Model types whose attentions go through the interface and yet would be wrong, and why.
+REFUSED_TYPES = {
+    "diffllama": "its attention function gets values of other heads than those that it projects and caches",
+    "hrm_text": "it calls its stacks several times in each forward pass",
+}
 HEAD_NAMES = (
     *("classifier", "pre_classifier", "sequence_summary", "score", "qa_outputs"),
     *("cls_classifier", "distillation_classifier", "classification_head", "projector"),
@@ -34,17 +31,10 @@ def refuse_unsupported(model: nn.Module) -> None:
             f"{name} cannot take a custom attention function: its code does not go through Transformers' "
             "AttentionInterface"
         )
-    if model.config.is_encoder_decoder and model.config.model_type not in ENCODER_DECODERS:
-        raise ValueError(
-            f"{name} is an encoder-decoder model whose masks, positions and caches are not known here; supported are "
-            f"{', '.join(ENCODER_DECODERS)}"
-        )
+    if model.config.model_type in REFUSED_TYPES:
+        raise ValueError(f"{name} is not supported: {REFUSED_TYPES[model.config.model_type]}")
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError(f"{name} has cross-attention, which is not supported (config.add_cross_attention)")
-    if not model.config.is_encoder_decoder and any(n.endswith(".encoder_attn") for n, _ in model.named_modules()):
-        raise ValueError(f"{name} has cross-attention, which is not supported outside an encoder-decoder model")
-    if model.config.model_type not in (*FAMILIES, *ENCODER_DECODERS):
-        raise ValueError(f"{name} is not supported; supported are {', '.join((*FAMILIES, *ENCODER_DECODERS))}")
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
 
 

@@ -1,0 +1,96 @@
+"""Try a prefix in a tiny model of every model type of Transformers, and write what came of it.
+
+python benchmarks/compatibility/families.py          # the CSV and docs/families.md
+python benchmarks/compatibility/families.py --kind causal --type llama gpt2  # prints, writes nothing
+python benchmarks/compatibility/families.py --check  # fails if the page is not that of the CSV
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.compatibility.family_trial import NOT_TRIED, REFUSED, RIGHT, Trial, try_family
+from benchmarks.compatibility.model_types import KINDS, model_types
+
+TABLE = Path(__file__).parents[1] / "results" / "families.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+BEGIN, END = "<!-- begin: written from families.csv by families.py -->", "<!-- end -->"
+
+
+def read(path: Path = TABLE) -> tuple[list[Trial], str]:
+    """The lines of the CSV, and the version of Transformers that was tried."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    fields = Trial._fields
+    trials = [Trial(*(int(line[name]) if name == "attentions" else line[name] for name in fields)) for line in lines]
+    return trials, lines[0]["transformers"]
+
+
+def write(trials: list[Trial], path: Path = TABLE) -> None:
+    """Write the CSV anew."""
+    versions = transformers.__version__, torch.__version__.split("+")[0]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Trial._fields, "transformers", "torch"])
+        writer.writerows([*trial, *versions] for trial in trials)
+
+
+def section(trials: list[Trial], version: str) -> str:
+    """The part of the page that is written from the CSV."""
+    lines = [f"Transformers {version}.", "", "| kind | right | refused | not tried |", "|---|---|---|---|"]
+    for kind in KINDS:
+        counts = Counter(trial.result for trial in trials if trial.kind == kind)
+        lines.append(f"| {kind} | {counts[RIGHT]} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
+    for kind in KINDS:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        names = ", ".join(f"`{trial.model_type}`" for trial in of_kind if trial.result == RIGHT)
+        lines += ["", f"## {kind.capitalize()}", "", f"Right: {names}.", ""]
+        lines += ["| model type | result | reason |", "|---|---|---|"]
+        for trial in of_kind:
+            if trial.result != RIGHT:
+                reason = trial.reason.replace("|", "\\|")
+                lines.append(f"| `{trial.model_type}` | {trial.result} | {reason} |")
+    return "\n".join(lines)
+
+
+def page(text: str, trials: list[Trial], version: str) -> str:
+    """``text`` with that part written anew."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section(trials, version)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, nargs="*", default=[], help="try these and write nothing")
+    parser.add_argument("--type", nargs="*", default=[], help="of them, try these model types")
+    parser.add_argument("--check", action="store_true", help="fail if the page does not show the CSV")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    if arguments.check:
+        text = PAGE.read_text(encoding="utf-8")
+        if text != page(text, *read()):
+            sys.exit(f"{PAGE}: expected the table of {TABLE}, got another")
+        return
+    trials = []
+    for kind in arguments.kind or KINDS:
+        for model_type in arguments.type or model_types(kind):
+            trials.append(try_family(kind, model_type))
+            print(*trials[-1], flush=True)
+    if not arguments.kind:
+        write(trials)
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page(text, *read()), encoding="utf-8")
+    print(Counter(trial.result for trial in trials))
+
+
+if __name__ == "__main__":
+    main()

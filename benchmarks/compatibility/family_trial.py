@@ -1,0 +1,209 @@
+"""Proof that a prefix in a tiny model of some type does what it should: the trial of one model type."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import prefix_kernels
+from benchmarks.compatibility.model_types import tiny_model
+from benchmarks.compatibility.own_attention import Pairs, concatenated, with_cache
+from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
+from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+
+PREFIX_LEN = 5
+NEW_TOKENS = 8
+# Differences allowed between logits, and between gradients relative to the largest: float32, two layers.
+LOGITS, GRADIENTS = 1e-4, 1e-3
+RIGHT, REFUSED, NOT_TRIED, WRONG = "right", "refused", "not tried", "WRONG"
+# Model types whose own cache cannot hold a prefix from outside, and why.
+NO_OWN_CACHE = {
+    "bailing_hybrid": "latents",
+    "gemma3n_text": "layers that share keys",
+    "minimax": "a cache class of its own",
+    "recurrent_gemma": "states that lie in its modules",
+}
+
+
+class Trial(NamedTuple):
+    """A line of the CSV.
+
+    Attributes:
+        kind, model_type: see :mod:`benchmarks.compatibility.model_types`.
+        attentions: the number of those with a prefix.
+        result: RIGHT, REFUSED, NOT_TRIED or WRONG.
+        reason: the error with which the model was refused or could not be built, or the difference that is wrong.
+    """
+
+    kind: str
+    model_type: str
+    attentions: int
+    result: str
+    reason: str
+
+
+class _Difference(AssertionError):
+    """Results that should be equal are not."""
+
+
+def try_family(kind: str, model_type: str) -> Trial:
+    """Try one model type; only an error of this package is a refusal."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            base = tiny_model(kind, model_type)
+            with torch.no_grad():
+                base(**_inputs(base, "none"))
+        except Exception as error:
+            return Trial(kind, model_type, 0, NOT_TRIED, _line(error))
+        attentions = 0
+        try:
+            attentions = len(_layout(_prepared(base)).sites)
+            _check(base, kind)
+        except _Difference as error:
+            return Trial(kind, model_type, attentions, WRONG, _line(error))
+        except Exception as error:
+            refused = _is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
+            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, _line(error))
+    return Trial(kind, model_type, attentions, RIGHT, "")
+
+
+def _check(base: PreTrainedModel, kind: str) -> None:
+    model = _prepared(base, position_offset="none")
+    for padding in _paddings(base):
+        inputs = _inputs(base, padding)
+        with concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
+            _compare(padding, model, model(**inputs).logits, base(**inputs).logits, inputs)
+    if kind != "causal":
+        return
+    _check_generation(base, model)
+    if not _has_latents(base) and base.config.model_type not in NO_OWN_CACHE and _slides_with_prefix(base):
+        model = _prepared(base, position_offset="peft", window_includes_prefix=True)
+        plain = copy.deepcopy(base)
+        for padding in _paddings(base):
+            inputs = _inputs(base, padding)
+            expected = with_cache(plain, _pairs_by_module(plain, model.prefix_encoder), inputs).logits
+            position_ids = torch.arange(inputs["input_ids"].shape[1])[None]
+            actual = model(**inputs, position_ids=position_ids).logits
+            _compare(f"own cache, {padding}", model, actual, expected, inputs)
+
+
+def _prepared(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
+    config = PrefixTuningConfig(num_virtual_tokens=PREFIX_LEN, modules_to_save=(), init_std=0.5, **settings)
+    return get_prefix_model(copy.deepcopy(base), config)
+
+
+def _slides_with_prefix(base: PreTrainedModel) -> bool:
+    """Return True if the prefix can slide out of sight, as it does in the model's own cache."""
+    try:
+        _prepared(base, window_includes_prefix=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _compare(
+    where: str, model: PreTrainedModel, actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]
+) -> None:
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    mask = inputs.get("attention_mask")
+    if mask is not None and "decoder_input_ids" not in inputs and weights.shape[:2] == mask.shape:
+        weights *= mask[..., None]
+    tables = list(model.prefix_encoder.parameters())
+    ours, theirs = (torch.autograd.grad((logits * weights).sum(), tables) for logits in (actual, expected))
+    difference = ((actual - expected) * (weights != 0)).abs().max().item()
+    if not difference < LOGITS:
+        raise _Difference(f"{where}: logits differ by {difference:.1e}")
+    for grad, expected_grad in zip(ours, theirs, strict=True):
+        largest = expected_grad.abs().amax((0, 2, 3))
+        if not (grad - expected_grad).abs().max() < GRADIENTS * largest.max():
+            raise _Difference(
+                f"{where}: gradients differ by {(grad - expected_grad).abs().max():.1e} of {largest.max():.1e}"
+            )
+        if where == "none" and not largest.min() > 0:
+            raise _Difference(f"{where}: the prefix of an attention gets no gradient")
+
+
+def _check_generation(base: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Compare greedy tokens, made with a cache, with the logits of the whole text at once."""
+    inputs = _inputs(base, "left")
+    length = inputs["input_ids"].shape[1]
+    tokens = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, forced_eos_token_id=None
+    )
+    whole = {
+        "input_ids": tokens,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1),
+    }
+    positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
+        takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        logits = base(**whole, **({"position_ids": positions} if takes_positions else {})).logits
+    logits = logits[:, length - 1 : -1]
+    chosen = logits.gather(-1, tokens[:, length:, None])[..., 0]
+    short = (logits.amax(-1) - chosen).max().item()
+    if not short < LOGITS:
+        raise _Difference(f"greedy tokens: the logit of one is {short:.1e} below the largest")
+
+
+def _layout(model: PreTrainedModel) -> PrefixLayout:
+    return PrefixLayout(find_sites(model), PrefixTuningConfig(num_virtual_tokens=PREFIX_LEN))
+
+
+def _pairs_by_module(model: PreTrainedModel, encoder: nn.Module) -> dict[nn.Module, Pairs]:
+    """The prefixes in ``encoder``, for the attentions of ``model`` or of its copy, by module and call."""
+    layout = _layout(model)
+    pairs = {site: pair for stack in layout.stacks for site, pair in layout.pairs(encoder, stack).items()}
+    found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    for number, site in enumerate(layout.sites):
+        found.setdefault(site.module, []).append(pairs[number])
+    return found
+
+
+def _has_latents(model: PreTrainedModel) -> bool:
+    return any(hasattr(site.module, "kv_lora_rank") for site in find_sites(model))
+
+
+def _paddings(model: PreTrainedModel) -> Iterable[str]:
+    if model.main_input_name == "pixel_values":
+        return ("none",)
+    # The first tokens of BigBird's encoder are seen by all others, padding or not.
+    return ("none", "right") if model.config.model_type == "bigbird_pegasus" else ("none", "left", "right")
+
+
+def _inputs(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
+    """Two rows of nine tokens, the second padded on one side; or two images."""
+    generator = torch.Generator().manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", 16)
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+    ids, mask = torch.randint(3, 90, (2, 9), generator=generator), torch.ones(2, 9, dtype=torch.int64)
+    if padding != "none":
+        mask[1, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        takes_text = hasattr(model, "classification_head")
+        inputs["decoder_input_ids"] = inputs["input_ids"] if takes_text else ids[:, :6].contiguous()
+    return inputs
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return True if this package raised it, not something that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(prefix_kernels.__file__).parent)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."

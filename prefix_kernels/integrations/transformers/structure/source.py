@@ -1,0 +1,70 @@
+"""The things that only the source code of a model's modules tells."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+
+from torch import nn
+
+
+def asks_for_attention(module: nn.Module) -> bool:
+    """Return True if ``module.forward`` asks Transformers' AttentionInterface for its attention function."""
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(type(module))
+
+
+def hands_over_window(module: nn.Module) -> bool:
+    """Return False if attention of this class may slide while its function is not told the size of the window.
+
+    Such a model applies the window by its mask alone.
+    """
+    if "sliding_window" in _forward_source(type(module)):
+        return True
+    return "sliding_window" not in _module_source(type(module).__module__)
+
+
+def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) -> bool:
+    """Return True if attention of this class sees what came before by its mask alone, not by a rule that it names.
+
+    Args:
+        module: the attention.
+        stack: the module that calls its layer.
+        decodes: True for a stack that is known to be a decoder; others are where their file makes causal masks only.
+    """
+    if getattr(module, "is_causal", True) or "is_causal=" in _forward_source(type(module)):
+        return False
+    source = _module_source(type(stack).__module__)
+    return "create_causal_mask" in source and (decodes or "create_bidirectional" not in source)
+
+
+def hands_on_keywords(layer: nn.Module, attention: nn.Module) -> bool:
+    """Return False if ``layer``, its ``attention`` or a module between them keeps keyword arguments to itself."""
+    around = [part for part in layer.modules() if attention in part.modules()]
+    return all(_hands_on(type(part)) for part in around)
+
+
+@functools.cache
+def _hands_on(module_class: type[nn.Module]) -> bool:
+    """Return False if no call in ``forward`` has ``**kwargs``."""
+    tree = ast.parse(textwrap.dedent(_forward_source(module_class)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return not calls or any(keyword.arg is None for call in calls for keyword in call.keywords)
+
+
+@functools.cache
+def _forward_source(module_class: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return ""
+
+
+@functools.cache
+def _module_source(name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError, KeyError):
+        return ""
