@@ -52,6 +52,8 @@ def section(trials: list[Trial], version: str) -> str:
         lines.append(f"| {kind} | {counts[RIGHT]} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
     for kind in KINDS:
         of_kind = [trial for trial in trials if trial.kind == kind]
+        if not of_kind:
+            continue
         names = ", ".join(f"`{trial.model_type}`" for trial in of_kind if trial.result == RIGHT)
         lines += ["", f"## {kind.capitalize()}", "", f"Right: {names}.", ""]
         lines += ["| model type | result | reason |", "|---|---|---|"]

@@ -33,6 +33,8 @@ NO_OWN_CACHE = {
     "minimax": "a cache class of its own",
     "recurrent_gemma": "states that lie in its modules",
 }
+# Model types that, without any prefix, choose other tokens with a cache than without: their positions differ.
+OWN_CACHE_DIFFERS = ("xlm-roberta-xl",)
 
 
 class Trial(NamedTuple):
@@ -87,7 +89,8 @@ def _check(base: PreTrainedModel, kind: str) -> None:
             _compare(padding, model, model(**inputs).logits, base(**inputs).logits, inputs)
     if kind != "causal":
         return
-    _check_generation(base, model)
+    if base.config.model_type not in OWN_CACHE_DIFFERS:
+        _check_generation(base, model)
     if not _has_latents(base) and base.config.model_type not in NO_OWN_CACHE and _slides_with_prefix(base):
         model = _prepared(base, position_offset="peft", window_includes_prefix=True)
         plain = copy.deepcopy(base)
@@ -178,8 +181,7 @@ def _has_latents(model: PreTrainedModel) -> bool:
 def _paddings(model: PreTrainedModel) -> Iterable[str]:
     if model.main_input_name == "pixel_values":
         return ("none",)
-    # The first tokens of BigBird's encoder are seen by all others, padding or not.
-    return ("none", "right") if model.config.model_type == "bigbird_pegasus" else ("none", "left", "right")
+    return ("none", "left", "right")
 
 
 def _inputs(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:

@@ -10,6 +10,10 @@ REFUSED_TYPES = {
     "diffllama": "its attention function gets values of other heads than those that it projects and caches",
     "hrm_text": "it calls its stacks several times in each forward pass",
 }
+# The same for model types whose decoders alone are right.
+REFUSED_ENCODER_DECODERS = {
+    "bigbird_pegasus": "its encoder computes attention by itself, and misreads masks made for other functions",
+}
 HEAD_NAMES = (
     *("classifier", "pre_classifier", "sequence_summary", "score", "qa_outputs"),
     *("cls_classifier", "distillation_classifier", "classification_head", "projector"),
@@ -31,8 +35,9 @@ def refuse_unsupported(model: nn.Module) -> None:
             f"{name} cannot take a custom attention function: its code does not go through Transformers' "
             "AttentionInterface"
         )
-    if model.config.model_type in REFUSED_TYPES:
-        raise ValueError(f"{name} is not supported: {REFUSED_TYPES[model.config.model_type]}")
+    refused = REFUSED_TYPES | (REFUSED_ENCODER_DECODERS if model.config.is_encoder_decoder else {})
+    if model.config.model_type in refused:
+        raise ValueError(f"{name} is not supported: {refused[model.config.model_type]}")
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError(f"{name} has cross-attention, which is not supported (config.add_cross_attention)")
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
