@@ -18,7 +18,7 @@ from prefix_kernels.integrations.transformers.hooks.shared_layers import SharedL
 from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import RELAY_ATTRIBUTE, SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
-from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER
+from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER, ENCODER, VISION
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.source import (
     hands_on_keywords,
@@ -114,7 +114,7 @@ def _needs_dense_masks(model: PreTrainedModel, layout: PrefixLayout, config: Pre
     return bool(unknowing) or any(
         relies_on_causal_mask(site.module, site.stack, decodes or site.role == DECODER)
         for site in layout.sites
-        if site.role != CROSS
+        if site.role not in (CROSS, ENCODER, VISION)
     )
 
 

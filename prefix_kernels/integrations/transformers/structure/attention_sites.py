@@ -132,9 +132,9 @@ def _enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
 
 
 def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
-    last = stack_name.split(".")[-1]
     if model.config.is_encoder_decoder:
-        if last not in (ENCODER, DECODER):
+        *around, last = stack_name.split(".")
+        if last not in (ENCODER, DECODER) or {ENCODER, DECODER} <= {last, *around}:
             raise ValueError(
                 f"{type(model).__name__}: expected an encoder-decoder model whose layers are those of a module "
                 f"'encoder' or 'decoder', got {name}"
