@@ -178,6 +178,8 @@ class _Backward(torch.autograd.Function):
         return _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
 
 
+# Dynamo cannot trace the call of an autograd.Function in the backward pass of a transform either.
+@torch.compiler.disable
 def _one_by_one(
     operator: Callable[..., Sequence[Tensor]], count: int, in_dims: Sequence[Any], arguments: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
