@@ -144,6 +144,29 @@ def test_paths_in_code_quotes_exist(page: Path) -> None:
     assert [path for path in quoted if not (CHECKOUT / path).exists()] == []
 
 
+def variables_read_by(source: str) -> set[str]:
+    """The environment variables that Python or C++ source reads by their names."""
+    return set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\()["'](\w+)["']""", source))
+
+
+def test_variables_are_found_in_python_and_in_cpp() -> None:
+    source = """os.environ["A"], environ.get('B', ""), std::getenv("C"), environ.items()"""
+    assert variables_read_by(source) == {"A", "B", "C"}
+
+
+def test_the_page_on_installing_names_every_environment_variable() -> None:
+    files = [
+        path
+        for folder in ("build_tools", "csrc", "prefix_kernels")
+        for path in (CHECKOUT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+    ]
+    read_there = set().union(*(variables_read_by(read(path)) for path in [CHECKOUT / "setup.py", *files]))
+    assert {"CXX", "PREFIX_KERNELS_CPU_ISA"} <= read_there
+    named = re.findall(r"`(\w+)`", read(CHECKOUT / "docs" / "installing.md"))
+    assert sorted(read_there - set(named)) == []
+
+
 def paths_of_tree(tree: str) -> list[str]:
     """The paths in a tree that is drawn by indenting: a folder ends in a slash; a comment stands two spaces behind."""
     folders: list[tuple[int, str]] = []
