@@ -35,7 +35,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             :class:`torch.nn.MultiheadAttention`.
-        num_prefix_tokens: ``P``, the number of prefix positions.
+        num_prefix_tokens: ``P``, the prefix length.
 
     Attributes:
         prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None if ``P`` is 0.
@@ -97,7 +97,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
 
         Args:
             mha: the module to replace. Its parameters stop requiring gradients, since they are the same objects.
-            num_prefix_tokens: ``P``.
+            num_prefix_tokens: ``P``, the prefix length.
             prefix_dtype: dtype of the prefix, e.g. float32 for a bfloat16 module. Default: that of ``mha``.
 
         Example::
