@@ -50,7 +50,7 @@ struct AttentionParams {
   int64_t q_len = 0;
   int64_t k_len = 0;
   int64_t head_dim = 0;
-  int64_t prefix_len = 0;    // rows of each prefix in the bank
+  int64_t prefix_len = 0;    // P, the prefix length: rows of each prefix in the bank
   int64_t num_prefixes = 0;  // prefixes in the bank
   int64_t prefix_slots = 0;  // most prefixes that one batch row sees, one after another
 
@@ -67,7 +67,7 @@ struct AttentionParams {
   MaskOperand mask;
 
   const int64_t* prefix_ids = nullptr;     // [batch, prefix_slots] contiguous; -1 is none; null: see prefix_of_row
-  const int64_t* prefix_lens = nullptr;    // [num_prefixes]; null: all prefix_len
+  const int64_t* prefix_lens = nullptr;    // [num_prefixes], valid rows of each; null: all prefix_len
   const int64_t* query_offsets = nullptr;  // [batch]; null: query_offset for all
   int64_t query_offset = 0;                // position of the first query among the sequence keys
 

@@ -267,7 +267,7 @@ AttentionParams make_params(const AttentionArguments& args, int64_t key_len) {
   return p;
 }
 
-void validate_forward(const AttentionArguments& args) {
+void check_forward(const AttentionArguments& args) {
   check_query(args.query);
   check_sequence(args);
   TORCH_CHECK_VALUE(args.prefix_key.has_value() == args.prefix_value.has_value(),
@@ -286,9 +286,9 @@ void validate_forward(const AttentionArguments& args) {
   if (args.attn_mask.has_value()) check_mask(args, *args.attn_mask, args.key->size(2), prefix_columns_of(args));
 }
 
-void validate_backward(const AttentionArguments& args, const at::Tensor& dout, const OptionalTensor& dlse,
-                       const OptionalTensor& out, const at::Tensor& lse, int64_t key_len,
-                       std::array<bool, kNumGradients> needs) {
+void check_backward(const AttentionArguments& args, const at::Tensor& dout, const OptionalTensor& dlse,
+                    const OptionalTensor& out, const at::Tensor& lse, int64_t key_len,
+                    std::array<bool, kNumGradients> needs) {
   check_query(args.query);
   const at::Tensor& query = args.query;
   check_sequence(args);

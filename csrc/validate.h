@@ -33,15 +33,15 @@ struct AttentionArguments {
 };
 
 // Checks the arguments of the forward pass and throws what a user should read.
-void validate_forward(const AttentionArguments& args);
+void check_forward(const AttentionArguments& args);
 
 // Checks the arguments of the backward pass: those of the forward pass anew, as saved-tensor hooks may have changed
 // them, and that none is missing for the gradients asked for.
-void validate_backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
-                       const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
-                       std::array<bool, kNumGradients> needs);
+void check_backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
+                    std::array<bool, kNumGradients> needs);
 
-// The arguments, already validated, as the kernels take them; the integer tensors and the seed are left to the device.
+// The arguments, already checked, as the kernels take them; the integer tensors and the seed are left to the device.
 AttentionParams make_params(const AttentionArguments& args, int64_t key_len);
 
 // Positions beyond any tensor, as «no limit» is often written, brought to where sums of them do not overflow.

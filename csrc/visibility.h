@@ -29,7 +29,8 @@ PREFIX_KERNELS_HOST_DEVICE int64_t prefix_of_row(const AttentionParams& p, int64
   return p.num_prefixes == 1 ? 0 : b;
 }
 
-PREFIX_KERNELS_HOST_DEVICE int64_t prefix_length(const AttentionParams& p, int64_t n) {
+// The rows of prefix n that hold a token; the others pad it to the length of the bank. 0 if n is -1.
+PREFIX_KERNELS_HOST_DEVICE int64_t valid_prefix_length(const AttentionParams& p, int64_t n) {
   if (n < 0) return 0;
   return p.prefix_lens != nullptr ? p.prefix_lens[n] : p.prefix_len;
 }

@@ -94,7 +94,7 @@ def _results(function: Any, inputs: list[Tensor], options: dict[str, Any], dout:
     return [tensor.double() for tensor in (out, *torch.autograd.grad(out, leaves, dout.to(out.dtype)))]
 
 
-def _check(device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> tuple[float, bool]:
+def _compare(device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> tuple[float, bool]:
     """The largest error against the reference in float64, and whether each is what rounding explains.
 
     That is: at most 3 times the error of the same attention written in PyTorch in this dtype (float32 for float64,
@@ -124,8 +124,8 @@ def _check(device: torch.device, dtype: torch.dtype, options: dict[str, Any]) ->
     return largest, fine
 
 
-def check_devices() -> bool:
-    """Check and print every usable device; whether all are right."""
+def compare_devices() -> bool:
+    """Compare every usable device with the reference and print the errors; True if all are right."""
     devices = [torch.device("cpu")]
     if load().build_info()["cuda_architectures"]:
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -133,7 +133,7 @@ def check_devices() -> bool:
     for device in devices:
         for dtype in _DTYPES:
             for name, options in _options(device).items():
-                error, fine = _check(device, dtype, options)
+                error, fine = _compare(device, dtype, options)
                 all_fine = all_fine and fine
                 kind = str(dtype).removeprefix("torch.")
                 print(f"{device!s:8}{kind:10}{name:22}max error {error:.1e}  {'OK' if fine else 'FAILED'}")
@@ -144,7 +144,7 @@ def main() -> int:
     for name, value in report().items():
         print(f"{name + ':':16}{value}")
     print("\nforward and gradients against the reference in float64:")
-    all_fine = check_devices()
+    all_fine = compare_devices()
     print("OK" if all_fine else "FAILED")
     return 0 if all_fine else 1
 

@@ -18,6 +18,8 @@ from prefix_kernels import ops
 
 _NUM_DIFFERENTIABLE = len(ops.DIFFERENTIABLE)
 _NUM_TENSOR_OPTIONS = len(ops.TENSOR_OPTIONS)
+# Results of a batched call, stacked, and the dimension of each that they are stacked in.
+_Stacked = tuple[tuple[Tensor, ...], tuple[int, ...]]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -160,8 +162,9 @@ class _Forward(torch.autograd.Function):
         return gradients_from_saved(ctx, dout, dlse, drow_mass)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Forward.apply, info.batch_size, in_dims, arguments)
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> _Stacked:
+        stacked: _Stacked = _one_by_one(_Forward.apply, info.batch_size, in_dims, arguments)
+        return stacked
 
 
 class _Backward(torch.autograd.Function):
@@ -183,13 +186,16 @@ class _Backward(torch.autograd.Function):
         refuse_forward_mode()
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> _Stacked:
+        stacked: _Stacked = _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
+        return stacked
 
 
+# Dynamo cannot trace the call of an autograd.Function in the backward pass of a transform either.
+@torch.compiler.disable
 def _one_by_one(
     operator: Callable[..., Sequence[Tensor]], count: int, in_dims: Sequence[Any], arguments: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+) -> _Stacked:
     """Call ``operator`` for each element of the batch dimension and stack the results along a new first dimension."""
 
     def elements(argument: Any, dim: Any) -> Sequence[Any]:

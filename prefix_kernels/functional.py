@@ -155,7 +155,7 @@ def prefix_attention(
         values = torch.cat([prefix_value.expand(B, -1, -1, -1), value], dim=2)
         out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    With ``is_causal=True``, two prefix rows, ``Sq = 3`` and ``Sk = 4``, a query (row) sees the keys (columns)::
+    With ``is_causal=True``, ``P = 2``, ``Sq = 3`` and ``Sk = 4``, a query (row) sees the keys (columns)::
 
         prefix  sequence
         1 1     1 1 0 0
@@ -174,9 +174,9 @@ def prefix_attention(
             float16.
         key: ``[B, Hkv, Sk, D]`` in the query's dtype; Hkv divides Hq (grouped-query attention). Sk may be 0.
         value: ``[B, Hkv, Sk, D]``.
-        prefix_key: ``[Hkv, P, D]``, one prefix for all rows; ``[B, Hkv, P, D]``, one for each; or with ``prefix_ids`` a
-            bank ``[N, Hkv, P, D]``. Its dtype may differ from the query's: it is converted as it is read, and its
-            gradient has its own dtype. Default: no prefix.
+        prefix_key: ``[Hkv, P, D]``, one prefix of length P for all rows; ``[B, Hkv, P, D]``, one for each; or with
+            ``prefix_ids`` a bank ``[N, Hkv, P, D]``. Its dtype may differ from the query's: it is converted as it is
+            read, and its gradient has its own dtype. Default: no prefix.
         prefix_value: like ``prefix_key``.
         attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to ``[B, Hq, Sq, Sk]``, which
             leaves the prefix visible, or to ``[B, Hq, Sq, M * P + Sk]``. A last dimension of ``Sk`` means the sequence.

@@ -27,8 +27,7 @@ if PathFinder.find_spec("prefix_kernels", elsewhere):
 
 # pytest puts this folder on the path, where its `transformers` and `peft` would stand for packages not installed.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != TESTS]
-# The tests of PEFT use the models of the tests of Transformers.
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "transformers")]
+sys.path.insert(0, str(TESTS / "helpers"))
 
 # The benchmarks are tested as the package `benchmarks`. The checkout comes last, behind the installed prefix_kernels.
 sys.path.append(str(CHECKOUT))

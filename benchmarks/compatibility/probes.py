@@ -35,13 +35,13 @@ NEW_TOKENS = 6
 ELEMENTS = 2 * P * 32
 
 
-def expect(condition: bool, otherwise: str) -> None:
+def check(condition: bool, otherwise: str) -> None:
     if not condition:
         raise AssertionError(otherwise)
 
 
-def expect_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    expect(torch.allclose(actual, expected, atol=1e-4), f"{what} differ by {(actual - expected).abs().max():.2g}")
+def check_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    check(torch.allclose(actual, expected, atol=1e-4), f"{what} differ by {(actual - expected).abs().max():.2g}")
 
 
 def make_base(library: Library, name: str, **settings: object) -> transformers.PreTrainedModel:
@@ -58,14 +58,14 @@ def gradients(library: Library, model: nn.Module, inputs: dict[str, Tensor]) -> 
     model.zero_grad()
     logits_of(model, inputs).float().square().mean().backward()
     trained = [p for p in library.prefixes(model) if p.requires_grad]
-    expect(bool(trained) and all(p.grad is not None for p in trained), "the prefix receives no gradient")
+    check(bool(trained) and all(p.grad is not None for p in trained), "the prefix receives no gradient")
     return [p.grad.clone() for p in trained]
 
 
 def trains(library: Library, name: str, model: nn.Module | None = None) -> None:
     model = library.attach(make_base(library, name)) if model is None else model
     reached = [bool(gradient.any()) for gradient in gradients(library, model, make_inputs(name))]
-    expect(all(reached), "the prefix receives a gradient of zeros")
+    check(all(reached), "the prefix receives a gradient of zeros")
 
 
 def trained_elements(library: Library, model: nn.Module, name: str) -> int:
@@ -88,7 +88,7 @@ def right_padding(library: Library, name: str) -> None:
     inputs = {"input_ids": torch.cat([ids, nothing], 1)}
     inputs["attention_mask"] = (inputs["input_ids"] != PAD).long()
     padded, alone = model(**inputs).logits, model(input_ids=ids).logits
-    expect_close(padded if padded.dim() == 2 else padded[:, :6], alone, "logits of a row, padded and alone,")
+    check_close(padded if padded.dim() == 2 else padded[:, :6], alone, "logits of a row, padded and alone,")
 
 
 def every_position(library: Library, name: str) -> None:
@@ -103,7 +103,7 @@ def compiles(library: Library, name: str) -> None:
     expected = model(**inputs).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expect_close(compiled(**inputs).logits, expected, "logits, compiled or not,")
+    check_close(compiled(**inputs).logits, expected, "logits, compiled or not,")
 
 
 def recomputed(model: nn.Module, ids: Tensor, beams: int) -> Tensor:
@@ -137,7 +137,7 @@ def generates(padding: int = 0, num_beams: int = 1, **settings: object) -> Probe
         ids[1, :padding] = PAD
         tokens = generated(model, ids, (ids != PAD).long(), num_beams=num_beams, **settings)
         rows = [recomputed(model, row, num_beams) for row in (ids[:1], ids[1:, padding:])]
-        expect(torch.equal(tokens, torch.cat(rows)), "other tokens than without a cache")
+        check(torch.equal(tokens, torch.cat(rows)), "other tokens than without a cache")
 
     return probe
 
@@ -152,7 +152,7 @@ def checkpointing(use_reentrant: bool) -> Probe:
         expected = gradients(library, model, inputs)
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         for actual, right in zip(gradients(library, model, inputs), expected, strict=True):
-            expect_close(actual, right, "gradients, checkpointed or not,")
+            check_close(actual, right, "gradients, checkpointed or not,")
 
     return probe
 
@@ -165,14 +165,14 @@ def checkpointing_first(library: Library, name: str) -> None:
     actual = gradients(library, model, inputs)
     base.gradient_checkpointing_disable()
     for checkpointed, right in zip(actual, gradients(library, model, inputs), strict=True):
-        expect_close(checkpointed, right, "gradients, checkpointed or not,")
+        check_close(checkpointed, right, "gradients, checkpointed or not,")
 
 
 def half_precision(library: Library, name: str) -> None:
     model = library.attach(make_base(library, name).bfloat16())
     trains(library, name, model)
     dtypes = {prefix.dtype for prefix in library.prefixes(model)}
-    expect(dtypes == {torch.float32}, f"the prefix is {', '.join(map(str, dtypes))}")
+    check(dtypes == {torch.float32}, f"the prefix is {', '.join(map(str, dtypes))}")
 
 
 def resumes(with_mlp: bool) -> Probe:
@@ -199,7 +199,7 @@ def resumes(with_mlp: bool) -> Probe:
             expected = trained(library, name, folder, None)
             actual = trained(library, name, folder, str(Path(folder, "checkpoint-2")))
         for resumed, in_one_go in zip(actual, expected, strict=True):
-            expect_close(resumed, in_one_go, "prefixes, resumed or trained in one go,")
+            check_close(resumed, in_one_go, "prefixes, resumed or trained in one go,")
 
     return probe
 
@@ -208,7 +208,7 @@ def with_lora(library: Library, name: str) -> None:
     model = library.with_lora(make_base(library, name))
     trains(library, name, model)
     lora = [p for n, p in model.named_parameters() if "lora_B" in n]
-    expect(bool(lora) and all(p.grad is not None and p.grad.any() for p in lora), "LoRA receives no gradient")
+    check(bool(lora) and all(p.grad is not None and p.grad.any() for p in lora), "LoRA receives no gradient")
 
 
 # The prefix
@@ -217,13 +217,13 @@ def with_lora(library: Library, name: str) -> None:
 def all_attentions(library: Library, name: str) -> None:
     """Encoder, decoder and cross-attention, of two layers each."""
     trained = trained_elements(library, library.attach(make_base(library, name)), name)
-    expect(trained == 6 * ELEMENTS, f"{trained} elements are trained, where 6 attentions have {6 * ELEMENTS}")
+    check(trained == 6 * ELEMENTS, f"{trained} elements are trained, where 6 attentions have {6 * ELEMENTS}")
 
 
 def in_one_layer(library: Library, name: str) -> None:
     model = library.in_one_layer(make_base(library, name, num_key_value_heads=4))
     trained = trained_elements(library, model, name)
-    expect(trained == ELEMENTS, f"{trained} elements are trained, where one layer has {ELEMENTS}")
+    check(trained == ELEMENTS, f"{trained} elements are trained, where one layer has {ELEMENTS}")
 
 
 def of_uneven_lengths(library: Library, name: str) -> None:
@@ -235,13 +235,13 @@ def with_dropout(library: Library, name: str) -> None:
     model = library.with_dropout(make_base(library, name))
     inputs = make_inputs(name)
     differ = {mode: not torch.equal(*(model.train(mode)(**inputs).logits for _ in range(2))) for mode in (True, False)}
-    expect(differ == {True: True, False: False}, f"two passes differ in training: {differ[True]}, else {differ[False]}")
+    check(differ == {True: True, False: False}, f"two passes differ in training: {differ[True]}, else {differ[False]}")
 
 
 def first_token_frozen(library: Library, name: str) -> None:
     model = library.with_first_token_frozen(make_base(library, name, num_key_value_heads=4))
     trained, others = trained_elements(library, model, name), 2 * ELEMENTS * (P - 1) // P
-    expect(trained == others, f"{trained} elements are trained, where two layers have {others} beside the first token")
+    check(trained == others, f"{trained} elements are trained, where two layers have {others} beside the first token")
 
 
 def from_text(library: Library, name: str) -> None:
@@ -251,7 +251,7 @@ def from_text(library: Library, name: str) -> None:
     with torch.no_grad():
         expected = base(torch.cat([text, ids], 1)).logits[:, P:]
     model = library.from_text(base, text)
-    expect_close(model(input_ids=ids).logits, expected, "logits, after the prefix or after its text,")
+    check_close(model(input_ids=ids).logits, expected, "logits, after the prefix or after its text,")
     trains(library, name, model)
 
 
@@ -266,8 +266,8 @@ def switches(library: Library, name: str) -> None:
     for task in (0, 1, 0):
         library.switch(model, task)
         logits.append(model(ids).logits)
-    expect_close(logits[2], logits[0], "logits of a task, before and after another,")
-    expect(not torch.allclose(logits[0], logits[1], atol=1e-2), "both tasks give the same")
+    check_close(logits[2], logits[0], "logits of a task, before and after another,")
+    check(not torch.allclose(logits[0], logits[1], atol=1e-2), "both tasks give the same")
 
 
 def mixed_batch(rows: list[tuple[int, ...]], of: Callable[..., Tensor]) -> Probe:
@@ -284,8 +284,8 @@ def mixed_batch(rows: list[tuple[int, ...]], of: Callable[..., Tensor]) -> Probe
 
         together = of(model, inputs, **library.for_each_row(model, rows))
         expected = torch.cat([alone(row, tasks) for row, tasks in enumerate(rows)])
-        expect_close(together.float(), expected.float(), "rows, together and alone,")
-        expect(not torch.allclose(alone(0, rows[0]), alone(0, rows[1])), "all tasks give the same")
+        check_close(together.float(), expected.float(), "rows, together and alone,")
+        check(not torch.allclose(alone(0, rows[0]), alone(0, rows[1])), "all tasks give the same")
 
     return probe
 
@@ -308,7 +308,7 @@ def both_tasks(library: Library, name: str) -> None:
         library.switch(model, task)
         alone.append(model(ids).logits)
     together = library.both_tasks(model, ids)
-    expect(all(not torch.allclose(together, one, atol=1e-2) for one in alone), "one of them is not seen")
+    check(all(not torch.allclose(together, one, atol=1e-2) for one in alone), "one of them is not seen")
 
 
 def plain_torch(library: Library, name: str) -> None:
@@ -316,7 +316,7 @@ def plain_torch(library: Library, name: str) -> None:
     model = library.plain_torch(nn.TransformerEncoder(layer, 2)).eval()
     model(torch.randn(2, 5, 32)).square().mean().backward()
     prefixes = [p for n, p in model.named_parameters() if "prefix" in n]
-    expect(bool(prefixes) and all(p.grad.any() for p in prefixes), "no prefix that is trained")
+    check(bool(prefixes) and all(p.grad.any() for p in prefixes), "no prefix that is trained")
 
 
 class Row(NamedTuple):

@@ -93,7 +93,7 @@ bool is_double(const at::Tensor& query) { return query.scalar_type() == at::kDou
 std::string isa() { return chosen_isa().name; }
 
 Results forward(const AttentionArguments& args) {
-  validate_forward(args);
+  check_forward(args);
   const at::Tensor& query = args.query;
   AttentionParams p = make_params(args, args.key->size(2));
   HostIntegers integers;
@@ -108,7 +108,7 @@ Results forward(const AttentionArguments& args) {
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
                    std::array<bool, kNumGradients> needs) {
-  validate_backward(args, dout, dlse, out, lse, key_len, needs);
+  check_backward(args, dout, dlse, out, lse, key_len, needs);
   const at::Tensor& query = args.query;
   BackwardParams b;
   b.forward = make_params(args, key_len);

@@ -56,7 +56,7 @@ void allow_reading_inputs(const AttentionArguments& args, const Device& device) 
 }  // namespace
 
 Results forward(const AttentionArguments& args) {
-  validate_forward(args);
+  check_forward(args);
   AttentionParams p = make_params(args, args.key->size(2));
   check_limits(p);
   Device device(args.query);
@@ -75,7 +75,7 @@ Results forward(const AttentionArguments& args) {
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
                    std::array<bool, kNumGradients> needs) {
-  validate_backward(args, dout, dlse, out, lse, key_len, needs);
+  check_backward(args, dout, dlse, out, lse, key_len, needs);
   BackwardParams b;
   b.forward = make_params(args, key_len);
   check_limits(b.forward);

@@ -61,7 +61,8 @@ from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_
 from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
-from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites, module_config
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel

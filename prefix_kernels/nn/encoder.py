@@ -29,7 +29,7 @@ class PrefixEncoder(nn.Module):
     which many models attend as a sink.
 
     Args:
-        num_prefix_tokens: ``P``, at least 1.
+        num_prefix_tokens: ``P``, the prefix length, at least 1.
         num_layers: ``L``.
         num_heads: ``H``, the number of key/value heads (fewer than the query's with grouped-query attention).
         head_dim: ``D``.

@@ -26,28 +26,16 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
     Constructor, ``forward``, results and state-dict keys are those of ``torch.nn.MultiheadAttention``, so that it can
     take its place, also inside ``nn.TransformerEncoderLayer``, ``nn.TransformerDecoderLayer``, ``nn.Transformer``; it
     is a subclass, so that what looks for attention modules by type (initialisers, sharding policies) finds it. With
-    ``num_prefix_tokens=0`` it computes the same function. It differs in this:
+    ``num_prefix_tokens=0`` it computes the same function.
 
-    - The state dict has ``prefix_key`` and ``prefix_value`` too. A plain module's loads with ``strict=False``.
-    - Returned weights cover the prefix's columns followed by the sequence's. They are the probabilities before dropout,
-      where ``torch.nn.MultiheadAttention`` returns them with entries dropped.
-    - A query that sees no key gives zeros (and weights of zero), not NaN.
-    - A floating-point mask that requires a gradient is refused.
-    - ``is_causal=True`` is trusted when the weights are not asked for: ``attn_mask``, which must be given, is then not
-      read, also together with ``key_padding_mask``; ``bias_k`` and the zero key stay visible.
-    - A nested tensor is accepted where ``nn.TransformerEncoder`` makes one of a padded batch: as the query, key and
-      value of self-attention with ``batch_first=True`` and no mask. It is padded for the attention. Where plain layers
-      follow in that encoder, evaluate without gradients or set its ``use_nested_tensor`` to False: they refuse nested
-      tensors that require gradients.
-    - It has no fused inference path: ``nn.TransformerEncoderLayer`` runs its unfused one.
-    - ``torch.jit.script``, which PyTorch has deprecated, does not take it; ``torch.compile`` does.
-    - ``torch.fx`` does not take it for a leaf by itself: give torchvision's ``create_feature_extractor``
-      ``tracer_kwargs={"leaf_modules": [PrefixMultiheadAttention]}``.
+    ``docs/modules.md`` lists the differences that remain. They concern the state dict, returned weights, queries that
+    see no key, masks that require a gradient, ``is_causal``, nested tensors, the fused inference path, errors,
+    ``torch.jit``, ``torch.fx``, ``torch.load``, double backward and forward-mode differentiation.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             :class:`torch.nn.MultiheadAttention`.
-        num_prefix_tokens: ``P``, the number of prefix positions.
+        num_prefix_tokens: ``P``, the prefix length.
 
     Attributes:
         prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None if ``P`` is 0.
@@ -112,7 +100,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
 
         Args:
             mha: the module to replace. Its parameters stop requiring gradients, since they are the same objects.
-            num_prefix_tokens: ``P``.
+            num_prefix_tokens: ``P``, the prefix length.
             prefix_dtype: dtype of the prefix, e.g. float32 for a bfloat16 module. Default: that of ``mha``.
 
         Example::

@@ -14,7 +14,7 @@ __all__ = ["PrefixMultiheadAttention", "PrefixTuningAttention"]
 class PrefixTuningAttention(nn.Module):
     """Multi-head attention with a trainable prefix in input space: prefix tuning as textbooks write it.
 
-    The prefix ``p [prefix_len, d_model]`` passes through the same key and value projections as the input, which are
+    The prefix ``p [P, d_model]`` passes through the same key and value projections as the input, which are
     frozen (Li and Liang, 2021: "Prefix-Tuning: Optimizing Continuous Prompts for Generation")::
 
         K' = [p W_k + b_k ; x W_k + b_k]      V' = [p W_v + b_v ; x W_v + b_v]      Q = x W_q + b_q
@@ -26,7 +26,7 @@ class PrefixTuningAttention(nn.Module):
     Args:
         d_model: features of input and output.
         n_heads: number of heads, a divisor of ``d_model``.
-        prefix_len: number of prefix positions.
+        prefix_len: ``P``, the prefix length.
         dropout: probability of dropping an attention weight while training.
         bias: whether the projections have biases.
         batch_first: input and output are ``[B, S, d_model]`` instead of ``[S, B, d_model]``.
@@ -34,7 +34,7 @@ class PrefixTuningAttention(nn.Module):
             ``k_proj``, ``v_proj`` and ``out_proj`` (each a :class:`torch.nn.Linear`).
 
     Attributes:
-        prefix: parameter ``[prefix_len, d_model]``, drawn from N(0, 1), the scale of a normalised input.
+        prefix: parameter ``[P, d_model]``, drawn from N(0, 1), the scale of a normalised input.
 
     Raises:
         ValueError: ``n_heads`` does not divide ``d_model``, a head has more than 256 features, ``prefix_len`` is

@@ -30,7 +30,7 @@ def replace_multihead_attention(
 
     Args:
         model: the model.
-        num_prefix_tokens: ``P``, at least 1.
+        num_prefix_tokens: ``P``, the prefix length, at least 1.
         prefix_dtype: dtype of the prefixes, e.g. float32 in a bfloat16 model. Default: that of each attention.
 
     Returns:

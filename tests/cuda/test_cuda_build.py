@@ -27,9 +27,7 @@ sys.path.append(str(CHECKOUT))
 
 from build_tools.environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
 from build_tools.extension import CUDA_FLAGS, Unit  # noqa: E402
-from build_tools.sass_report import (  # noqa: E402
-    find_cuobjdump,
-)
+from build_tools.sass.tools import find_cuobjdump  # noqa: E402
 from build_tools.sources import CUDA_SOURCES  # noqa: E402
 
 FIGURES = Path(__file__).with_name("sass_instructions.json")

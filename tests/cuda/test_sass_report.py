@@ -12,7 +12,15 @@ CHECKOUT = Path(__file__).parents[2]
 sys.path.append(str(CHECKOUT))
 
 from build_tools import sass_report  # noqa: E402
-from build_tools.sass_report import Kernel, Walker, build_blocks, find_loops, hot_loops, parse_functions  # noqa: E402
+from build_tools.sass.control_flow import (  # noqa: E402
+    Counts,
+    build_blocks,
+    find_loops,
+    hot_loops,
+    parse_functions,
+)
+from build_tools.sass.kernels import Kernel  # noqa: E402
+from build_tools.sass.paths import Walker  # noqa: E402
 
 KERNEL = Kernel("forward", 64, "plain", 128, 51360, stage_trips=1, copy_trips=4, mask_trips=2, scores=1)
 
@@ -37,7 +45,7 @@ LOOP = """
 """
 
 
-def counts(sass: str, path: str) -> sass_report.Counts:
+def counts(sass: str, path: str) -> Counts:
     [instructions] = parse_functions(sass).values()
     blocks = build_blocks(instructions)
     [(loop, _)] = hot_loops(blocks, find_loops(blocks))

@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import torch
 from eager_prefix import eager_prefix
+from tiny_models import P, trainable, without_dropout
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,8 +27,6 @@ from prefix_kernels.integrations.transformers import (
 from prefix_kernels.integrations.transformers.storage.peft_table import table_from_peft
 from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
-
-P = 5
 
 
 def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool) -> None:
@@ -80,23 +79,9 @@ def text_batch(padding: str, pad: int = 0, end: int = 97) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
-
-
 def prepared(family: Family, base: PreTrainedModel, **settings: object) -> PreTrainedModel:
     settings = {"num_virtual_tokens": P} | dict(family.settings) | settings
     return get_prefix_model(copy.deepcopy(base), PrefixTuningConfig(**settings))
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def tables(model: PreTrainedModel) -> list[nn.Parameter]:

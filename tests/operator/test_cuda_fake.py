@@ -6,7 +6,7 @@ The two operators are called one after the other, because the autograd engine as
 import pytest
 import torch
 from helpers import INPUT_NAMES
-from test_compile import SAMPLES, operator_arguments, sample_call
+from operator_samples import SAMPLES, operator_arguments, sample_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefix_kernels import prefix_attention

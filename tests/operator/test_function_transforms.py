@@ -121,10 +121,28 @@ def test_dropout_under_vmap_follows_its_randomness():
         vmap(dropped)(queries)
 
 
-def test_compiled_code_may_hold_a_transform():
+def jacobian_of_head_sums(attention, options):
+    return jacrev(lambda *inputs: attention(*inputs, **options).sin().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [lambda *arguments: grad(loss(*arguments)), jacobian_of_head_sums],
+    ids=["grad", "jacrev"],
+)
+def test_compiled_code_may_hold_a_transform(transform):
     inputs, options = small_inputs()
-    compiled = torch.compile(grad(loss(prefix_attention, options)), backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), grad(loss(prefix_attention_reference, options))(*inputs))
+    compiled = torch.compile(transform(prefix_attention, options), backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), transform(prefix_attention_reference, options)(*inputs))
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev], ids=["grad", "jacrev"])
+def test_a_transform_does_not_compile_into_one_graph(transform):
+    torch.compiler.reset()  # the compiled code of a transform is kept for every function that it is called with
+    inputs, options = small_inputs()
+    compiled = torch.compile(transform(loss(prefix_attention, options)), fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="forward_under_transform"):
+        compiled(*inputs)
 
 
 @pytest.mark.parametrize("derivative", ["hessian", "grad of grad", "jvp", "jvp of the mask", "dual mask", "double"])

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from test_broken_files import (
+from broken_files import (
     NO_JSON,
     NO_SAFETENSORS,
     TASK_READERS,
@@ -23,8 +21,10 @@ from test_broken_files import (
     reading_with,
     refused,
 )
-from test_transformers import P
-from test_transformers_encoder_decoders import tiny_bart
+from encoder_decoder_families import tiny_bart
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_models import P
 from torch import Tensor, nn
 
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, load_prefix_model

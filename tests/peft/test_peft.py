@@ -15,85 +15,28 @@ import peft
 import pytest
 import torch
 import transformers
+from encoder_decoder_families import TALKATIVE
 from family_checks import Family
 from peft.tuners.cartridge.utils import compose_cartridge_adapters
-from test_transformers import LABELS, ONE_OF_EACH, P, Sentences, batch, prepared, tiny_model, without_dropout
-from test_transformers_decoders import FAMILIES as DECODERS
-from test_transformers_encoder_decoders import BART, FLAN_T5, MBART, T5, TALKATIVE, tiny_bart
-from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
+from peft_models import (
+    FAMILIES,
+    KINDS,
+    TASKS,
+    assert_close,
+    assert_same_outputs,
+    config_of,
+    gradients,
+    language_model,
+    of_family,
+    peft_model,
+    peft_of_family,
 )
+from tiny_models import LABELS, ONE_OF_EACH, P, Sentences, batch, tiny_model, without_dropout
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from prefix_kernels.functional import prefix_attention
 from prefix_kernels.integrations.peft import accelerate, restore
-
-KINDS = ("prefix", "projection", "cartridge")
-FROZEN = 2
-
-
-def config_of(kind: str, task_type: str = "SEQ_CLS", length: int = P, **settings: object) -> peft.PeftConfig:
-    if kind == "cartridge":
-        return peft.CartridgeConfig(
-            task_type=task_type, num_virtual_tokens=length, **({"num_frozen_tokens": FROZEN} | settings)
-        )
-    settings = {"prefix_projection": kind == "projection"} | settings
-    return peft.PrefixTuningConfig(task_type=task_type, num_virtual_tokens=length, **settings)
-
-
-def peft_model(family: str, kind: str = "prefix", **settings: object) -> peft.PeftModel:
-    """PEFT's model for the classification of sequences, in eval mode."""
-    return peft.get_peft_model(tiny_model(family, **settings), config_of(kind)).eval()
-
-
-def language_model(family: str, kind: str = "prefix", **settings: object) -> peft.PeftModel:
-    base = tiny_model(family, AutoModelForCausalLM, **settings)
-    return peft.get_peft_model(base, config_of(kind, "CAUSAL_LM")).eval()
-
-
-# Whatever PEFT runs, by its task.
-FAMILIES = [*DECODERS, T5, FLAN_T5, BART, MBART]
-
-
-def of_family(families: list[Family]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("family", families, ids=lambda family: family.name)
-
-
-def peft_of_family(family: Family, base: PreTrainedModel) -> peft.PeftModel:
-    """PEFT's model, in eval mode."""
-    config = config_of("prefix", family.peft_task, **family.peft_settings)
-    return peft.get_peft_model(copy.deepcopy(base), config).eval()
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    atol = 1e-5 * max(1.0, expected.detach().abs().max().item())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_outputs(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Equal logits, losses and gradients of everything that is trained."""
-    our_output, their_output = ours(**inputs), theirs(**inputs)
-    padding = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-    for name in ("loss", "logits", "start_logits", "end_logits", "last_hidden_state"):
-        if name in their_output:
-            ragged = padding is not None and their_output[name].shape[:2] == padding.shape
-            valid = padding.bool() if ragged else ...
-            assert_close(our_output[name][valid], their_output[name][valid])
-    for output in (our_output, their_output):
-        (output.loss if "loss" in output else output[0].tanh().sum()).backward()
-    expected = gradients(theirs)
-    assert gradients(ours).keys() == expected.keys()
-    assert max(grad.abs().max() for name, grad in expected.items() if name.startswith("prompt_encoder.")) > 1e-2
-    for name, grad in gradients(ours).items():
-        assert_close(grad, expected[name])
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
@@ -111,16 +54,6 @@ def test_every_family_gives_the_logits_and_gradients_of_peft(family: Family, pad
     theirs = peft_of_family(family, family.model())
     inputs = family.inputs(padding)
     assert_same_outputs(accelerate(copy.deepcopy(theirs)), theirs, inputs | {"labels": family.labels(inputs)})
-
-
-TASKS = {
-    "TOKEN_CLS": (AutoModelForTokenClassification, {"labels": torch.arange(21).view(3, 7) % 3}),
-    "QUESTION_ANS": (
-        AutoModelForQuestionAnswering,
-        {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 3, 6])},
-    ),
-    "FEATURE_EXTRACTION": (AutoModel, {}),
-}
 
 
 @pytest.mark.parametrize("token_types", [False, True], ids=["", "token types"])
@@ -343,66 +276,6 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path, checkpointing: bool | 
     assert_close(loaded(**inputs).logits, expected)
 
 
-def test_the_active_adapter_is_used_whatever_its_length() -> None:
-    theirs = language_model("llama")
-    theirs.add_adapter("longer", config_of("projection", "CAUSAL_LM", P + 3))
-    ours = accelerate(copy.deepcopy(theirs))
-    for model in (theirs, ours):
-        torch.manual_seed(3)
-        model.add_adapter("added", config_of("prefix", "CAUSAL_LM", 2))
-    inputs = batch("llama", "left")
-    logits = {}
-    for name in ("longer", "added", "default"):
-        for model in (theirs, ours):
-            model.set_adapter(name)
-        logits[name] = ours(**inputs).logits
-        assert_close(logits[name], theirs(**inputs).logits)
-    assert not torch.allclose(logits["longer"], logits["added"]) and not torch.allclose(
-        logits["added"], logits["default"]
-    )
-    ours.delete_adapter("longer")
-    torch.testing.assert_close(ours(**inputs).logits, logits["default"])
-
-
-def test_an_adapter_loaded_later_is_used(tmp_path: Path) -> None:
-    other = peft_model("bert", "projection")
-    other.save_pretrained(tmp_path)
-    theirs = peft_model("bert")
-    ours = accelerate(copy.deepcopy(theirs))
-    for model in (theirs, ours):
-        model.load_adapter(tmp_path, "other")
-        model.set_adapter("other")
-    inputs = batch("bert", "right")
-    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
-
-
-def test_a_disabled_adapter_is_not_there() -> None:
-    base = tiny_model("llama", AutoModelForCausalLM)
-    ours = accelerate(peft.get_peft_model(copy.deepcopy(base), config_of("prefix", "CAUSAL_LM")).eval())
-    inputs = batch("llama", "left")
-    settings = {"max_new_tokens": 6, "do_sample": False}
-    with_prefix, tokens = ours(**inputs).logits, ours.generate(**inputs, **settings)
-    valid = inputs["attention_mask"].bool()
-    with ours.disable_adapter():
-        assert_close(ours(**inputs).logits[valid], base(**inputs).logits[valid])
-        assert torch.equal(ours.generate(**inputs, **settings), base.generate(**inputs, **settings))
-        with ours.disable_adapter():
-            pass
-        assert_close(ours(**inputs).logits[valid], base(**inputs).logits[valid])
-    assert torch.equal(ours(**inputs).logits, with_prefix)
-    assert torch.equal(ours.generate(**inputs, **settings), tokens)
-    assert not torch.equal(base.generate(**inputs, **settings), tokens)
-
-
-def test_an_exception_while_disabled_enables_again() -> None:
-    ours = accelerate(peft_model("bert"))
-    inputs = batch("bert")
-    before = ours(**inputs).logits
-    with pytest.raises(ArithmeticError), ours.disable_adapter():
-        raise ArithmeticError
-    assert torch.equal(ours(**inputs).logits, before)
-
-
 def test_the_base_model_by_itself_has_no_prefix() -> None:
     base = tiny_model("bert")
     ours = accelerate(peft.get_peft_model(copy.deepcopy(base), config_of("prefix")).eval())
@@ -445,18 +318,6 @@ def test_restore_gives_the_peft_model_back() -> None:
         assert_close(accelerate(model)(**inputs).logits, expected)
 
 
-def test_a_model_whose_adapter_was_disabled_before_can_be_accelerated() -> None:
-    theirs = language_model("llama")
-    inputs = batch("llama")
-    expected = theirs(**inputs).logits
-    inside = r"with its adapter enabled, got one inside disable_adapter\(\)"
-    with theirs.disable_adapter(), pytest.raises(ValueError, match=inside):
-        accelerate(theirs)
-    ours = accelerate(theirs)
-    assert ours(**inputs, use_cache=True).past_key_values.get_seq_length() == 7
-    assert_close(ours(**inputs).logits, expected)
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_accelerated_too_and_has_a_prefix_of_its_own(duplicate: Callable) -> None:
     model = accelerate(peft_model("bert"))
@@ -496,131 +357,6 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same(family: str, kind: str
     torch.testing.assert_close(output.logits, expected.logits)
     output.loss.backward()
     assert gradients(model)
-
-
-def test_a_replaced_attention_implementation_cannot_silently_drop_the_prefix() -> None:
-    model = accelerate(peft_model("bert"))
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="implementation is 'sdpa', which would ignore the prefix"):
-        model(**batch("bert"))
-
-
-def test_names_for_each_row_are_refused() -> None:
-    model = accelerate(language_model("llama"))
-    inputs = batch("llama")
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"adapter_names: expected None, got \['default'\]"):
-            call(**inputs, adapter_names=["default"])
-        with pytest.raises(ValueError, match=r"prefix_names: expected None, got \['default'\]"):
-            call(**inputs, prefix_names=["default"])
-
-
-def changed(model: peft.PeftModel, **settings: object) -> peft.PeftModel:
-    for name, value in settings.items():
-        setattr(model.peft_config["default"], name, value)
-    return model
-
-
-def without_task() -> peft.PeftModel:
-    return peft.PeftModel(tiny_model("bert"), peft.PrefixTuningConfig(num_virtual_tokens=P))
-
-
-def of_another_class() -> peft.PeftModel:
-    model = peft_model("bert")
-    model.__class__ = type("Mine", (peft.PeftModelForSequenceClassification,), {})
-    return model
-
-
-def of_mixed_types() -> peft.PeftModel:
-    model = peft_model("bert")
-    model.peft_config["other"] = peft.PromptTuningConfig(num_virtual_tokens=P)
-    return model
-
-
-def sharing_its_base() -> peft.PeftModel:
-    first = language_model("llama")
-    second = peft.get_peft_model(first.get_base_model(), config_of("prefix", "CAUSAL_LM"))
-    accelerate(first)
-    return second
-
-
-def deberta() -> peft.PeftModel:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    config = transformers.AutoConfig.for_model("deberta-v2", vocab_size=99, **sizes)
-    base = transformers.AutoModelForSequenceClassification.from_config(config)
-    return peft.get_peft_model(base, config_of("prefix"))
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (lambda: tiny_model("bert"), TypeError, "expected a peft.PeftModel, got BertForSequenceClassification"),
-        (
-            lambda: accelerate(peft_model("bert")),
-            ValueError,
-            r"is accelerated already; restore\(peft_model\) undoes it",
-        ),
-        (
-            lambda: peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(task_type="SEQ_CLS")),
-            ValueError,
-            "types PREFIX_TUNING, CARTRIDGE, got 'default' of type LORA",
-        ),
-        (
-            lambda: peft.get_peft_model(tiny_model("bert"), peft.PromptTuningConfig("SEQ_CLS", num_virtual_tokens=P)),
-            ValueError,
-            "types PREFIX_TUNING, CARTRIDGE, got 'default' of type PROMPT_TUNING",
-        ),
-        (of_mixed_types, ValueError, "types PREFIX_TUNING, CARTRIDGE, got 'other' of type PROMPT_TUNING"),
-        (
-            without_task,
-            ValueError,
-            "expected a model with a task_type, got one without; PEFT runs it without its prefix",
-        ),
-        (of_another_class, TypeError, "expected one of PeftModelForSequenceClassification, .*got Mine"),
-        (
-            lambda: peft.get_peft_model(
-                tiny_bart("bart", transformers.AutoModelForSequenceClassification), config_of("prefix")
-            ),
-            ValueError,
-            "expected num_transformer_submodules=2, .*like BartForSequenceClassification, got 1",
-        ),
-        (
-            lambda: peft.get_peft_model(tiny_bart(encoder_layers=1), config_of("prefix", "SEQ_2_SEQ_LM")),
-            ValueError,
-            "num_layers: expected at most 1, the layers of PEFT's prefix, got 2",
-        ),
-        (deberta, ValueError, r"DebertaV2ForSequenceClassification .*does not go through.*AttentionInterface"),
-        (sharing_its_base, ValueError, "LlamaForCausalLM below the PEFT model has a prefix already"),
-        (
-            lambda: peft.get_peft_model(prepared(tiny_model("bert")), config_of("prefix")),
-            ValueError,
-            "BertForSequenceClassification below the PEFT model has a prefix already",
-        ),
-        (lambda: changed(peft_model("llama"), num_layers=1), ValueError, "expected num_layers=2.*got 1"),
-        (
-            lambda: changed(peft_model("llama"), num_attention_heads=4, token_dim=32),
-            ValueError,
-            "adapter 'default': expected num_attention_heads=2 and token_dim=16.*got 4 and 32",
-        ),
-    ],
-)
-def test_what_cannot_be_accelerated_is_refused(build: Callable, error: type[Exception], message: str) -> None:
-    model = build()
-    with pytest.raises(error, match=message):
-        accelerate(model)
-
-
-def test_only_an_accelerated_model_can_be_restored() -> None:
-    with pytest.raises(ValueError, match=r"expected a model of accelerate\(\), got PeftModelForSequenceClassification"):
-        restore(peft_model("bert"))
-
-
-def test_an_adapter_that_does_not_fit_is_refused_when_it_runs() -> None:
-    model = accelerate(peft_model("bert"))
-    model.add_adapter("shallow", config_of("prefix", num_layers=1))
-    model.set_adapter("shallow")
-    with pytest.raises(ValueError, match="adapter 'shallow': expected num_layers=2, the layers of the model, got 1"):
-        model(**batch("bert"))
 
 
 def test_nothing_else_needs_peft() -> None:

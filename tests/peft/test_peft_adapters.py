@@ -8,11 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from image_text_families import text, tiny_gemma3
+from peft_models import assert_close, assert_same_outputs, config_of, language_model, peft_model
 from safetensors.torch import load_file
-from test_peft import P, assert_close, assert_same_outputs, config_of, language_model, peft_model
-from test_transformers import LABELS, batch
-from test_transformers_multimodal import text, tiny_gemma3
+from tiny_models import LABELS, P, batch, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from prefix_kernels.integrations.peft import accelerate, restore
 
@@ -98,3 +99,83 @@ def test_gemma_3_that_reads_images_is_accelerated() -> None:
     inputs = text("left")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 2, -100)
     assert_same_outputs(accelerate(copy.deepcopy(theirs)), theirs, inputs | {"labels": labels})
+
+
+def test_the_active_adapter_is_used_whatever_its_length() -> None:
+    theirs = language_model("llama")
+    theirs.add_adapter("longer", config_of("projection", "CAUSAL_LM", P + 3))
+    ours = accelerate(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        model.add_adapter("added", config_of("prefix", "CAUSAL_LM", 2))
+    inputs = batch("llama", "left")
+    logits = {}
+    for name in ("longer", "added", "default"):
+        for model in (theirs, ours):
+            model.set_adapter(name)
+        logits[name] = ours(**inputs).logits
+        assert_close(logits[name], theirs(**inputs).logits)
+    assert not torch.allclose(logits["longer"], logits["added"]) and not torch.allclose(
+        logits["added"], logits["default"]
+    )
+    ours.delete_adapter("longer")
+    torch.testing.assert_close(ours(**inputs).logits, logits["default"])
+
+
+def test_an_adapter_loaded_later_is_used(tmp_path: Path) -> None:
+    other = peft_model("bert", "projection")
+    other.save_pretrained(tmp_path)
+    theirs = peft_model("bert")
+    ours = accelerate(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        model.load_adapter(tmp_path, "other")
+        model.set_adapter("other")
+    inputs = batch("bert", "right")
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+
+
+def test_a_disabled_adapter_is_not_there() -> None:
+    base = tiny_model("llama", AutoModelForCausalLM)
+    ours = accelerate(peft.get_peft_model(copy.deepcopy(base), config_of("prefix", "CAUSAL_LM")).eval())
+    inputs = batch("llama", "left")
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    with_prefix, tokens = ours(**inputs).logits, ours.generate(**inputs, **settings)
+    valid = inputs["attention_mask"].bool()
+    with ours.disable_adapter():
+        assert_close(ours(**inputs).logits[valid], base(**inputs).logits[valid])
+        assert torch.equal(ours.generate(**inputs, **settings), base.generate(**inputs, **settings))
+        with ours.disable_adapter():
+            pass
+        assert_close(ours(**inputs).logits[valid], base(**inputs).logits[valid])
+    assert torch.equal(ours(**inputs).logits, with_prefix)
+    assert torch.equal(ours.generate(**inputs, **settings), tokens)
+    assert not torch.equal(base.generate(**inputs, **settings), tokens)
+
+
+def test_an_exception_while_disabled_enables_again() -> None:
+    ours = accelerate(peft_model("bert"))
+    inputs = batch("bert")
+    before = ours(**inputs).logits
+    with pytest.raises(ArithmeticError), ours.disable_adapter():
+        raise ArithmeticError
+    assert torch.equal(ours(**inputs).logits, before)
+
+
+def test_a_model_whose_adapter_was_disabled_before_can_be_accelerated() -> None:
+    theirs = language_model("llama")
+    inputs = batch("llama")
+    expected = theirs(**inputs).logits
+    inside = r"with its adapter enabled, got one inside disable_adapter\(\)"
+    with theirs.disable_adapter(), pytest.raises(ValueError, match=inside):
+        accelerate(theirs)
+    ours = accelerate(theirs)
+    assert ours(**inputs, use_cache=True).past_key_values.get_seq_length() == 7
+    assert_close(ours(**inputs).logits, expected)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_when_it_runs() -> None:
+    model = accelerate(peft_model("bert"))
+    model.add_adapter("shallow", config_of("prefix", num_layers=1))
+    model.set_adapter("shallow")
+    with pytest.raises(ValueError, match="adapter 'shallow': expected num_layers=2, the layers of the model, got 1"):
+        model(**batch("bert"))

@@ -12,13 +12,13 @@ import peft
 import pytest
 import torch
 import transformers
+from decoder_families import FAMILIES as DECODERS
+from encoder_decoder_families import tiny_bart, tiny_t5
 from family_checks import Family
 from peft.tuners.cartridge.utils import compose_cartridge_adapters
+from peft_models import FAMILIES, FROZEN, KINDS, TASKS, assert_close, config_of, of_family, peft_of_family
 from safetensors.torch import load_file, save_file
-from test_peft import FAMILIES, FROZEN, KINDS, TASKS, assert_close, config_of, of_family, peft_of_family
-from test_transformers import ONE_OF_EACH, P, batch, prepared, tiny_model, trainable
-from test_transformers_decoders import FAMILIES as DECODERS
-from test_transformers_encoder_decoders import tiny_bart, tiny_t5
+from tiny_models import ONE_OF_EACH, P, batch, prepared, tiny_model, trainable
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 

@@ -144,6 +144,29 @@ def test_paths_in_code_quotes_exist(page: Path) -> None:
     assert [path for path in quoted if not (CHECKOUT / path).exists()] == []
 
 
+def variables_read_by(source: str) -> set[str]:
+    """The environment variables that Python or C++ source reads by their names."""
+    return set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\()["'](\w+)["']""", source))
+
+
+def test_variables_are_found_in_python_and_in_cpp() -> None:
+    source = """os.environ["A"], environ.get('B', ""), std::getenv("C"), environ.items()"""
+    assert variables_read_by(source) == {"A", "B", "C"}
+
+
+def test_the_page_on_installing_names_every_environment_variable() -> None:
+    files = [
+        path
+        for folder in ("build_tools", "csrc", "prefix_kernels")
+        for path in (CHECKOUT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+    ]
+    read_there = set().union(*(variables_read_by(read(path)) for path in [CHECKOUT / "setup.py", *files]))
+    assert {"CXX", "PREFIX_KERNELS_CPU_ISA"} <= read_there
+    named = re.findall(r"`(\w+)`", read(CHECKOUT / "docs" / "installing.md"))
+    assert sorted(read_there - set(named)) == []
+
+
 def paths_of_tree(tree: str) -> list[str]:
     """The paths in a tree that is drawn by indenting: a folder ends in a slash; a comment stands two spaces behind."""
     folders: list[tuple[int, str]] = []
@@ -279,15 +302,21 @@ def test_the_headline_ratios_of_the_readme_were_measured() -> None:
         spread([row for row in attention if row["pass"] == pass_], "cat_ratio").replace(" (", "x faster (")
         for pass_ in ("forward", "prefix_backward")
     )
+    shapes = (("16", "128"), ("4", "492"))
+    less = " and ".join(f"{times_less_memory(*shape):.2f}x" for shape in shapes)
     for line in (
-        f"| time of a training step of BERT, B = 4, S = 492 | PEFT | {times_faster('4', '492'):.2f}x faster |",
-        f"| peak memory of the same step | PEFT | {times_less_memory('4', '492'):.2f}x less |",
+        *(
+            f"| time of a training step of BERT, B = {batch}, S = {length} | PEFT | "
+            f"{times_faster(batch, length):.2f}x faster |"
+            for batch, length in shapes
+        ),
+        f"| peak memory of the same two steps | PEFT | {less} less |",
         f"| forward pass of attention, 11 shapes | `torch.cat` + SDPA | {forward} |",
         f"| backward pass for the prefix alone, 11 shapes | `torch.cat` + SDPA | {prefix} |",
     ):
         assert line in read(README), line
     claim = " ".join(read(README).split())
-    low, high = (f"{times_faster(*cell):.1f}" for cell in (("16", "128"), ("4", "492")))
+    low, high = (f"{times_faster(*shape):.1f}" for shape in shapes)
     assert f"is {low} to {high} times faster than with PEFT" in claim
-    low, high = (f"{times_less_memory(*cell):.1f}" for cell in (("16", "128"), ("4", "492")))
+    low, high = (f"{times_less_memory(*shape):.1f}" for shape in shapes)
     assert f"and takes {low} to {high} times less memory" in claim

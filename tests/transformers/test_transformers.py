@@ -7,12 +7,24 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
+from tiny_models import (
+    LABELS,
+    LAYERS,
+    ONE_OF_EACH,
+    P,
+    Sentences,
+    batch,
+    prepared,
+    tiny_model,
+    trainable,
+    with_peft,
+    without_dropout,
+)
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from prefix_kernels.checkpoint import read_prefix_metadata
 from prefix_kernels.integrations.transformers import (
@@ -27,63 +39,8 @@ from prefix_kernels.integrations.transformers.attention.torch_baseline import to
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
 from prefix_kernels.reference import prefix_attention_reference
 
-P, LAYERS, VOCABULARY = 5, 2, 99
 GENERATORS = ("gpt2", "llama")
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "llama")
-ONE_OF_EACH = ("bert", "roberta", "gpt2", "llama")
-PAD = {"roberta": 1, "xlm-roberta": 1, "camembert": 1}
-
-
-def tiny_model(
-    family: str, auto_class: type = AutoModelForSequenceClassification, **settings: object
-) -> PreTrainedModel:
-    """A random model whose weights are large enough for every gradient to matter, in eval mode."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
-    tokens = {"vocab_size": VOCABULARY, "pad_token_id": PAD.get(family, 0), "bos_token_id": 97, "eos_token_id": 98}
-    if family == "llama":
-        sizes["num_key_value_heads"] = 2
-    settings = {"max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 3} | settings
-    return auto_class.from_config(AutoConfig.for_model(family, **sizes, **tokens, **settings)).eval()
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def batch(family: str, padding: str = "none") -> dict[str, Tensor]:
-    """Three rows of up to seven tokens; with ``padding`` the second has five and the third three."""
-    input_ids = torch.randint(3, 97, (3, 7))
-    if padding == "none":
-        return {"input_ids": input_ids}
-    attention_mask = torch.ones_like(input_ids)
-    for row, absent in enumerate([0, 2, 4]):
-        where = slice(7 - absent, 7) if padding == "right" else slice(0, absent)
-        attention_mask[row, where] = 0
-        input_ids[row, where] = PAD.get(family, 0)
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def with_peft(base: PreTrainedModel, ours: PreTrainedModel, task_type: str = "SEQ_CLS") -> peft.PeftModel:
-    """PEFT's prefix tuning of the same model with the same prefix."""
-    config = peft.PrefixTuningConfig(task_type=task_type, num_virtual_tokens=P)
-    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    with torch.no_grad():
-        theirs.prompt_encoder.default.embedding.weight.copy_(ours.prefix_encoder.table.flatten(1))
-    return theirs
-
-
-def prepared(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
-    return get_prefix_model(copy.deepcopy(base), PrefixTuningConfig(**({"num_virtual_tokens": P} | settings)))
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-LABELS = torch.tensor([0, 1, 2])
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
@@ -312,18 +269,6 @@ def test_removing_the_prefix_restores_the_model() -> None:
         get_prefix_model(model)
 
 
-class Sentences(torch.utils.data.Dataset):
-    def __init__(self, family: str) -> None:
-        inputs = batch(family, "right")
-        self.rows = [{name: t[i] for name, t in inputs.items()} | {"labels": LABELS[i]} for i in range(3)] * 2
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.rows[index]
-
-
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 def test_trainer_trains_evaluates_saves_and_loads_the_best(tmp_path: Path, checkpointing: bool | None) -> None:
     model = prepared(tiny_model("bert"), prefix_projection=True)
@@ -486,103 +431,3 @@ def test_none_leaves_positions_alone_and_keeps_all_of_them() -> None:
     shifted(longest[:, : 12 - P])
     with pytest.raises(ValueError, match=r"12 tokens do not fit.*leaves 7.*position_offset='none'"):
         shifted(longest)
-
-
-def test_the_config_survives_json() -> None:
-    config = PrefixTuningConfig(7, prefix_projection=True, modules_to_save=("classifier",), position_offset="none")
-    assert PrefixTuningConfig.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match=r"got \['length'\]"):
-        PrefixTuningConfig.from_dict({"length": 3})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens: expected at least 1, got 0"),
-        ({"encoder_hidden_size": 8}, "encoder_hidden_size: expected None without prefix_projection=True, got 8"),
-        ({"prefix_dropout": 1.5}, r"prefix_dropout: expected a probability in \[0, 1\], got 1.5"),
-        (
-            {"modules_to_save": "classifier"},
-            "modules_to_save: expected a sequence, got the string 'classifier'",
-        ),
-        ({"position_offset": "shift"}, r"position_offset: expected one of \('peft', 'none'\), got 'shift'"),
-        ({"attention": "flash"}, r"attention: expected one of \('prefix_kernels', 'torch'\), got 'flash'"),
-    ],
-)
-def test_a_bad_config_is_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PrefixTuningConfig(**settings)
-
-
-def tiny_deberta() -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model("deberta-v2", vocab_size=99, **sizes))
-
-
-def tiny_bloom() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("bloom", vocab_size=99, hidden_size=32, n_layer=1, n_head=4)
-    )
-
-
-def tiny_starcoder() -> PreTrainedModel:
-    return tiny_model("starcoder2", AutoModelForCausalLM, num_key_value_heads=2)
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (lambda: nn.Linear(2, 2), TypeError, "model: expected a transformers.PreTrainedModel, got Linear"),
-        (tiny_deberta, ValueError, r"DebertaV2ForSequenceClassification .*does not go through.*AttentionInterface"),
-        (tiny_bloom, ValueError, r"BloomForCausalLM .*does not go through Transformers' AttentionInterface"),
-        (
-            tiny_starcoder,
-            ValueError,
-            r"Starcoder2ForCausalLM .*'starcoder2'\) is not supported; supported are bert, roberta",
-        ),
-        (
-            lambda: tiny_model("gpt2", AutoModelForCausalLM, add_cross_attention=True),
-            ValueError,
-            "GPT2LMHeadModel .*has cross-attention",
-        ),
-        (
-            lambda: tiny_model("bert", attn_implementation="eager", output_attentions=True),
-            ValueError,
-            "output_attentions=True: the attention weights are never formed",
-        ),
-        (lambda: prepared(tiny_model("bert")), ValueError, "has a prefix already; take it off with remove_prefix"),
-    ],
-)
-def test_a_model_without_support_is_refused_by_name(build: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        get_prefix_model(build())
-
-
-def test_a_module_to_save_must_exist() -> None:
-    with pytest.raises(ValueError, match=r"modules_to_save: expected names among \['bert', .*got 'score'"):
-        get_prefix_model(tiny_model("bert"), PrefixTuningConfig(modules_to_save=["score"]))
-
-
-def test_attention_weights_are_refused_with_the_reason() -> None:
-    model = prepared(tiny_model("bert"))
-    with pytest.raises(ValueError, match="output_attentions=True: the attention weights are never formed"):
-        model(**batch("bert"), output_attentions=True)
-
-
-def test_switching_the_attention_implementation_cannot_silently_drop_the_prefix() -> None:
-    model = prepared(tiny_model("bert"))
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="implementation is 'sdpa', which would ignore the prefix"):
-        model(**batch("bert"))
-
-
-def test_a_layer_called_alone_does_not_silently_drop_the_prefix() -> None:
-    model = prepared(tiny_model("bert"))
-    with pytest.raises(RuntimeError, match="of prefix 1 was called without its prefix"):
-        model.bert.encoder.layer[1](torch.randn(1, 3, 32))
-
-
-def test_saving_needs_a_prefix(tmp_path: Path) -> None:
-    for function in (remove_prefix, lambda model: save_prefix_model(model, tmp_path / "task.safetensors")):
-        with pytest.raises(ValueError, match="prepared by get_prefix_model, got a plain BertForSequenceClassification"):
-            function(tiny_model("bert"))

@@ -12,8 +12,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_transformers import P, batch, prepared, tiny_model
-from test_transformers_encoder_decoders import tiny_t5
+from encoder_decoder_families import tiny_t5
+from tiny_models import P, batch, prepared, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -237,3 +237,29 @@ def test_an_acceleration_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPa
     assert_unchanged(model, state)
     assert type(model) is kind
     accelerate(model)
+
+
+def test_the_config_survives_json() -> None:
+    config = PrefixTuningConfig(7, prefix_projection=True, modules_to_save=("classifier",), position_offset="none")
+    assert PrefixTuningConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"got \['length'\]"):
+        PrefixTuningConfig.from_dict({"length": 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens: expected at least 1, got 0"),
+        ({"encoder_hidden_size": 8}, "encoder_hidden_size: expected None without prefix_projection=True, got 8"),
+        ({"prefix_dropout": 1.5}, r"prefix_dropout: expected a probability in \[0, 1\], got 1.5"),
+        (
+            {"modules_to_save": "classifier"},
+            "modules_to_save: expected a sequence, got the string 'classifier'",
+        ),
+        ({"position_offset": "shift"}, r"position_offset: expected one of \('peft', 'none'\), got 'shift'"),
+        ({"attention": "flash"}, r"attention: expected one of \('prefix_kernels', 'torch'\), got 'flash'"),
+    ],
+)
+def test_a_bad_config_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrefixTuningConfig(**settings)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_decoder_families import BART, FAMILIES, T5, TALKATIVE, WHISPER, each_family, with_depths
 from family_checks import Family, P, check_mixed_batch, prepared, trainable
-from test_transformers_encoder_decoders import BART, FAMILIES, T5, TALKATIVE, WHISPER, each_family, with_depths
 from torch import Tensor
 from transformers import PreTrainedModel
 

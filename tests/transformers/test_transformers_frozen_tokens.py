@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers import LABELS, P, batch, prepared, tiny_model, trainable, without_dropout
+from tiny_models import LABELS, P, batch, prepared, tiny_model, trainable, without_dropout
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module

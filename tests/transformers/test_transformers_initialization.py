@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_transformers import P, batch, prepared, tiny_model
+from tiny_models import P, bart_with_large_weights, batch, prepared, t5_with_a_deep_decoder, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,12 +24,6 @@ from prefix_kernels.integrations.transformers import (
 def tiny_decoder(family: str) -> PreTrainedModel:
     heads = {"num_key_value_heads": 2, "head_dim": 8} if family == "qwen3" else {}
     return tiny_model(family, AutoModelForCausalLM, **heads)
-
-
-def tiny_t5() -> PreTrainedModel:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=99, decoder_start_token_id=0, initializer_factor=3.0, **sizes)
-    return transformers.T5ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("attention", ["prefix_kernels", "torch"])
@@ -93,15 +87,8 @@ def test_the_prefix_at_hand_does_not_influence_what_the_text_gives() -> None:
     assert torch.equal(model.prefix_encoder.table, first)
 
 
-def tiny_bart() -> PreTrainedModel:
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = transformers.BartConfig(vocab_size=99, max_position_embeddings=64, init_std=0.3, **sizes, **heads)
-    return transformers.BartForConditionalGeneration(config).eval()
-
-
 def test_every_attention_of_an_encoder_decoder_takes_the_text_that_it_reads() -> None:
-    base = tiny_t5()
+    base = t5_with_a_deep_decoder()
     model = prepared(base, num_virtual_tokens=4)
     source, target = torch.randint(3, 97, (6,)), torch.randint(3, 97, (1, 5))
     initialize_from_text(model, source, decoder_input_ids=target)
@@ -112,7 +99,7 @@ def test_every_attention_of_an_encoder_decoder_takes_the_text_that_it_reads() ->
 
 
 def test_an_encoder_decoder_whose_prefix_is_the_beginning_of_the_answer_goes_on_as_if_it_had_given_it() -> None:
-    base = tiny_bart()
+    base = bart_with_large_weights()
     model = prepared(base, target_attentions=["decoder"])
     source, target = torch.randint(3, 97, (1, 6)), torch.randint(3, 97, (1, 9))
     initialize_from_text(model, source, decoder_input_ids=target)
@@ -219,7 +206,7 @@ def test_a_sample_without_a_standard_deviation_is_refused(family: str, inputs: d
 def test_a_sample_of_an_encoder_decoder_is_refused_by_the_name_of_its_side(
     decoder: dict[str, Tensor], message: str
 ) -> None:
-    model = prepared(tiny_t5(), target_attentions=["encoder", "decoder", "cross"])
+    model = prepared(t5_with_a_deep_decoder(), target_attentions=["encoder", "decoder", "cross"])
     before = [table.clone() for table in model.prefix_encoder.parameters()]
     with pytest.raises(ValueError, match=message):
         initialize_like_keys(model, input_ids=torch.full((1, 4), 5), **decoder)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from eager_prefix import eager_prefix
+from encoder_decoder_families import END, MELS, START, WHISPER, tiny_whisper
 from family_checks import prepared
-from test_transformers_encoder_decoders import END, MELS, START, WHISPER, tiny_whisper
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from encoder_decoder_families import T5, WHISPER
 from family_checks import prepared as prepared_family
-from test_transformers import batch, prepared, tiny_model
-from test_transformers_encoder_decoders import T5, WHISPER
-from test_transformers_tasks import NAMES, Tasks, row_by_row
+from named_tasks import NAMES, Tasks, row_by_row
+from tiny_models import batch, prepared, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

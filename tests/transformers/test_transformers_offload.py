@@ -10,8 +10,16 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, attach_align_device_hook
-from test_transformers import LABELS, P, batch, tiny_model, trainable, with_peft
-from test_transformers_initialization import tiny_bart, tiny_t5
+from tiny_models import (
+    LABELS,
+    P,
+    bart_with_large_weights,
+    batch,
+    t5_with_a_deep_decoder,
+    tiny_model,
+    trainable,
+    with_peft,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -34,8 +42,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: tiny_model("gpt2", AutoModelForCausalLM),
     "llama": lambda: tiny_model("llama", AutoModelForCausalLM),
     "opt": lambda: tiny_model("opt", AutoModelForCausalLM, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
-    "t5": tiny_t5,
-    "bart": tiny_bart,
+    "t5": t5_with_a_deep_decoder,
+    "bart": bart_with_large_weights,
 }
 CAUSAL = ("gpt2", "llama", "opt")
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_transformers import LABELS, LAYERS, P, batch, prepared, tiny_model, trainable, without_dropout
+from tiny_models import LABELS, LAYERS, P, batch, prepared, tiny_model, trainable, without_dropout
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from test_transformers import P, batch, prepared, tiny_model
-from test_transformers_encoder_decoders import END, text, tiny_bart
+from encoder_decoder_families import END, text, tiny_bart
+from tiny_models import P, batch, prepared, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from test_transformers import batch, prepared, tiny_model
+from named_tasks import NAMES, TASKS, Tasks, row, row_by_row
+from tiny_models import batch, prepared, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -33,33 +33,6 @@ from prefix_kernels.integrations.transformers import (
 
 GENERATORS = ("gpt2", "llama")
 ENCODERS = ("bert", "roberta")
-# "default" is what the first is called.
-TASKS = {
-    "default": {"num_virtual_tokens": 5},
-    "short": {"num_virtual_tokens": 2},
-    "unmoved": {"num_virtual_tokens": 7, "position_offset": "none"},
-}
-NAMES = ["short", None, "unmoved"]
-
-
-class Tasks:
-    """A base model, a model with each task alone, and one model with all of them."""
-
-    def __init__(self, folder: Path, base: PreTrainedModel, **settings: object) -> None:
-        self.folder, self.base = folder, base
-        self.alone = {}
-        for name, own in TASKS.items():
-            self.alone[name] = prepared(base, **settings, **own)
-            save_prefix_model(self.alone[name], self.path(name))
-        self.model = load_prefix_model(copy.deepcopy(base), self.path("default"))
-        for name in list(TASKS)[1:]:
-            load_named_prefix(self.model, name, self.path(name))
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    def of(self, name: str | None) -> PreTrainedModel:
-        return self.base if name is None else self.alone[name]
 
 
 @pytest.fixture
@@ -76,17 +49,9 @@ def tiny(family: str) -> PreTrainedModel:
     return tiny_model(family, AutoModelForCausalLM if family in GENERATORS else AutoModelForSequenceClassification)
 
 
-def row(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    return {name: tensor[i : i + 1] for name, tensor in inputs.items()}
-
-
 def valid(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor | slice:
     mask = inputs.get("attention_mask")
     return slice(None) if mask is None or logits.dim() == 2 else mask.bool()
-
-
-def row_by_row(tasks: Tasks, names: Sequence[str | None], inputs: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tasks.of(name)(**row(inputs, i)).logits for i, name in enumerate(names)])
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])

@@ -108,7 +108,7 @@ void sum_prefix(const BackwardPlan<T>& plan, int64_t index, const Operand& gradi
   const int64_t tiles = ceil_div(p.prefix_len, kBlockK), pair = index / tiles, first = index % tiles * kBlockK;
   const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes, depth = plan.padded_depth;
   const Operand head = head_of(gradient, prefix, kv_head);
-  const int64_t length = prefix_length(p, prefix);
+  const int64_t length = valid_prefix_length(p, prefix);
   int64_t part = 0;  // part that the tile belongs to
   while (part + 1 < plan.parts && plan.part_rows(length, part).end <= first) ++part;
   const int64_t part_begin = plan.part_rows(length, part).begin, chunks = plan.chunks / plan.parts;

@@ -54,7 +54,7 @@ inline int64_t num_segments(const AttentionParams& p) { return p.prefix_slots + 
 
 inline int64_t row_prefix_total(const AttentionParams& p, int64_t b) {
   int64_t total = 0;
-  for (int64_t m = 0; m < p.prefix_slots; ++m) total += prefix_length(p, prefix_of_row(p, b, m));
+  for (int64_t m = 0; m < p.prefix_slots; ++m) total += valid_prefix_length(p, prefix_of_row(p, b, m));
   return total;
 }
 
@@ -69,7 +69,7 @@ inline Segment make_segment(const AttentionParams& p, int64_t b, int64_t kv_head
     segment.mask_column = s * p.prefix_len;
     segment.masked = p.mask.data != nullptr && p.mask.prefix_columns > 0;
     segment.prefix = n < 0 ? 0 : n;
-    segment.length = prefix_length(p, n);
+    segment.length = valid_prefix_length(p, n);
     segment.key = head_of(p.prefix_key, segment.prefix, kv_head);
     segment.value = head_of(p.prefix_value, segment.prefix, kv_head);
   } else {

@@ -42,7 +42,7 @@ struct PrefixSlots {
 #pragma unroll 1
     for (int m = 0; m < slots; ++m) {
       only_prefix = static_cast<int>(prefix_of_row(p, batch, m));
-      only_length = static_cast<int>(prefix_length(p, only_prefix));
+      only_length = static_cast<int>(valid_prefix_length(p, only_prefix));
       full = full && only_length % kCell == 0 && (m == 0 || only_length == longest);
       longest = max(longest, only_length);
       total += only_length;
@@ -55,7 +55,7 @@ struct PrefixSlots {
   }
 
   __device__ __forceinline__ int length(const AttentionParams& p, int64_t batch, int slot) const {
-    return slots == 1 ? only_length : static_cast<int>(prefix_length(p, prefix_of_row(p, batch, slot)));
+    return slots == 1 ? only_length : static_cast<int>(valid_prefix_length(p, prefix_of_row(p, batch, slot)));
   }
 
   // The number of cells before a column of the mask, in which every slot has prefix_len columns. `more` is added to the

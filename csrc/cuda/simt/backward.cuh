@@ -112,7 +112,7 @@ __device__ void for_each_user(const AttentionParams& p, bool of_prefix, int64_t 
         visit(batch, [&](const Query& q) {
           return of_prefix ? prefix_segment(p, q, m, start, total) : sequence_segment(p, q);
         });
-      if (of_prefix) start += prefix_length(p, n);
+      if (of_prefix) start += valid_prefix_length(p, n);
     }
   }
 }

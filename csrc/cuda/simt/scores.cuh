@@ -60,7 +60,7 @@ struct Segment {
 
 __device__ inline int64_t prefix_total(const AttentionParams& p, int64_t b) {
   int64_t total = 0;
-  for (int64_t m = 0; m < p.prefix_slots; ++m) total += prefix_length(p, prefix_of_row(p, b, m));
+  for (int64_t m = 0; m < p.prefix_slots; ++m) total += valid_prefix_length(p, prefix_of_row(p, b, m));
   return total;
 }
 
@@ -68,7 +68,7 @@ __device__ inline int64_t prefix_total(const AttentionParams& p, int64_t b) {
 __device__ inline Segment prefix_segment(const AttentionParams& p, const Query& q, int64_t m, int64_t start,
                                          int64_t total) {
   const int64_t n = prefix_of_row(p, q.batch, m);
-  const int64_t length = prefix_length(p, n);
+  const int64_t length = valid_prefix_length(p, n);
   const int64_t first = visible_prefix_begin(p, q.index + row_query_offset(p, q.batch), total);
   const bool masked = p.mask.data != nullptr && p.mask.prefix_columns > 0;
   return {true,

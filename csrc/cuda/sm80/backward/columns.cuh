@@ -155,7 +155,7 @@ __device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& param
   owner.kv_head = static_cast<int>(block / tiles % heads);
   owner.index = static_cast<int>(block / tiles / heads);
   owner.rows = static_cast<int>(owner.is_prefix ? p.prefix_len : p.k_len);
-  owner.length = owner.is_prefix ? static_cast<int>(prefix_length(p, owner.index)) : owner.rows;
+  owner.length = owner.is_prefix ? static_cast<int>(valid_prefix_length(p, owner.index)) : owner.rows;
   return owner;
 }
 

@@ -53,14 +53,14 @@ struct QueryTiles {
     if (done()) return;
     head_in_group = visit % of_pair / tiles;
     tile = visit % tiles;
-    see(p, owner.is_prefix ? find_pair(p, visit / of_pair) : owner.index);
-    settle(p);
+    enter_pair(p, owner.is_prefix ? find_pair(p, visit / of_pair) : owner.index);
+    skip_unseen_tiles(p);
   }
 
   __device__ __forceinline__ void next(const AttentionParams& p) {
     ++visit;
     ++tile;
-    settle(p);
+    skip_unseen_tiles(p);
   }
 
   // The columns of the segment that query i of the visited row sees, mask apart.
@@ -82,7 +82,7 @@ struct QueryTiles {
   }
 
   // Moves on to the first visit from here that sees a column.
-  __device__ __forceinline__ void settle(const AttentionParams& p) {
+  __device__ __forceinline__ void skip_unseen_tiles(const AttentionParams& p) {
     while (visit < end) {
       if (tile < tile_begin) {
         visit += tile_begin - tile;
@@ -94,13 +94,13 @@ struct QueryTiles {
         tile = 0;
         if (++head_in_group < group) continue;
         head_in_group = 0;
-        if (visit < end) see(p, find_pair_from(p, pair + 1));
+        if (visit < end) enter_pair(p, find_pair_from(p, pair + 1));
       }
     }
   }
 
   // Goes to a pair and finds the tiles of its row that see the block's columns.
-  __device__ __forceinline__ void see(const AttentionParams& p, int next_pair) {
+  __device__ __forceinline__ void enter_pair(const AttentionParams& p, int next_pair) {
     pair = next_pair;
     const int slots = owner.is_prefix ? static_cast<int>(p.prefix_slots) : 1;
     batch = pair / slots;

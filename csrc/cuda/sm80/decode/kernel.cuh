@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const int64_t owner = is_prefix ? prefix_of_row(p, batch, entry % slots) : batch;
   Span columns;  // columns of all parts together
   if (is_prefix) {
-    columns = shown_to_any(p, entries, entries_here, static_cast<int>(prefix_length(p, owner)));
+    columns = shown_to_any(p, entries, entries_here, static_cast<int>(valid_prefix_length(p, owner)));
   } else {
     const int64_t first = row_query_offset(p, batch);
     columns =

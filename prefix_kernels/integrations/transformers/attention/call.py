@@ -96,7 +96,9 @@ def read_call(
     refuse_attention_weights("output_attentions", left.get("output_attentions"))
     call = AttentionCall(
         module,
-        *(_dense_rows(module, name, x) for name, x in (("query", query), ("key", key), ("value", value))),
+        _dense_rows(module, "query", query),
+        _dense_rows(module, "key", key),
+        _dense_rows(module, "value", value),
         attention_mask,
         left.pop("dropout", 0.0),
         left.pop("scaling", None),

@@ -83,15 +83,17 @@ def prefix_mask(
     )
 
 
-def dense_prefix_mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Any:
+def dense_prefix_mask(mask_function: Callable[..., Any] = causal_mask_function, **arguments: Any) -> Tensor | None:
     """The mask function for attention that knows neither causality nor its window: the mask has both.
 
     Returns:
         Bool ``[B, 1, Sq, Sk]``; where attention sees both sides, the result of :func:`prefix_mask`.
     """
+    arguments["mask_function"] = mask_function
     if mask_function is bidirectional_mask_function:
-        return prefix_mask(*args, mask_function=mask_function, **kwargs)
-    return sdpa_mask(*args, mask_function=mask_function, **kwargs | {"allow_is_causal_skip": False})
+        return prefix_mask(**arguments)
+    mask: Tensor | None = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    return mask
 
 
 def _cut(padding: Tensor, begin: int, end: int) -> Tensor:

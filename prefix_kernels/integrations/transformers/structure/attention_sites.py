@@ -90,9 +90,9 @@ def _refuse_other_input(model: PreTrainedModel, backbone: nn.Module, stack: nn.M
         )
 
 
-def _language_model(backbone: PreTrainedModel) -> nn.Module:
+def _language_model(backbone: nn.Module) -> nn.Module:
     """The part of ``backbone`` that reads text, where it is a part; else ``backbone``."""
-    reads_media = any(getattr(backbone.config, name, None) is not None for name in _MEDIA_TOKENS)
+    reads_media = any(getattr(module_config(backbone), name, None) is not None for name in _MEDIA_TOKENS)
     for name in ("language_model", "text_model") if reads_media else ("language_model",):
         if isinstance(part := getattr(backbone, name, None), nn.Module):
             return part

@@ -7,13 +7,15 @@ import functools
 import inspect
 import sys
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 
 def asks_for_attention(module: nn.Module) -> bool:
     """Return True if ``module.forward`` asks Transformers' AttentionInterface for its attention function."""
-    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(type(module))
+    return "ALL_ATTENTION_FUNCTIONS" in _source(type(module).forward)
 
 
 def hands_over_window(module: nn.Module) -> bool:
@@ -21,7 +23,7 @@ def hands_over_window(module: nn.Module) -> bool:
 
     Such a model applies the window by its mask alone.
     """
-    if "sliding_window" in _forward_source(type(module)):
+    if "sliding_window" in _source(type(module).forward):
         return True
     return "sliding_window" not in _module_source(type(module).__module__)
 
@@ -34,7 +36,7 @@ def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) ->
         stack: the module that calls its layer.
         decodes: True for a stack that is known to be a decoder; others are where their file makes causal masks only.
     """
-    if getattr(module, "is_causal", True) or "is_causal=" in _forward_source(type(module)):
+    if getattr(module, "is_causal", True) or "is_causal=" in _source(type(module).forward):
         return False
     source = _module_source(type(stack).__module__)
     return "create_causal_mask" in source and (decodes or "create_bidirectional" not in source)
@@ -43,21 +45,21 @@ def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) ->
 def hands_on_keywords(layer: nn.Module, attention: nn.Module) -> bool:
     """Return False if ``layer``, its ``attention`` or a module between them keeps keyword arguments to itself."""
     around = [part for part in layer.modules() if attention in part.modules()]
-    return all(_hands_on(type(part)) for part in around)
+    return all(_hands_on(type(part).forward) for part in around)
 
 
 @functools.cache
-def _hands_on(module_class: type[nn.Module]) -> bool:
+def _hands_on(forward: Callable[..., Any]) -> bool:
     """Return False if no call in ``forward`` has ``**kwargs``."""
-    tree = ast.parse(textwrap.dedent(_forward_source(module_class)))
+    tree = ast.parse(textwrap.dedent(_source(forward)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return not calls or any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 @functools.cache
-def _forward_source(module_class: type[nn.Module]) -> str:
+def _source(forward: Callable[..., Any]) -> str:
     try:
-        return inspect.getsource(module_class.forward)
+        return inspect.getsource(forward)
     except (OSError, TypeError):
         return ""
 
