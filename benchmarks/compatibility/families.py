@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def section(trials: list[Trial], version: str) -> str:
         if not of_kind:
             continue
         names = ", ".join(f"`{trial.model_type}`" for trial in of_kind if trial.result == RIGHT)
-        lines += ["", f"## {kind.capitalize()}", "", f"Right: {names}.", ""]
+        right = textwrap.fill(f"Right: {names}.", 120, break_long_words=False, break_on_hyphens=False)
+        lines += ["", f"## {kind.capitalize()}", "", right, ""]
         lines += ["| model type | result | reason |", "|---|---|---|"]
         for trial in of_kind:
             if trial.result != RIGHT:

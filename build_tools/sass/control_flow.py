@@ -197,7 +197,7 @@ def find_loops(blocks: dict[int, Block]) -> list[Loop]:
                     if member not in loop.blocks:
                         loop.blocks.add(member)
                         waiting += predecessors[member]
-    outermost = []
+    outermost: list[Loop] = []
     by_size = sorted(loops.values(), key=lambda loop: len(loop.blocks))
     for i, loop in enumerate(by_size):
         outer = next((other for other in by_size[i + 1 :] if loop.header in other.blocks), None)

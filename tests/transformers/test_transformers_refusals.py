@@ -29,8 +29,8 @@ def tiny_bloom() -> PreTrainedModel:
     )
 
 
-def tiny_starcoder() -> PreTrainedModel:
-    return tiny_model("starcoder2", AutoModelForCausalLM, num_key_value_heads=2)
+def tiny_diffllama() -> PreTrainedModel:
+    return tiny_model("diffllama", AutoModelForCausalLM, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def tiny_starcoder() -> PreTrainedModel:
         (tiny_deberta, ValueError, r"DebertaV2ForSequenceClassification .*does not go through.*AttentionInterface"),
         (tiny_bloom, ValueError, r"BloomForCausalLM .*does not go through Transformers' AttentionInterface"),
         (
-            tiny_starcoder,
+            tiny_diffllama,
             ValueError,
-            r"Starcoder2ForCausalLM .*'starcoder2'\) is not supported; supported are bert, roberta",
+            r"DiffLlamaForCausalLM .*'diffllama'\) is not supported: its attention function gets values of other heads",
         ),
         (
             lambda: tiny_model("gpt2", AutoModelForCausalLM, add_cross_attention=True),

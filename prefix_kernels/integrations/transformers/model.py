@@ -47,8 +47,8 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     frozen: the kernels form no gradient of a position bias, and a call that needs one raises a ValueError.
 
     Args:
-        model: a model of one of the families in
-            :mod:`prefix_kernels.integrations.transformers.structure.support`, with any head.
+        model: a model whose attentions go through Transformers' ``AttentionInterface`` and are understood, with any
+            head.
         config: default ``PrefixTuningConfig()``.
 
     Returns:

@@ -17,6 +17,7 @@ from prefix_kernels.integrations.transformers.hooks.relay import register_relay
 from prefix_kernels.integrations.transformers.hooks.shared_layers import SharedLayerHook
 from prefix_kernels.integrations.transformers.hooks.stack import StackHook, first_layer_hook
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import RELAY_ATTRIBUTE, SITE_ATTRIBUTE
+from prefix_kernels.integrations.transformers.runtime.relative_bias import has_relative_bias
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
 from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER, ENCODER, VISION
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
@@ -92,7 +93,7 @@ def _move_positions(model: PreTrainedModel, layout: PrefixLayout, source: Prefix
         handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
     others = [stack for stack in layout.stacks if stack not in owners]
     handles += register_decoder_shift(others, source)
-    unmoved = [stack for stack in others if getattr(stack, "embed_positions", None) is None]
+    unmoved = [s for s in others if getattr(s, "embed_positions", None) is None and not has_relative_bias(s)]
     if unmoved and model.main_input_name == "input_ids" and not owners:
         warnings.warn(
             f"{type(model).__name__} takes no position_ids, so its sequence keeps its own positions: what it computes "

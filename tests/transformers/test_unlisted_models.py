@@ -1,0 +1,136 @@
+"""Models that no list names: what their modules do not say is found another way, or refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.compatibility.model_types import tiny_model
+from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, remove_prefix
+from prefix_kernels.integrations.transformers.attention import call as attention_call
+from prefix_kernels.integrations.transformers.attention.interface import prefix_attention_forward
+from prefix_kernels.integrations.transformers.hooks import attach
+from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
+
+
+class Attention(nn.Module):
+    """A module that is all that an attention function looks at."""
+
+    is_causal = True
+    prefix_site = 0
+
+
+def prepared(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
+    torch.manual_seed(1)
+    return get_prefix_model(base, PrefixTuningConfig(num_virtual_tokens=4, modules_to_save=(), **settings))
+
+
+def prefix(heads: int = 2, head_dim: int = 8) -> CallPrefixes:
+    return CallPrefixes({0: (torch.randn(heads, 3, head_dim), torch.randn(heads, 3, head_dim))})
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5, 8), (1, 2, 5, 4)])
+def test_keys_of_another_shape_than_the_module_told_are_refused(shape: tuple[int, ...]) -> None:
+    states = torch.randn(shape)
+    with pytest.raises(
+        ValueError,
+        match=rf"Attention of prefix 0: expected keys of 2 heads and head dim 8.*got {shape[1]} and {shape[3]}",
+    ):
+        prefix_attention_forward(Attention(), states, states, states, None, call_prefixes=prefix())
+
+
+def test_operands_without_unit_stride_are_copied_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_call, "_warned_strides", set())
+    query = torch.randn(1, 2, 5, 8)
+    key = torch.randn(1, 2, 8, 5).transpose(2, 3)
+    prefixes = prefix()
+    with pytest.warns(UserWarning, match="Attention: key has stride 5 in its last dimension") as caught:
+        out, _ = prefix_attention_forward(Attention(), query, key, query, None, call_prefixes=prefixes)
+        prefix_attention_forward(Attention(), query, key, query, None, call_prefixes=prefixes)
+    assert len(caught) == 1
+    expected, _ = prefix_attention_forward(Attention(), query, key.contiguous(), query, None, call_prefixes=prefixes)
+    assert torch.equal(out, expected)
+
+
+def test_a_position_bias_that_the_prefix_has_no_part_of_is_refused_where_it_has_positions() -> None:
+    query, bias = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 5)
+    prefixes = prefix()
+    prefix_attention_forward(Attention(), query, query, query, None, position_bias=bias, call_prefixes=prefixes)
+    prefixes.counts_positions = True
+    with pytest.raises(ValueError, match="position_offset: expected 'none', because the position bias that Attention"):
+        prefix_attention_forward(Attention(), query, query, query, None, position_bias=bias, call_prefixes=prefixes)
+
+
+def logits_and_gradient(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(input_ids=ids).logits
+    (gradient,) = torch.autograd.grad(logits.square().sum(), [model.prefix_encoder.table])
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_that_hand_nothing_on_have_their_prefix_again_under_checkpointing(use_reentrant: bool) -> None:
+    base = tiny_model("causal", "stablelm")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = prepared(copy.deepcopy(base))
+    plain.prefix_encoder.table.requires_grad_()
+    expected = logits_and_gradient(plain.train(), ids)
+    model = prepared(copy.deepcopy(base))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    logits = model(input_ids=ids).logits
+    logits.square().sum().backward()
+    torch.testing.assert_close(logits.detach(), expected[0])
+    torch.testing.assert_close(model.prefix_encoder.table.grad, expected[1])
+
+
+def test_a_copy_of_a_model_with_such_layers_runs_with_its_own_prefix() -> None:
+    model = prepared(tiny_model("causal", "stablelm"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.prefix_encoder.table.zero_()
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert (model(input_ids=ids).logits - other(input_ids=ids).logits).abs().max() > 1e-4
+
+
+def test_the_plain_model_comes_back_whole() -> None:
+    base = tiny_model("causal", "stablelm")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = remove_prefix(prepared(copy.deepcopy(base)))
+    assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    for (name, module), (_, other) in zip(model.named_modules(), base.named_modules(), strict=True):
+        assert vars(module).keys() == vars(other).keys(), name
+
+
+def test_a_window_that_only_the_mask_knows_cannot_hold_the_prefix() -> None:
+    with pytest.raises(
+        ValueError, match="window_includes_prefix: expected False, because PhimoeAttention does not say"
+    ):
+        prepared(tiny_model("causal", "phimoe"), window_includes_prefix=True)
+
+
+def test_a_model_that_takes_no_positions_keeps_its_own_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "position_modules", lambda model, stacks: {})
+    with pytest.warns(UserWarning, match="LlamaForCausalLM takes no position_ids, so its sequence keeps its own"):
+        prepared(tiny_model("causal", "llama"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "message"),
+    [
+        ("causal", "deepseek_v32", "layers.0.self_attn: expected attention to all visible keys, got one that chooses"),
+        ("causal", "git", "GitForCausalLM: expected attentions to input_ids .*, found only image_encoder"),
+        ("causal", "hrm_text", "HrmTextForCausalLM .*is not supported: it calls its stacks several times"),
+        (
+            "seq2seq",
+            "bigbird_pegasus",
+            "BigBirdPegasusForConditionalGeneration .*its encoder computes attention by itself",
+        ),
+    ],
+)
+def test_models_that_would_be_wrong_are_refused_with_the_reason(kind: str, model_type: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(tiny_model(kind, model_type))
