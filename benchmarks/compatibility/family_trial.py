@@ -33,8 +33,8 @@ NO_OWN_CACHE = {
     "minimax": "a cache class of its own",
     "recurrent_gemma": "states that lie in its modules",
 }
-# Model types that, without any prefix, choose other tokens with a cache than without: their positions differ.
-OWN_CACHE_DIFFERS = ("xlm-roberta-xl",)
+# Model types that, without any prefix, choose other tokens with a cache than without.
+OWN_CACHE_DIFFERS = ("moshi", "xlm-roberta-xl")
 
 
 class Trial(NamedTuple):

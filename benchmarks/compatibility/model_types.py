@@ -20,6 +20,7 @@ KINDS = {
     "sequence classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
 LARGEST = 4_000_000  # parameters of a model that counts as tiny
@@ -53,8 +54,9 @@ _SETTINGS: dict[str, Any] = {
     **{"mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_d_state": 8},
     **{"ssm_state_size": 8, "n_groups": 1, "mamba_n_groups": 1, "hidden_size_per_layer_input": 8},
     # Images.
-    **{"image_size": 16, "patch_size": 8, "num_channels": 3},
+    **{"image_size": 16, "patch_size": 8, "num_channels": 3, "embed_dim": 32, "depth": 2, "out_hidden_size": 32},
 }
+_THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _MIXED_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
 _EVERY_HEAD = {"num_key_value_heads": 4}
@@ -72,6 +74,7 @@ _SETTINGS_OF_TYPE: dict[str, dict[str, Any]] = {
         _MIXED_LAYERS,
     ),
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONVOLUTIONS),
+    **dict.fromkeys(("paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text"), _THREE_AXES),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"num_kv_shared_layers": 0}),
     "bailing_hybrid": _EVERY_HEAD | {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1]},
@@ -128,6 +131,8 @@ def _tiny_config(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -
     aliases = getattr(config_class, "attribute_map", {})
     settings = {name: value for name, value in _SETTINGS.items() if name in names and name not in aliases}
     for name, part in getattr(config_class, "sub_configs", {}).items():
-        if isinstance(part, type) and part is not transformers.AutoConfig:
-            settings[name] = _tiny_config(part, {}).to_dict()
+        if part is transformers.AutoConfig:
+            part = type(getattr(config_class(), name, None))
+        if isinstance(part, type) and issubclass(part, PreTrainedConfig):
+            settings[name] = _tiny_config(part, _SETTINGS_OF_TYPE.get(part.model_type, {})).to_dict()
     return config_class(**settings | dict(own))

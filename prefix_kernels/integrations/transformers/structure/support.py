@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 # Model types whose attentions go through the interface and yet would be wrong, and why.
 REFUSED_TYPES = {
     "diffllama": "its attention function gets values of other heads than those that it projects and caches",
+    "evolla": "one of its prefixes would lie in its protein encoder, which need not run",
     "hrm_text": "it calls its stacks several times in each forward pass",
 }
 # The same for model types whose decoders alone are right.
