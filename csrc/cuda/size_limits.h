@@ -13,8 +13,6 @@ inline void check_limits(const AttentionParams& p) {
   const auto at_most = [&](const char* name, const char* what, int64_t count) {
     TORCH_CHECK_VALUE(count <= kMost, name, ": expected at most ", kMost, " ", what, " on a GPU, got ", count);
   };
-  TORCH_CHECK_VALUE(p.value_dim == p.head_dim, "value: expected head dim ", p.head_dim, " like query on a GPU, got ",
-                    p.value_dim);
   at_most("query", "rows and heads", p.batch * p.q_heads);
   at_most("query", "queries of the heads that share a key head", p.q_len * (p.q_heads / p.kv_heads));
   at_most("key", "keys", p.k_len);
