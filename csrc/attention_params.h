@@ -13,8 +13,8 @@ enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 // The asked-for gradients, in the order of the operator's list.
 enum Gradient : int32_t { kDQuery, kDKey, kDValue, kDPrefixKey, kDPrefixValue, kNumGradients };
 
-// One [batch, heads, rows, head_dim] operand whose last stride is 1. A prefix bank is [num_prefixes, heads, rows,
-// head_dim].
+// One [batch, heads, rows, head_dim] operand, or [..., value_dim], whose last stride is 1. A prefix bank is
+// [num_prefixes, heads, rows, head_dim].
 struct Operand {
   void* data = nullptr;
   int64_t batch_stride = 0;
@@ -49,17 +49,18 @@ struct AttentionParams {
   int64_t kv_heads = 0;
   int64_t q_len = 0;
   int64_t k_len = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;      // of query and key
+  int64_t value_dim = 0;     // head dim of value and out
   int64_t prefix_len = 0;    // P, the prefix length: rows of each prefix in the bank
   int64_t num_prefixes = 0;  // prefixes in the bank
   int64_t prefix_slots = 0;  // most prefixes that one batch row sees, one after another
 
   Operand query;         // [batch, q_heads, q_len, head_dim]
   Operand key;           // [batch, kv_heads, k_len, head_dim]
-  Operand value;         // [batch, kv_heads, k_len, head_dim]
+  Operand value;         // [batch, kv_heads, k_len, value_dim]
   Operand prefix_key;    // [num_prefixes, kv_heads, prefix_len, head_dim]
-  Operand prefix_value;  // [num_prefixes, kv_heads, prefix_len, head_dim]
-  Operand out;           // [batch, q_heads, q_len, head_dim]
+  Operand prefix_value;  // [num_prefixes, kv_heads, prefix_len, value_dim]
+  Operand out;           // [batch, q_heads, q_len, value_dim]
   void* lse = nullptr;   // [batch, q_heads, q_len] contiguous; float, or double for double queries
   // Sum over the row of exp(score - lse), laid out like lse; null: not asked for. It is 1 but for a mask that moves all
   // scores so far that lse rounds the logarithm of the sum away.
@@ -85,7 +86,7 @@ struct AttentionParams {
 
 struct BackwardParams {
   AttentionParams forward;
-  Operand dout;                      // [batch, q_heads, q_len, head_dim]
+  Operand dout;                      // [batch, q_heads, q_len, value_dim]
   const void* dlse = nullptr;        // like lse; null: zero
   Operand gradients[kNumGradients];  // laid out like the inputs; data is null where not asked for
 

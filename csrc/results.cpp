@@ -7,8 +7,13 @@
 namespace prefix_kernels {
 namespace {
 
-// A dense tensor with the strides of its input where the kernels can write them.
-at::Tensor empty_gradient(const at::Tensor& input) {
+// A dense tensor with the strides of its input where it has that head dim and the kernels can write them.
+at::Tensor empty_gradient(const at::Tensor& input, int64_t head_dim) {
+  if (input.size(-1) != head_dim) {
+    auto sizes = input.sizes().vec();
+    sizes.back() = head_dim;
+    return at::empty(sizes, input.options());
+  }
   at::Tensor gradient = at::empty_like(input);
   const bool writable = input.numel() > 0 && (input.size(-1) == 1 || gradient.stride(-1) == 1);
   return writable ? gradient : at::empty_like(input, {}, at::MemoryFormat::Contiguous);
@@ -20,7 +25,7 @@ at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.st
 
 Results empty_results(const at::Tensor& query, AttentionParams& p) {
   const at::ScalarType lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.head_dim}, query.options()).transpose(1, 2);
+  at::Tensor out = at::empty({p.batch, p.q_len, p.q_heads, p.value_dim}, query.options()).transpose(1, 2);
   at::Tensor lse = at::empty({p.batch, p.q_heads, p.q_len}, query.options().dtype(lse_type));
   p.out = make_operand(out);
   p.lse = lse.mutable_data_ptr();
@@ -35,7 +40,7 @@ Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumG
       &args.query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
       args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
   // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
-  // twin.
+  // twin but for the head dim.
   const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
   Gradients gradients;
   for (int i = 0; i < kNumGradients; ++i) {
@@ -45,7 +50,8 @@ Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumG
     }
     const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
     TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
-    gradients[i] = empty_gradient(*like);
+    const bool is_value = i == kDValue || i == kDPrefixValue;
+    gradients[i] = empty_gradient(*like, is_value ? b.forward.value_dim : b.forward.head_dim);
     b.gradients[i] = make_operand(gradients[i]);
     if (b.forward.batch == 0 || b.forward.q_len == 0) gradients[i].zero_();
   }

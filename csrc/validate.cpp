@@ -38,11 +38,15 @@ void check_integers(const char* name, const at::Tensor& x, const at::Tensor& que
                    x.scalar_type());
 }
 
+void check_head_dim(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.size(3) >= 1 && x.size(3) <= kMaxHeadDim, name, ": expected a head dim from 1 to ", kMaxHeadDim,
+                    ", got ", x.size(3), " in shape ", x.sizes());
+}
+
 void check_query(const at::Tensor& query) {
   TORCH_CHECK_VALUE(query.dim() == 4, "query: expected 4 dimensions [B, Hq, Sq, D], got shape ", query.sizes());
   check_operand("query", query, query);
-  TORCH_CHECK_VALUE(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, "query: expected a head dim from 1 to ",
-                    kMaxHeadDim, ", got ", query.size(3), " in shape ", query.sizes());
+  check_head_dim("query", query);
   TORCH_CHECK_VALUE(query.size(1) >= 1, "query: expected at least 1 head, got shape ", query.sizes());
 }
 
@@ -53,18 +57,22 @@ void check_sequence(const AttentionArguments& args) {
        {std::pair<const char*, const OptionalTensor&>{"key", args.key}, {"value", args.value}}) {
     if (!given.has_value()) continue;
     const at::Tensor& x = *given;
-    TORCH_CHECK_VALUE(x.dim() == 4, name, ": expected 4 dimensions [B, Hkv, Sk, D], got shape ", x.sizes());
+    const bool is_key = &given == &args.key;
+    TORCH_CHECK_VALUE(x.dim() == 4, name, ": expected 4 dimensions [B, Hkv, Sk, ", is_key ? "D" : "Dv", "], got shape ",
+                      x.sizes());
     check_operand(name, x, query);
     TORCH_CHECK_TYPE(x.scalar_type() == query.scalar_type(), name, ": expected ", query.scalar_type(),
                      " like query, got ", x.scalar_type());
     TORCH_CHECK_VALUE(x.size(0) == query.size(0), name, ": expected batch size ", query.size(0),
                       " like query, got shape ", x.sizes());
-    TORCH_CHECK_VALUE(x.size(3) == query.size(3), name, ": expected head dim ", query.size(3),
+    TORCH_CHECK_VALUE(!is_key || x.size(3) == query.size(3), name, ": expected head dim ", query.size(3),
                       " like query, got shape ", x.sizes());
+    check_head_dim(name, x);
   }
   if (args.key.has_value() && args.value.has_value()) {
-    TORCH_CHECK_VALUE(args.value->sizes() == args.key->sizes(), "value: expected shape ", args.key->sizes(),
-                      " like key, got ", args.value->sizes());
+    const auto sizes = args.key->sizes();
+    TORCH_CHECK_VALUE(args.value->sizes().slice(0, 3) == sizes.slice(0, 3), "value: expected shape [", sizes[0], ", ",
+                      sizes[1], ", ", sizes[2], ", Dv] like key, got ", args.value->sizes());
   }
   if (args.key.has_value()) {
     TORCH_CHECK_VALUE(args.key->size(1) >= 1 && query.size(1) % args.key->size(1) == 0,
@@ -73,14 +81,15 @@ void check_sequence(const AttentionArguments& args) {
   }
 }
 
-// The backward pass leaves out prefix_value, or both, where its gradients need neither.
-void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
+// The backward pass leaves out prefix_value, or both, where its gradients need neither. `value_dim`: the head dim of
+// value and out.
+void check_prefix(const AttentionArguments& args, int64_t kv_heads, int64_t value_dim) {
   const at::Tensor& query = args.query;
-  const int64_t head_dim = query.size(3);
   for (const auto& [name, given] : {std::pair<const char*, const OptionalTensor&>{"prefix_key", args.prefix_key},
                                     {"prefix_value", args.prefix_value}}) {
     if (!given.has_value()) continue;
     const at::Tensor& x = *given;
+    const int64_t head_dim = &given == &args.prefix_key ? query.size(3) : value_dim;
     TORCH_CHECK_VALUE((x.dim() == 3 || x.dim() == 4) && x.size(-3) == kv_heads && x.size(-1) == head_dim, name,
                       ": expected [", kv_heads, ", P, ", head_dim, "] or [N, ", kv_heads, ", P, ", head_dim, "], got ",
                       x.sizes());
@@ -90,14 +99,16 @@ void check_prefix(const AttentionArguments& args, int64_t kv_heads) {
   const at::Tensor& key = *args.prefix_key;
   if (args.prefix_value.has_value()) {
     const at::Tensor& value = *args.prefix_value;
-    TORCH_CHECK_VALUE(value.sizes() == key.sizes(), "prefix_value: expected shape ", key.sizes(),
-                      " like prefix_key, got ", value.sizes());
+    auto expected = key.sizes().vec();
+    expected.back() = value_dim;
+    TORCH_CHECK_VALUE(value.sizes() == at::IntArrayRef(expected), "prefix_value: expected shape ",
+                      at::IntArrayRef(expected), " like prefix_key and value, got ", value.sizes());
     TORCH_CHECK_TYPE(value.scalar_type() == key.scalar_type(), "prefix_value: expected ", key.scalar_type(),
                      " like prefix_key, got ", value.scalar_type());
   }
   if (key.dim() == 4 && !args.prefix_ids.has_value()) {
     TORCH_CHECK_VALUE(key.size(0) == query.size(0), "prefix_key: expected one prefix per batch row, [", query.size(0),
-                      ", ", kv_heads, ", P, ", head_dim, "], or prefix_ids that name them, got ", key.sizes());
+                      ", ", kv_heads, ", P, ", query.size(3), "], or prefix_ids that name them, got ", key.sizes());
   }
 }
 
@@ -189,6 +200,22 @@ int64_t kv_heads_of(const AttentionArguments& args) {
   return args.prefix_key.has_value() ? args.prefix_key->size(-3) : args.query.size(1);
 }
 
+// The head dim of dout is that of value and out, of which the backward pass may have neither.
+void check_dout(const AttentionArguments& args, const at::Tensor& dout) {
+  const at::Tensor& query = args.query;
+  TORCH_CHECK_VALUE(dout.dim() == 4, "dout: expected 4 dimensions [B, Hq, Sq, Dv], got shape ", dout.sizes());
+  auto expected = query.sizes().vec();
+  expected.back() = args.value.has_value()          ? args.value->size(3)
+                    : args.prefix_value.has_value() ? args.prefix_value->size(-1)
+                                                    : dout.size(3);
+  TORCH_CHECK_VALUE(dout.sizes() == at::IntArrayRef(expected), "dout: expected shape ", at::IntArrayRef(expected),
+                    ", got ", dout.sizes());
+  check_head_dim("dout", dout);
+  TORCH_CHECK_TYPE(dout.scalar_type() == query.scalar_type(), "dout: expected ", query.scalar_type(), ", got ",
+                   dout.scalar_type());
+  check_device("dout", dout, query);
+}
+
 MaskOperand make_mask(const at::Tensor& mask, const AttentionParams& p) {
   MaskOperand m;
   m.data = mask.const_data_ptr();
@@ -237,12 +264,13 @@ Operand make_operand(const at::Tensor& tensor) {
   return x;
 }
 
-AttentionParams make_params(const AttentionArguments& args, int64_t key_len) {
+AttentionParams make_params(const AttentionArguments& args, int64_t key_len, int64_t value_dim) {
   AttentionParams p;
   p.batch = args.query.size(0);
   p.q_heads = args.query.size(1);
   p.q_len = args.query.size(2);
   p.head_dim = args.query.size(3);
+  p.value_dim = value_dim;
   p.kv_heads = kv_heads_of(args);
   p.k_len = key_len;
   p.query = make_operand(args.query);
@@ -278,7 +306,7 @@ void check_forward(const AttentionArguments& args) {
     TORCH_CHECK_VALUE(args.prefix_key.has_value() || !selection.has_value(), name,
                       ": expected None without prefix_key, got shape ", selection->sizes());
   }
-  check_prefix(args, args.key->size(1));
+  check_prefix(args, args.key->size(1), args.value->size(3));
   check_prefix_selection(args);
   check_scalars(args);
   check_query_offset(args);
@@ -295,7 +323,8 @@ void check_backward(const AttentionArguments& args, const at::Tensor& dout, cons
   const int64_t kv_heads = kv_heads_of(args);
   TORCH_CHECK_VALUE(kv_heads >= 1 && query.size(1) % kv_heads == 0, args.value.has_value() ? "value" : "prefix_key",
                     ": expected a number of heads that divides query's ", query.size(1), ", got ", kv_heads);
-  check_prefix(args, kv_heads);
+  check_dout(args, dout);
+  check_prefix(args, kv_heads, dout.size(3));
 
   const bool sequence_ds = needs[kDQuery] || needs[kDKey];
   const bool prefix_ds = args.prefix_key.has_value() && (needs[kDQuery] || needs[kDPrefixKey]);
@@ -309,12 +338,9 @@ void check_backward(const AttentionArguments& args, const at::Tensor& dout, cons
   check_given(prefix_ds, "prefix_value", args.prefix_value.has_value());
   check_given(sequence_ds || prefix_ds, "out", out.has_value());
 
-  TORCH_CHECK_VALUE(dout.sizes() == query.sizes(), "dout: expected shape ", query.sizes(), ", got ", dout.sizes());
-  TORCH_CHECK_TYPE(dout.scalar_type() == query.scalar_type(), "dout: expected ", query.scalar_type(), ", got ",
-                   dout.scalar_type());
-  check_device("dout", dout, query);
   if (out.has_value()) {
-    TORCH_CHECK_VALUE(out->sizes() == query.sizes(), "out: expected shape ", query.sizes(), ", got ", out->sizes());
+    TORCH_CHECK_VALUE(out->sizes() == dout.sizes(), "out: expected shape ", dout.sizes(), " like dout, got ",
+                      out->sizes());
     TORCH_CHECK_TYPE(out->scalar_type() == query.scalar_type(), "out: expected ", query.scalar_type(), ", got ",
                      out->scalar_type());
     check_device("out", *out, query);

@@ -14,9 +14,9 @@ namespace prefix_kernels {
 struct AttentionArguments {
   const at::Tensor& query;                         // [B, Hq, Sq, D]
   const std::optional<at::Tensor>& key;            // [B, Hkv, Sk, D]
-  const std::optional<at::Tensor>& value;          // [B, Hkv, Sk, D]
+  const std::optional<at::Tensor>& value;          // [B, Hkv, Sk, Dv]
   const std::optional<at::Tensor>& prefix_key;     // [Hkv, P, D] or [N, Hkv, P, D]
-  const std::optional<at::Tensor>& prefix_value;   // like prefix_key
+  const std::optional<at::Tensor>& prefix_value;   // [Hkv, P, Dv] or [N, Hkv, P, Dv]
   const std::optional<at::Tensor>& attn_mask;      // broadcastable to [B, Hq, Sq, Sk] or [B, Hq, Sq, M * P + Sk]
   const std::optional<at::Tensor>& prefix_ids;     // [B] or [B, M]
   const std::optional<at::Tensor>& prefix_lens;    // [N]
@@ -42,7 +42,8 @@ void check_backward(const AttentionArguments& args, const at::Tensor& dout, cons
                     std::array<bool, kNumGradients> needs);
 
 // The arguments, already checked, as the kernels take them; the integer tensors and the seed are left to the device.
-AttentionParams make_params(const AttentionArguments& args, int64_t key_len);
+// `value_dim`: Dv.
+AttentionParams make_params(const AttentionArguments& args, int64_t key_len, int64_t value_dim);
 
 // Positions beyond any tensor, as «no limit» is often written, brought to where sums of them do not overflow.
 inline constexpr int64_t kMaxPosition = int64_t{1} << 60;

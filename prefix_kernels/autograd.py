@@ -52,6 +52,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     )
     ctx.options = options[_NUM_TENSOR_OPTIONS:]
     ctx.key_len = key.shape[2]
+    ctx.value_dim = value.shape[3]
     ctx.needs = needs
     ctx.uses_dlse = ds
     ctx.set_materialize_grads(False)
@@ -79,7 +80,7 @@ def gradients_from_saved(
     if dout is None and dlse is None:
         return tuple(gradients)
     if dout is None:
-        dout = torch.zeros_like(query)
+        dout = query.new_zeros(*query.shape[:-1], ctx.value_dim)
     if row_mass is not None:
         dout = (dout / row_mass.unsqueeze(-1)).to(dout.dtype)
         dlse = None if dlse is None else dlse / row_mass

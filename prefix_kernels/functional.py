@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from prefix_kernels import autograd, ops
 
-# The largest head dim that the kernels take: kMaxHeadDim of csrc/attention_params.h.
+# The largest head dim, of queries and keys or of values, that the kernels take: kMaxHeadDim of csrc/attention_params.h.
 MAX_HEAD_DIM = 256
 
 
@@ -173,11 +173,11 @@ def prefix_attention(
         query: ``[B, Hq, Sq, D]``, D from 1 to 256; any strides with ``stride(-1) == 1``. float64, float32, bfloat16 or
             float16.
         key: ``[B, Hkv, Sk, D]`` in the query's dtype; Hkv divides Hq (grouped-query attention). Sk may be 0.
-        value: ``[B, Hkv, Sk, D]``.
+        value: ``[B, Hkv, Sk, Dv]``, Dv from 1 to 256; it may differ from D, as in multi-head latent attention.
         prefix_key: ``[Hkv, P, D]``, one prefix of length P for all rows; ``[B, Hkv, P, D]``, one for each; or with
             ``prefix_ids`` a bank ``[N, Hkv, P, D]``. Its dtype may differ from the query's: it is converted as it is
             read, and its gradient has its own dtype. Default: no prefix.
-        prefix_value: like ``prefix_key``.
+        prefix_value: like ``prefix_key``, with the head dim Dv of ``value`` in place of D.
         attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to ``[B, Hq, Sq, Sk]``, which
             leaves the prefix visible, or to ``[B, Hq, Sq, M * P + Sk]``. A last dimension of ``Sk`` means the sequence.
             It combines with ``is_causal``. Added numbers are read as float32 where the query is not float64: one below
@@ -199,7 +199,7 @@ def prefix_attention(
         dropout_seed: int64 ``[1]``, which fixes the dropped elements. Default: drawn from torch's default generator.
 
     Returns:
-        ``out`` ``[B, Hq, Sq, D]`` in the query's dtype, laid out in memory as ``[B, Sq, Hq, D]``, and with
+        ``out`` ``[B, Hq, Sq, Dv]`` in the query's dtype, laid out in memory as ``[B, Sq, Hq, Dv]``, and with
         ``return_lse=True`` also ``lse`` ``[B, Hq, Sq]``, natural log, float32 (float64 for float64), differentiable. A
         row that sees no key has ``out = 0`` and ``lse = -inf``.
 

@@ -29,16 +29,19 @@ def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False):
         if x is not None and x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
-    batch, heads, q_len, head_dim = query.shape
-    out = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    batch, heads, q_len, _ = query.shape
+    value = rest[1]
+    out = query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
     mask = rest[len(DIFFERENTIABLE) - 1]
     is_added = mask is not None and mask.dtype != torch.bool
     return out, lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
 
 
-def _empty_gradient(like: Tensor | None) -> Tensor:
+def _empty_gradient(like: Tensor | None, head_dim: int) -> Tensor:
     assert like is not None, "neither the tensor whose gradient is asked for nor one of its shape was kept"
+    if like.shape[-1] != head_dim:
+        return like.new_empty(*like.shape[:-1], head_dim)
     gradient = torch.empty_like(like)
     if like.numel() == 0 or (like.shape[-1] > 1 and gradient.stride(-1) != 1):
         gradient = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -66,7 +69,12 @@ def _backward_fake(
         _either(prefix_key, prefix_value),
         _either(prefix_value, prefix_key),
     ]
-    return tuple(_empty_gradient(like) if need else query.new_empty(0) for like, need in zip(likes, needs, strict=True))
+    head_dim, value_dim = query.shape[-1], dout.shape[-1]
+    head_dims = (head_dim, head_dim, value_dim, head_dim, value_dim)
+    return tuple(
+        _empty_gradient(like, dim) if need else query.new_empty(0)
+        for like, dim, need in zip(likes, head_dims, needs, strict=True)
+    )
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -116,7 +124,7 @@ def _forward_flops(
     **__: object,
 ) -> int:
     batch, heads, q_len, head_dim = query
-    return 4 * batch * heads * q_len * head_dim * sum(_columns(key[2], prefix_key, prefix_ids))
+    return 2 * batch * heads * q_len * (head_dim + value[3]) * sum(_columns(key[2], prefix_key, prefix_ids))
 
 
 @register_flop_formula(torch.ops.prefix_kernels.backward)
@@ -144,8 +152,8 @@ def _backward_flops(
 
     def products(key_gradient: bool, value_gradient: bool) -> int:
         ds = dquery or key_gradient
-        return (ds or value_gradient) + ds + dquery + key_gradient + value_gradient
+        of_head_dim = (ds or value_gradient) + dquery + key_gradient
+        return of_head_dim * head_dim + (ds + value_gradient) * dout[3]
 
-    per_column = 2 * batch * heads * q_len * head_dim
     prefix = prefix_columns * products(dprefix_key, dprefix_value)
-    return per_column * (prefix + sequence_columns * products(dkey, dvalue))
+    return 2 * batch * heads * q_len * (prefix + sequence_columns * products(dkey, dvalue))

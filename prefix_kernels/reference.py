@@ -217,7 +217,8 @@ def prefix_attention_reference(
         outs.append(probabilities @ all_values)
         lses.append(lse)
     if not outs:
-        out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:-1])
+        lse = query.new_zeros(query.shape[:-1])
+        out = query.new_zeros(*lse.shape, value.shape[-1])
     else:
         out, lse = torch.stack(outs), torch.stack(lses)
     return (out, lse) if return_lse else out

@@ -108,14 +108,15 @@ def sharded_attention(
         return_lse=return_lse,
         **options,
     )
-    batch, heads, q_len, head_dim = query.shape
+    batch, heads, q_len, _ = query.shape
+    value_dim = value.shape[-1]
     out = DTensor.from_local(
         result[0] if return_lse else result,
         mesh,
         placements,
         run_check=False,
-        shape=query.shape,
-        stride=(q_len * heads * head_dim, head_dim, heads * head_dim, 1),
+        shape=torch.Size((batch, heads, q_len, value_dim)),
+        stride=(q_len * heads * value_dim, value_dim, heads * value_dim, 1),
     )
     if not return_lse:
         return out

@@ -95,7 +95,7 @@ std::string isa() { return chosen_isa().name; }
 Results forward(const AttentionArguments& args) {
   check_forward(args);
   const at::Tensor& query = args.query;
-  AttentionParams p = make_params(args, args.key->size(2));
+  AttentionParams p = make_params(args, args.key->size(2), args.value->size(3));
   HostIntegers integers;
   integers.attach(args, p);
 
@@ -111,7 +111,7 @@ Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const
   check_backward(args, dout, dlse, out, lse, key_len, needs);
   const at::Tensor& query = args.query;
   BackwardParams b;
-  b.forward = make_params(args, key_len);
+  b.forward = make_params(args, key_len, dout.size(3));
   AttentionParams& p = b.forward;
   HostIntegers integers;
   integers.attach(args, p);

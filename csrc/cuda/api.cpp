@@ -57,7 +57,7 @@ void allow_reading_inputs(const AttentionArguments& args, const Device& device) 
 
 Results forward(const AttentionArguments& args) {
   check_forward(args);
-  AttentionParams p = make_params(args, args.key->size(2));
+  AttentionParams p = make_params(args, args.key->size(2), args.value->size(3));
   check_limits(p);
   Device device(args.query);
   const Results results = empty_results(args.query, p);
@@ -77,7 +77,7 @@ Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const
                    std::array<bool, kNumGradients> needs) {
   check_backward(args, dout, dlse, out, lse, key_len, needs);
   BackwardParams b;
-  b.forward = make_params(args, key_len);
+  b.forward = make_params(args, key_len, dout.size(3));
   check_limits(b.forward);
   Device device(args.query);
   const ArrivingGradients arriving(dout, dlse, out, lse, b);

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "padding.h"
@@ -39,7 +40,7 @@ template <DType kDType>
 void forward_sm80(AttentionParams p, const Context& context) {
   find_padding(p, context);
   const bool few_queries = uses_decode_kernel(p, context);
-  with_head_dim(p.head_dim, [&](auto head_dim) {
+  with_head_dim(std::max(p.head_dim, p.value_dim), [&](auto head_dim) {
     if (few_queries)
       sm80::decode<kDType, head_dim>(p, context);
     else
@@ -53,7 +54,8 @@ void backward_sm80(BackwardParams b, const Context& context) {
     find_padding(b.forward, context);
   else
     b.forward.mask = {};  // the mask covers no column that is visited
-  with_head_dim(b.forward.head_dim, [&](auto head_dim) { sm80::backward<kDType, head_dim>(b, context); });
+  with_head_dim(std::max(b.forward.head_dim, b.forward.value_dim),
+                [&](auto head_dim) { sm80::backward<kDType, head_dim>(b, context); });
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ def _calls() -> dict[str, Call]:
             **sizes, num_prefixes=2, prefix_ids=ids, prefix_lens=torch.tensor([3, 5]), query_offset=torch.arange(4)
         ),
         "one prefix per row": make_call(**sizes, num_prefixes=4),
+        "values of another head dim": make_call(**sizes, value_dim=6),
         "no prefix": make_call(**sizes, prefix_len=None),
     }
 

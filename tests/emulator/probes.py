@@ -28,6 +28,9 @@ def _shown() -> torch.Tensor:
     return shown
 
 
+# Values wider than queries and keys, beside all of which lies NaN.
+WIDE_VALUES = {"q_heads": 2, "kv_heads": 1, "k_len": 40, "prefix_len": 20, "head_dim": 24, "value_dim": 64}
+
 # Probes on a GPU whose grids are so small that a warp of the float32 kernels takes rows of all heads and batch rows.
 SMALL_GRIDS = {"float32 of several rows per warp"}
 
@@ -96,6 +99,10 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     ),
     "backward of a few columns": lambda: _half(ALL, batch=2, q_heads=2, q_len=17, k_len=9, prefix_len=5),
     "backward of odd rows": lambda: _half(ALL, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
+    "forward of wide values": lambda: _half(**WIDE_VALUES, q_len=33),
+    "decode of wide values": lambda: _half(**WIDE_VALUES, q_len=2),
+    "backward of wide values": lambda: _half(ALL, **WIDE_VALUES, q_len=33),
+    "float32 of wide values": lambda: (make_call(**WIDE_VALUES, q_len=20, layout="aligned"), ALL),
     "float32": lambda: (
         make_call(batch=2, q_heads=2, kv_heads=1, q_len=20, k_len=45, prefix_len=5, is_causal=True, layout="aligned"),
         ALL,

@@ -31,6 +31,8 @@ OPTIONS = {
         "prefix_lens": torch.tensor([20, 9, 17]),
     },
     "float32 prefix": {"prefix_dtype": torch.float32},
+    "narrow values": {"value_dim": 24},
+    "wide values": {"value_dim": 128},
     "no prefix": {"prefix_len": None},
     "prefix alone": {"k_len": 0},
     "decode": {"q_len": 1, "k_len": 3000, "is_causal": True},

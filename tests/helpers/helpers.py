@@ -87,6 +87,7 @@ def make_call(
     prefix_len: int | None = 5,
     num_prefixes: int | None = None,
     head_dim: int = 16,
+    value_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     prefix_dtype: torch.dtype | None = None,
     layout: str = "poisoned",
@@ -97,10 +98,12 @@ def make_call(
     """A call with normally distributed inputs.
 
     ``prefix_len=None`` is plain attention; ``num_prefixes=None`` is one prefix ``[Hkv, P, D]``, else a bank of that
-    many. Rows of the bank beyond ``prefix_lens`` are NaN. ``options`` go to the operator as they are.
+    many. Rows of the bank beyond ``prefix_lens`` are NaN. ``value_dim`` is the head dim of the values, default that of
+    the queries. ``options`` go to the operator as they are.
     """
     kv_heads = q_heads if kv_heads is None else kv_heads
     k_len = q_len if k_len is None else k_len
+    value_dim = head_dim if value_dim is None else value_dim
     prefix_dtype = dtype if prefix_dtype is None else prefix_dtype
     generator = torch.Generator().manual_seed(seed)
 
@@ -110,14 +113,14 @@ def make_call(
     inputs: dict[str, Tensor | None] = {
         "query": normal(batch, q_heads, q_len, head_dim),
         "key": normal(batch, kv_heads, k_len, head_dim),
-        "value": normal(batch, kv_heads, k_len, head_dim),
+        "value": normal(batch, kv_heads, k_len, value_dim),
         "prefix_key": None,
         "prefix_value": None,
     }
     if prefix_len is not None:
         bank = () if num_prefixes is None else (num_prefixes,)
-        for name in ("prefix_key", "prefix_value"):
-            prefix = normal(*bank, kv_heads, prefix_len, head_dim, dtype=prefix_dtype)
+        for name, columns in (("prefix_key", head_dim), ("prefix_value", value_dim)):
+            prefix = normal(*bank, kv_heads, prefix_len, columns, dtype=prefix_dtype)
             if options.get("prefix_lens") is not None:
                 for one, length in zip(prefix if bank else [prefix], options["prefix_lens"].tolist(), strict=True):
                     one[:, length:] = math.nan
@@ -125,7 +128,7 @@ def make_call(
     return Call(
         inputs={name: None if tensor is None else lay_out(tensor, layout) for name, tensor in inputs.items()},
         options=options,
-        dout=normal(batch, q_heads, q_len, head_dim, dtype=torch.float64),
+        dout=normal(batch, q_heads, q_len, value_dim, dtype=torch.float64),
         dlse=normal(batch, q_heads, q_len, dtype=torch.float64) if with_dlse else None,
     )
 

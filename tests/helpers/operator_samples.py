@@ -13,6 +13,8 @@ SAMPLES = {
     "mask": {"attn_mask": torch.rand(2, 1, 1, 9) < 0.7, "softcap": 2.0},
     "additive mask": {"attn_mask": torch.randn(8, 14), "prefix_dtype": torch.bfloat16},
     "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])},
+    "value dim": {"value_dim": 24, "is_causal": True},
+    "value dim below": {"value_dim": 3, "prefix_dtype": torch.bfloat16},
     "bank": {
         "num_prefixes": 3,
         "prefix_ids": torch.tensor([[0, 2], [-1, 1]]),

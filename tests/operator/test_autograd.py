@@ -28,6 +28,7 @@ OPTIONS = {
     "additive mask": {"attn_mask": torch.linspace(-1, 1, 7, dtype=torch.float64), "is_causal": True},
     "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])},
     "bank": {"prefix_ids": torch.tensor([[1, 0], [-1, 1]]), "prefix_lens": torch.tensor([2, 1])},
+    "value dim": {"value_dim": 5},
     "row without prefix": {"prefix_ids": torch.tensor([-1, 1])},
     "everything": {
         "prefix_ids": torch.tensor([[1, 0], [-1, 1]]),
@@ -298,6 +299,14 @@ def test_flop_counter_counts_prefix_and_sequence_columns():
     forward, backward = flops(INPUT_NAMES)
     assert forward == 4 * queries * (20 + 60)
     assert backward == 10 * queries * (20 + 60)
+
+
+def test_flop_counter_knows_the_head_dim_of_the_values():
+    queries = 2 * 4 * 40
+    forward, backward = flops(INPUT_NAMES, value_dim=8)
+    assert forward == 2 * queries * (32 + 8) * (20 + 60)
+    assert backward == queries * (6 * 32 + 4 * 8) * (20 + 60)
+    assert flops(("prefix_value",), value_dim=8)[1] == 2 * queries * (32 + 8) * 20
 
 
 def test_flop_counter_knows_that_prefix_gradients_visit_the_prefix_alone():

@@ -32,9 +32,16 @@ CASES: dict[str, tuple[str, str, str, dict]] = {
     # shapes
     "key of another batch": ("key", "2", "[3, 4, 9, 16]", {"key": zeros(3, 4, 9, 16)}),
     "key of another head_dim": ("key", "16", "[2, 4, 9, 8]", {"key": zeros(2, 4, 9, 8)}),
-    "value of another length": ("value", "[2, 4, 9, 16]", "[2, 4, 8, 16]", {"value": zeros(2, 4, 8, 16)}),
-    "value of other heads": ("value", "[2, 4, 9, 16]", "[2, 8, 9, 16]", {"value": zeros(2, 8, 9, 16)}),
-    "value of another head_dim": ("value", "16", "[2, 4, 9, 32]", {"value": zeros(2, 4, 9, 32)}),
+    "value of another length": ("value", "[2, 4, 9, Dv]", "[2, 4, 8, 16]", {"value": zeros(2, 4, 8, 16)}),
+    "value of other heads": ("value", "[2, 4, 9, Dv]", "[2, 8, 9, 16]", {"value": zeros(2, 8, 9, 16)}),
+    "value of another head_dim than prefix_value": (
+        "prefix_value",
+        "[4, P, 32]",
+        "[4, 5, 16]",
+        {"value": zeros(2, 4, 9, 32)},
+    ),
+    "value of head_dim 0": ("value", "from 1 to 256", "[2, 4, 9, 0]", {"value": zeros(2, 4, 9, 0)}),
+    "value of head_dim 257": ("value", "from 1 to 256", "[2, 4, 9, 257]", {"value": zeros(2, 4, 9, 257)}),
     "query heads not a multiple": (
         "key",
         "divides query's 8",
@@ -50,6 +57,7 @@ CASES: dict[str, tuple[str, str, str, dict]] = {
         {"prefix_key": zeros(8, 5, 16)},
     ),
     "prefix_key of another head_dim": ("prefix_key", "[4, P, 16]", "[4, 5, 32]", {"prefix_key": zeros(4, 5, 32)}),
+    "prefix_value of another head_dim": ("prefix_value", "[4, P, 16]", "[4, 5, 32]", {"prefix_value": zeros(4, 5, 32)}),
     "prefix_value of another length": ("prefix_value", "[4, 5, 16]", "[4, 6, 16]", {"prefix_value": zeros(4, 6, 16)}),
     "prefix_value of another rank": (
         "prefix_value",
@@ -311,6 +319,22 @@ def test_the_backward_call_that_every_case_changes_is_good():
         "lens of another number": ("prefix_lens", {"prefix_lens": zeros(5, dtype=i64)}),
         "offsets of another batch": ("query_offset", {"query_offsets": zeros(5, dtype=i64)}),
         "mask of other columns": ("attn_mask", {"attn_mask": zeros(3)}),
+        "value of another head_dim": ("dout", {"value": zeros(2, 2, 9, 8)}),
+        "dout of another head_dim": ("dout", {"dout": zeros(2, 4, 6, 8)}),
+        "dout of another head_dim than prefix_value": (
+            "dout",
+            {"value": None, "dout": zeros(2, 4, 6, 8), "needs": [False, False, True, True, True]},
+        ),
+        "dout of head_dim 257": (
+            "dout",
+            {
+                "value": None,
+                "prefix_value": None,
+                "dout": zeros(2, 4, 6, 257),
+                "needs": [False, False, True, False, True],
+            },
+        ),
+        "out of another head_dim": ("out", {"out": zeros(2, 4, 6, 8)}),
         "dout of another shape": ("dout", {"dout": zeros(2, 4, 5, 16)}),
         "dout of another dtype": ("dout", {"dout": zeros(2, 4, 6, 16, dtype=f64)}),
         "out of another shape": ("out", {"out": zeros(2, 4, 5, 16)}),

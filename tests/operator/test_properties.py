@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 145, 160, 161, 200]))
+HEAD_DIMS = st.one_of(st.sampled_from([8, 16, 32, 64, 128]), st.integers(1, 96))
 WINDOWS = st.one_of(st.just(-1), st.integers(0, 20), st.integers(0, 200))
 
 
@@ -79,7 +80,8 @@ def calls(draw: st.DrawFn) -> Call:
         k_len=k_len,
         prefix_len=prefix_len,
         num_prefixes=num_prefixes,
-        head_dim=draw(st.one_of(st.sampled_from([8, 16, 32, 64, 128]), st.integers(1, 96))),
+        head_dim=draw(HEAD_DIMS),
+        value_dim=draw(st.one_of(st.none(), HEAD_DIMS)),
         dtype=draw(st.sampled_from(DTYPES)),
         prefix_dtype=draw(st.sampled_from([None, None, *DTYPES])),
         layout=draw(st.sampled_from(LAYOUTS)),

@@ -65,13 +65,14 @@ inline void run_task(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& ta
 // Clears the partial tiles that a chunk sums into.
 template <class T>
 void clear_prefix_tiles(const BackwardPlan<T>& plan, int64_t chunk) {
-  const int64_t size = plan.prefix_tile_size();
+  const int64_t size = plan.prefix_tile_rows() * plan.padded_depth;
+  const int64_t value_size = plan.prefix_tile_rows() * plan.padded_value;
   const int64_t pairs = plan.params.forward.kv_heads * plan.params.forward.num_prefixes;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const int64_t tile = plan.tile_of[chunk * pairs + pair];
     if (tile < 0) continue;
     if (plan.needs.dprefix_key) fill_zero(plan.dprefix_key.data() + tile * size, size);
-    if (plan.needs.dprefix_value) fill_zero(plan.dprefix_value.data() + tile * size, size);
+    if (plan.needs.dprefix_value) fill_zero(plan.dprefix_value.data() + tile * value_size, value_size);
   }
 }
 
@@ -101,12 +102,13 @@ void run_backward_tasks(void* argument, int) {
 }
 
 // gradient = factor * sum over chunks, in order, of one tile of one (prefix, key head); zero where no row used it.
+// `depth`: the gradient's head dim; `padded`: its rows in the partial tiles.
 template <class T>
 void sum_prefix(const BackwardPlan<T>& plan, int64_t index, const Operand& gradient, const Buffer<T>& partial,
-                T factor) {
+                int64_t depth, int64_t padded, T factor) {
   const AttentionParams& p = plan.params.forward;
   const int64_t tiles = ceil_div(p.prefix_len, kBlockK), pair = index / tiles, first = index % tiles * kBlockK;
-  const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes, depth = plan.padded_depth;
+  const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes;
   const Operand head = head_of(gradient, prefix, kv_head);
   const int64_t length = valid_prefix_length(p, prefix);
   int64_t part = 0;  // part that the tile belongs to
@@ -114,33 +116,33 @@ void sum_prefix(const BackwardPlan<T>& plan, int64_t index, const Operand& gradi
   const int64_t part_begin = plan.part_rows(length, part).begin, chunks = plan.chunks / plan.parts;
   T sum[kMaxHeadDim];
   for (int64_t r = first; r < first + kBlockK && r < p.prefix_len; ++r) {
-    for (int64_t d = 0; d < depth; ++d) sum[d] = 0;
+    for (int64_t d = 0; d < padded; ++d) sum[d] = 0;
     for (int64_t chunk = part * chunks; chunk < (part + 1) * chunks && r < length; ++chunk) {
       const int64_t tile = plan.prefix_tile(chunk, kv_head, prefix);
       if (tile < 0) continue;
-      const T* row = partial.data() + tile * plan.prefix_tile_size() + (r - part_begin) * depth;
-      for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
+      const T* row = partial.data() + (tile * plan.prefix_tile_rows() + r - part_begin) * padded;
+      for (int64_t d = 0; d < padded; ++d) sum[d] += row[d];
     }
-    write_gradient_row<T>(head, r * head.row_stride, p.head_dim, factor, sum, false);
+    write_gradient_row<T>(head, r * head.row_stride, depth, factor, sum, false);
   }
 }
 
-// gradient = factor * sum over splits of one tile of one head.
+// gradient = factor * sum over splits of one tile of one head. `depth` and `padded` as for sum_prefix.
 template <class T>
 void sum_sequence(const BackwardPlan<T>& plan, int64_t index, const Operand& gradient, const Buffer<T>& partial,
-                  T factor) {
+                  int64_t depth, int64_t padded, T factor) {
   const AttentionParams& p = plan.params.forward;
-  const int64_t tiles = ceil_div(p.k_len, kBlockK), first = index % tiles * kBlockK, depth = plan.padded_depth;
+  const int64_t tiles = ceil_div(p.k_len, kBlockK), first = index % tiles * kBlockK;
   const int64_t batch = index / tiles / p.kv_heads, kv_head = index / tiles % p.kv_heads;
   const Operand head = head_of(gradient, batch, kv_head);
   T sum[kMaxHeadDim];
   for (int64_t r = first; r < first + kBlockK && r < p.k_len; ++r) {
-    for (int64_t d = 0; d < depth; ++d) sum[d] = 0;
+    for (int64_t d = 0; d < padded; ++d) sum[d] = 0;
     for (int64_t split = 0; split < plan.splits; ++split) {
-      const T* row = partial.data() + plan.sequence_offset({kv_head, batch, split, 0}) + r * depth;
-      for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
+      const T* row = partial.data() + (plan.sequence_row({kv_head, batch, split, 0}) + r) * padded;
+      for (int64_t d = 0; d < padded; ++d) sum[d] += row[d];
     }
-    write_gradient_row<T>(head, r * head.row_stride, p.head_dim, factor, sum, false);
+    write_gradient_row<T>(head, r * head.row_stride, depth, factor, sum, false);
   }
 }
 
@@ -173,11 +175,15 @@ void run_backward_sums(void* argument, int) {
   const int64_t prefixes = job.prefix_tiles(), tiles = prefixes + job.sequence_tiles();
   for (int64_t i; (i = job.next_sum.fetch_add(1, std::memory_order_relaxed)) < tiles + job.query_blocks();) {
     if (i < prefixes) {
-      if (plan.needs.dprefix_key) sum_prefix(plan, i, gradients[kDPrefixKey], plan.dprefix_key, scale);
-      if (plan.needs.dprefix_value) sum_prefix(plan, i, gradients[kDPrefixValue], plan.dprefix_value, rescale);
+      if (plan.needs.dprefix_key)
+        sum_prefix(plan, i, gradients[kDPrefixKey], plan.dprefix_key, p.head_dim, plan.padded_depth, scale);
+      if (plan.needs.dprefix_value)
+        sum_prefix(plan, i, gradients[kDPrefixValue], plan.dprefix_value, p.value_dim, plan.padded_value, rescale);
     } else if (i < tiles) {
-      if (plan.needs.dkey) sum_sequence(plan, i - prefixes, gradients[kDKey], plan.dkey, scale);
-      if (plan.needs.dvalue) sum_sequence(plan, i - prefixes, gradients[kDValue], plan.dvalue, rescale);
+      if (plan.needs.dkey)
+        sum_sequence(plan, i - prefixes, gradients[kDKey], plan.dkey, p.head_dim, plan.padded_depth, scale);
+      if (plan.needs.dvalue)
+        sum_sequence(plan, i - prefixes, gradients[kDValue], plan.dvalue, p.value_dim, plan.padded_value, rescale);
     } else {
       sum_queries(plan, i - tiles, scale);
     }

@@ -7,7 +7,7 @@
 // queries pass. Keys stand in the lanes: a tile's K and V are transposed once, while Q, dO and the gradients keep their
 // layout in memory.
 //   S = Q K^T,  dP = dO V^T       [queries][keys], with the factors of S and dP folded into K^T and V^T
-//   dV += P^T dO,  dK += dS^T Q   [keys][head_dim]
+//   dV += P^T dO,  dK += dS^T Q   [keys][value_dim], [keys][head_dim]
 //   dQ += dS K                    [queries][head_dim], kept for the whole range of queries
 // If only prefix gradients are asked for, only prefix tiles are visited. If ds is not needed, V and dP are not read.
 #pragma once
@@ -23,9 +23,10 @@ struct BackwardState {
   QueryBlock block;
   bool ready;  // begin_block was called
   Rows<T> query, dout;
-  T *query_scratch, *dout_scratch;  // [kBlockQ][padded_depth], if the rows cannot be read in place
-  T* dquery;                        // [kBlockQ][padded_depth]; null if not needed
-  T lse[kBlockQ];                   // +infinity for a row that sees nothing
+  T* query_scratch;  // [kBlockQ][padded_depth], if the rows cannot be read in place
+  T* dout_scratch;   // [kBlockQ][padded_value], likewise
+  T* dquery;         // [kBlockQ][padded_depth]; null if not needed
+  T lse[kBlockQ];    // +infinity for a row that sees nothing
   T delta[kBlockQ];
 };
 
@@ -35,18 +36,18 @@ struct BackwardTile {
   Segment segment;
   int64_t first;
   int count;
-  const T *key_lanes, *value_lanes;  // [head_dim][kKeyStride]
+  const T *key_lanes, *value_lanes;  // [head_dim][kKeyStride], [value_dim][kKeyStride]
   Rows<T> key;                       // filled for dQ only
-  T *dkey, *dvalue;                  // [count][padded_depth]; null if not needed
+  T *dkey, *dvalue;                  // [count][padded_depth], [count][padded_value]; null if not needed
 };
 
 // Scratch memory for one step, and for the sums of dK' and dV' that do not go into a partial tile.
 template <class T>
 struct BackwardScratch {
   T *probabilities, *ds, *bias, *capped;  // [kBlockQ][kKeyStride]
-  T *key_lanes, *value_lanes;             // [head_dim][kKeyStride]
+  T *key_lanes, *value_lanes;             // [head_dim][kKeyStride], [value_dim][kKeyStride]
   T* key;                                 // [kBlockK][padded_depth]
-  T *dkey, *dvalue;                       // [kBlockK or the sequence's rows][padded_depth]
+  T *dkey, *dvalue;                       // [kBlockK or the sequence's rows][padded_depth or padded_value]
   uint16_t* bits;                         // [kBlockQ][kKeyStride]
 };
 
@@ -64,30 +65,32 @@ struct BackwardWorker {
   BackwardScratch<T> scratch;
 
   BackwardWorker(const BackwardPlan<T>& plan, Workspace& workspace) : plan(plan), p(plan.params.forward) {
-    const int64_t blocks = plan.max_blocks(), padded = plan.padded_depth;
-    const size_t rows = kBlockQ * padded, tile = kBlockQ * kKeyStride, lanes = p.head_dim * kKeyStride;
+    const int64_t blocks = plan.max_blocks(), padded = plan.padded_depth, padded_value = plan.padded_value;
+    const size_t rows = kBlockQ * padded, value_rows = kBlockQ * padded_value, tile = kBlockQ * kKeyStride;
+    const size_t key_lanes = p.head_dim * kKeyStride, value_lanes = p.value_dim * kKeyStride;
     // The sums of one tile, or of the whole sequence if they wait for another pass.
     const bool waits = plan.passes > 1 && plan.splits == 1 && (plan.needs.dkey || plan.needs.dvalue);
-    const size_t sums = (waits ? ceil_div(p.k_len, kBlockK) : 1) * kBlockK * padded;
-    workspace.reserve(Workspace::bytes_for<BackwardState<T>>(blocks) + blocks * 3 * Workspace::bytes_for<T>(rows) +
-                      4 * Workspace::bytes_for<T>(tile) + 2 * Workspace::bytes_for<T>(lanes) +
-                      Workspace::bytes_for<T>(kBlockK * padded) + 2 * Workspace::bytes_for<T>(sums) +
-                      Workspace::bytes_for<uint16_t>(tile));
+    const size_t sums = (waits ? ceil_div(p.k_len, kBlockK) : 1) * kBlockK;
+    workspace.reserve(Workspace::bytes_for<BackwardState<T>>(blocks) + blocks * 2 * Workspace::bytes_for<T>(rows) +
+                      blocks * Workspace::bytes_for<T>(value_rows) + 4 * Workspace::bytes_for<T>(tile) +
+                      Workspace::bytes_for<T>(key_lanes) + Workspace::bytes_for<T>(value_lanes) +
+                      Workspace::bytes_for<T>(kBlockK * padded) + Workspace::bytes_for<T>(sums * padded) +
+                      Workspace::bytes_for<T>(sums * padded_value) + Workspace::bytes_for<uint16_t>(tile));
     states = workspace.take<BackwardState<T>>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
       states[i].query_scratch = workspace.take<T>(rows);
-      states[i].dout_scratch = workspace.take<T>(rows);
+      states[i].dout_scratch = workspace.take<T>(value_rows);
       states[i].dquery = plan.needs.dquery ? workspace.take<T>(rows) : nullptr;
     }
     scratch.probabilities = workspace.take<T>(tile);
     scratch.ds = workspace.take<T>(tile);
     scratch.bias = workspace.take<T>(tile);
     scratch.capped = workspace.take<T>(tile);
-    scratch.key_lanes = workspace.take<T>(lanes);
-    scratch.value_lanes = workspace.take<T>(lanes);
+    scratch.key_lanes = workspace.take<T>(key_lanes);
+    scratch.value_lanes = workspace.take<T>(value_lanes);
     scratch.key = workspace.take<T>(kBlockK * padded);
-    scratch.dkey = workspace.take<T>(sums);
-    scratch.dvalue = workspace.take<T>(sums);
+    scratch.dkey = workspace.take<T>(sums * padded);
+    scratch.dvalue = workspace.take<T>(sums * padded_value);
     scratch.bits = workspace.take<uint16_t>(tile);
   }
 };
@@ -95,9 +98,9 @@ struct BackwardWorker {
 // Prefetches the rows of a block of queries.
 template <class T>
 inline void prefetch_block(BackwardWorker<T>& w, const QueryBlock& block) {
-  w.prefetcher.add_queries(w.p.query, block);
-  w.prefetcher.add_queries(w.plan.params.dout, block);
-  if (w.plan.needs.any_ds()) w.prefetcher.add_queries(w.p.out, block);
+  w.prefetcher.add_queries(w.p.query, block, w.p.head_dim);
+  w.prefetcher.add_queries(w.plan.params.dout, block, w.p.value_dim);
+  if (w.plan.needs.any_ds()) w.prefetcher.add_queries(w.p.out, block, w.p.value_dim);
 }
 
 // Prefetches the rows of a tile of keys and values.
@@ -105,7 +108,7 @@ template <class T>
 inline void prefetch_tile(BackwardWorker<T>& w, const Segment& segment, int64_t first) {
   const int64_t left = segment.length - first, rows = left < kBlockK ? left : kBlockK;
   w.prefetcher.add_rows(segment.key, first, rows, w.p.head_dim);
-  if (w.plan.needs.ds(segment)) w.prefetcher.add_rows(segment.value, first, rows, w.p.head_dim);
+  if (w.plan.needs.ds(segment)) w.prefetcher.add_rows(segment.value, first, rows, w.p.value_dim);
 }
 
 // Prefetches the first block and tile of the next pass or task.
@@ -137,7 +140,8 @@ inline void prefetch_after_step(BackwardWorker<T>& w, int64_t i, const BackwardT
   }
   const Needs& needs = w.plan.needs;
   w.prefetcher.spread(gemm_blocks<T>(kBlockQ, tile.count) * (1 + needs.ds(segment)) +
-                      gemm_blocks<T>(tile.count, w.plan.padded_depth) * (needs.key(segment) + needs.value(segment)) +
+                      gemm_blocks<T>(tile.count, w.plan.padded_depth) * needs.key(segment) +
+                      gemm_blocks<T>(tile.count, w.plan.padded_value) * needs.value(segment) +
                       gemm_blocks<T>(kBlockQ, w.plan.padded_depth) * needs.dquery);
 }
 
@@ -147,9 +151,9 @@ inline void begin_block(BackwardWorker<T>& w, BackwardState<T>& state) {
   state.ready = true;
   const QueryBlock& block = state.block;
   const Needs& needs = w.plan.needs;
-  state.query = query_rows<T>(w.p.query, block, w.plan.padded_depth, state.query_scratch);
-  state.dout = query_rows<T>(w.plan.params.dout, block, w.plan.padded_depth, state.dout_scratch);
-  if (needs.any_ds()) row_dot<T>(w.plan.params.dout, w.p.out, block, state.delta);
+  state.query = query_rows<T>(w.p.query, block, w.p.head_dim, w.plan.padded_depth, state.query_scratch);
+  state.dout = query_rows<T>(w.plan.params.dout, block, w.p.value_dim, w.plan.padded_value, state.dout_scratch);
+  if (needs.any_ds()) row_dot<T>(w.plan.params.dout, w.p.out, block, w.p.value_dim, state.delta);
   const T* lse = static_cast<const T*>(w.p.lse);
   const T* dlse = static_cast<const T*>(w.plan.params.dlse);
   for (int l = 0; l < block.count; ++l) {
@@ -166,7 +170,7 @@ inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const B
   const QueryBlock& block = state.block;
   const Segment& segment = tile.segment;
   const bool ds = w.plan.needs.ds(segment);
-  const int64_t depth = w.p.head_dim, padded = w.plan.padded_depth;
+  const int64_t padded = w.plan.padded_depth, padded_value = w.plan.padded_value;
 
   const BackwardTileBias<T> bias(block, segment, tile.first, tile.count, w.scratch.bias);
   if (bias.shown.begin >= bias.shown.end) return;
@@ -189,14 +193,15 @@ inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const B
     const T* const dout = state.dout.data + group.row_begin * state.dout.stride;
     const int64_t at = group.row_begin * kKeyStride + key;
 
-    gemm<ALayout::kRowMajor, T>(rows, lanes, depth, query, state.query.stride, tile.key_lanes + key, kKeyStride,
+    gemm<ALayout::kRowMajor, T>(rows, lanes, w.p.head_dim, query, state.query.stride, tile.key_lanes + key, kKeyStride,
                                 w.prefetcher, probabilities);
     if (ds)
-      gemm<ALayout::kRowMajor, T>(rows, lanes, depth, dout, state.dout.stride, tile.value_lanes + key, kKeyStride,
-                                  w.prefetcher, gradients);
+      gemm<ALayout::kRowMajor, T>(rows, lanes, w.p.value_dim, dout, state.dout.stride, tile.value_lanes + key,
+                                  kKeyStride, w.prefetcher, gradients);
     if (tile.dvalue != nullptr)
-      gemm<ALayout::kTransposed, T>(keys, padded, rows, w.scratch.probabilities + at, kKeyStride, dout,
-                                    state.dout.stride, w.prefetcher, AddTo<T>{tile.dvalue + key * padded, padded});
+      gemm<ALayout::kTransposed, T>(keys, padded_value, rows, w.scratch.probabilities + at, kKeyStride, dout,
+                                    state.dout.stride, w.prefetcher,
+                                    AddTo<T>{tile.dvalue + key * padded_value, padded_value});
     if (tile.dkey != nullptr)
       gemm<ALayout::kTransposed, T>(keys, padded, rows, w.scratch.ds + at, kKeyStride, query, state.query.stride,
                                     w.prefetcher, AddTo<T>{tile.dkey + key * padded, padded});
@@ -207,31 +212,31 @@ inline void backward_step(BackwardWorker<T>& w, BackwardState<T>& state, const B
   }
 }
 
-// The memory where a tile's dK' or dV' is summed: the chunk's partial prefix tile, the split's partial sums, or
-// scratch.
+// The memory where a tile's dK' or dV' is summed, in rows of `depth`: the chunk's partial prefix tile, the split's
+// partial sums, or scratch.
 template <class T>
-inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t chunk,
-                    const BackwardTask& task, const Segment& segment, int64_t first, int count) {
-  const int64_t depth = w.plan.padded_depth;
-  if (segment.is_prefix())
-    return prefix.data() + w.plan.prefix_tile(chunk, task.kv_head, segment.prefix) * w.plan.prefix_tile_size() +
-           (first - w.plan.part_rows(segment.length, task.part).begin) * depth;
+inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<T>& sequence, T* scratch, int64_t depth,
+                    int64_t chunk, const BackwardTask& task, const Segment& segment, int64_t first, int count) {
+  if (segment.is_prefix()) {
+    const int64_t tile = w.plan.prefix_tile(chunk, task.kv_head, segment.prefix);
+    const int64_t row = first - w.plan.part_rows(segment.length, task.part).begin;
+    return prefix.data() + (tile * w.plan.prefix_tile_rows() + row) * depth;
+  }
   T* target = scratch;
-  if (w.plan.splits > 1) target = sequence.data() + w.plan.sequence_offset(task);
+  if (w.plan.splits > 1) target = sequence.data() + w.plan.sequence_row(task) * depth;
   if (w.plan.splits > 1 || w.plan.passes > 1) target += first * depth;
   if (w.pass == 0) fill_zero(target, count * depth);
   return target;
 }
 
-// Writes a tile's finished sums to a gradient of the sequence.
+// Writes a tile's finished sums, rows of `padded`, to a gradient of the sequence, rows of `depth`.
 template <class T>
-inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, const BackwardTask& task, int64_t first,
-                       int count, T factor, const T* sums) {
+inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, int64_t depth, const BackwardTask& task,
+                       int64_t first, int count, T factor, const T* sums, int64_t padded) {
   const Operand head = head_of(gradient, task.batch, task.kv_head);
-  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.kv_heads * w.p.k_len, w.p.head_dim);
+  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.kv_heads * w.p.k_len, depth);
   for (int r = 0; r < count; ++r)
-    write_gradient_row<T>(head, (first + r) * head.row_stride, w.p.head_dim, factor, sums + r * w.plan.padded_depth,
-                          past_caches);
+    write_gradient_row<T>(head, (first + r) * head.row_stride, depth, factor, sums + r * padded, past_caches);
 }
 
 // Runs the steps of rows [first, first + count) of a segment with every block of the task that may see them.
@@ -241,15 +246,16 @@ inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTas
   const Needs& needs = w.plan.needs;
   BackwardTile<T> tile{segment, first, count, w.scratch.key_lanes, w.scratch.value_lanes, {}, nullptr, nullptr};
   if (needs.key(segment))
-    tile.dkey = tile_sums(w, w.plan.dprefix_key, w.plan.dkey, w.scratch.dkey, chunk, task, segment, first, count);
+    tile.dkey = tile_sums(w, w.plan.dprefix_key, w.plan.dkey, w.scratch.dkey, w.plan.padded_depth, chunk, task, segment,
+                          first, count);
   if (needs.value(segment))
-    tile.dvalue =
-        tile_sums(w, w.plan.dprefix_value, w.plan.dvalue, w.scratch.dvalue, chunk, task, segment, first, count);
+    tile.dvalue = tile_sums(w, w.plan.dprefix_value, w.plan.dvalue, w.scratch.dvalue, w.plan.padded_value, chunk, task,
+                            segment, first, count);
 
   pack_rows<T>(segment.key, first, count, w.p.head_dim, query_factor<T>(w.p), w.scratch.key_lanes, kKeyStride);
   if (needs.ds(segment)) {
     const T rescale = static_cast<T>(dropout_rescale(w.p.dropout_threshold));
-    pack_rows<T>(segment.value, first, count, w.p.head_dim, rescale, w.scratch.value_lanes, kKeyStride);
+    pack_rows<T>(segment.value, first, count, w.p.value_dim, rescale, w.scratch.value_lanes, kKeyStride);
   }
   if (needs.dquery)
     tile.key = segment_rows<T>(segment.key, first, count, w.p.head_dim, w.plan.padded_depth, w.scratch.key);
@@ -261,10 +267,11 @@ inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTas
 
   if (segment.is_prefix() || w.plan.splits > 1 || w.pass + 1 < w.plan.passes) return;
   if (needs.dkey)
-    write_rows(w, w.plan.params.gradients[kDKey], task, first, count, static_cast<T>(w.p.scale), tile.dkey);
+    write_rows(w, w.plan.params.gradients[kDKey], w.p.head_dim, task, first, count, static_cast<T>(w.p.scale),
+               tile.dkey, w.plan.padded_depth);
   if (needs.dvalue)
-    write_rows(w, w.plan.params.gradients[kDValue], task, first, count,
-               static_cast<T>(dropout_rescale(w.p.dropout_threshold)), tile.dvalue);
+    write_rows(w, w.plan.params.gradients[kDValue], w.p.value_dim, task, first, count,
+               static_cast<T>(dropout_rescale(w.p.dropout_threshold)), tile.dvalue, w.plan.padded_value);
 }
 
 // Writes dquery of the blocks of a pass.

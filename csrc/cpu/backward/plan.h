@@ -46,31 +46,34 @@ struct BackwardPlan {
   const BackwardParams& params;
   Needs needs;
   BlockPartition partition;
-  int64_t padded_depth;  // head_dim in whole vectors: the row stride of every partial tile
-  int64_t splits = 1;    // ranges that the query blocks of one head fall into
-  int64_t passes = 1;    // ranges of query blocks that a task processes one after another
-  int64_t parts = 1;     // parts of the keys of every segment; more than one only if each split is one block
-  int64_t tasks = 0;     // tasks of all parts, one part after another
+  // The row strides of partial tiles: head_dim in whole vectors, of dQ and dK', and value_dim likewise, of dV'.
+  int64_t padded_depth, padded_value;
+  int64_t splits = 1;  // ranges that the query blocks of one head fall into
+  int64_t passes = 1;  // ranges of query blocks that a task processes one after another
+  int64_t parts = 1;   // parts of the keys of every segment; more than one only if each split is one block
+  int64_t tasks = 0;   // tasks of all parts, one part after another
   int64_t chunks = 0;
   int64_t prefix_tiles = 0;
 
   Buffer<int32_t> tile_of;               // [chunks][kv_heads * num_prefixes] -> partial tile, or -1
-  Buffer<T> dprefix_key, dprefix_value;  // [prefix_tiles][rows of a part][padded_depth]
-  Buffer<T> dkey, dvalue;                // [splits][batch * kv_heads][k_len][padded_depth] when splits > 1
-  Buffer<T> dquery;                      // [parts][batch * kv_heads][blocks][kBlockQ][padded_depth] when parts > 1
+  Buffer<T> dprefix_key, dprefix_value;  // [prefix_tiles][rows of a part][padded_depth or padded_value]
+  Buffer<T> dkey, dvalue;  // [splits][batch * kv_heads][k_len][padded_depth or padded_value] when splits > 1
+  Buffer<T> dquery;        // [parts][batch * kv_heads][blocks][kBlockQ][padded_depth] when parts > 1
 
   BackwardPlan(const BackwardParams& backward, int threads)
       : params(backward),
         needs(backward),
         partition(backward.forward),
-        padded_depth(whole_vectors<T>(backward.forward.head_dim)) {
+        padded_depth(whole_vectors<T>(backward.forward.head_dim)),
+        padded_value(whole_vectors<T>(backward.forward.value_dim)) {
     constexpr int64_t kTasksPerThread = 4;
     constexpr int64_t kPartialBytes = int64_t{32} << 20;  // limit of partial sums, exceeded only to occupy every thread
     const AttentionParams& p = params.forward;
     const int64_t heads = p.batch * p.kv_heads;
     if (heads == 0 || partition.count == 0) return;
     const int64_t wanted = kTasksPerThread * threads;
-    const int64_t sequence_bytes = heads * p.k_len * padded_depth * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = (padded_depth > padded_value ? padded_depth : padded_value) * int64_t{sizeof(T)};
+    const int64_t sequence_bytes = heads * p.k_len * row_bytes;
     splits = heads < wanted ? ceil_div(wanted, heads) : 1;
     if ((needs.dkey || needs.dvalue) && splits * sequence_bytes > kPartialBytes) splits = ceil_div(threads, heads);
     if (splits > partition.count) splits = partition.count;
@@ -85,17 +88,16 @@ struct BackwardPlan {
     if (needs.prefix()) {
       assign_prefix_tiles();
       const int64_t least_chunks = parts * clamp_to(ceil_div(threads, parts), 1, tasks / parts);
-      if (prefix_tiles * prefix_tile_size() * static_cast<int64_t>(sizeof(T)) > kPartialBytes &&
-          chunks > least_chunks) {
+      if (prefix_tiles * prefix_tile_rows() * row_bytes > kPartialBytes && chunks > least_chunks) {
         chunks = least_chunks;
         assign_prefix_tiles();
       }
-      if (needs.dprefix_key) dprefix_key.allocate(prefix_tiles * prefix_tile_size());
-      if (needs.dprefix_value) dprefix_value.allocate(prefix_tiles * prefix_tile_size());
+      if (needs.dprefix_key) dprefix_key.allocate(prefix_tiles * prefix_tile_rows() * padded_depth);
+      if (needs.dprefix_value) dprefix_value.allocate(prefix_tiles * prefix_tile_rows() * padded_value);
     }
     if (splits > 1) {
       if (needs.dkey) dkey.allocate(splits * heads * p.k_len * padded_depth);
-      if (needs.dvalue) dvalue.allocate(splits * heads * p.k_len * padded_depth);
+      if (needs.dvalue) dvalue.allocate(splits * heads * p.k_len * padded_value);
     }
     if (parts > 1 && needs.dquery) dquery.allocate(parts * query_blocks() * kBlockQ * padded_depth);
   }
@@ -119,16 +121,17 @@ struct BackwardPlan {
     return {begin + count * pass / passes, begin + count * (pass + 1) / passes};
   }
   int64_t max_blocks() const { return ceil_div(ceil_div(partition.count, splits), passes); }
-  int64_t prefix_tile_size() const {
+  int64_t prefix_tile_rows() const {
     const int64_t rows = params.forward.prefix_len;
-    return (parts > 1 ? clamp_to(ceil_div(rows, parts) + kBlockK, 0, rows) : rows) * padded_depth;
+    return parts > 1 ? clamp_to(ceil_div(rows, parts) + kBlockK, 0, rows) : rows;
   }
   int32_t prefix_tile(int64_t chunk, int64_t kv_head, int64_t prefix) const {
     return tile_of[(chunk * params.forward.kv_heads + kv_head) * params.forward.num_prefixes + prefix];
   }
-  int64_t sequence_offset(const BackwardTask& t) const {
+  // The first row of a task's head in dkey and dvalue.
+  int64_t sequence_row(const BackwardTask& t) const {
     const AttentionParams& p = params.forward;
-    return ((t.split * p.batch + t.batch) * p.kv_heads + t.kv_head) * p.k_len * padded_depth;
+    return ((t.split * p.batch + t.batch) * p.kv_heads + t.kv_head) * p.k_len;
   }
   // All heads' query blocks, numbered by (batch row, key head, block).
   int64_t query_blocks() const { return params.forward.batch * params.forward.kv_heads * partition.count; }
@@ -143,7 +146,7 @@ struct BackwardPlan {
   int64_t max_pass_blocks() const {
     constexpr int64_t kMaxBlocks = 128, kCachedBytes = int64_t{512} << 10;
     if (needs.visits_sequence()) return kMaxBlocks;
-    const int64_t block_bytes = 2 * kBlockQ * padded_depth * static_cast<int64_t>(sizeof(T));
+    const int64_t block_bytes = kBlockQ * (padded_depth + padded_value) * static_cast<int64_t>(sizeof(T));
     return clamp_to(kCachedBytes / block_bytes, 1, kMaxBlocks);
   }
 

@@ -1,5 +1,5 @@
-// Copies between operands in their natural layout [rows][head_dim], in any dtype, and the kernels' [head_dim][lanes]
-// with queries or keys in the lanes.
+// Copies between operands in their natural layout [rows][depth], in any dtype, and the kernels' [depth][lanes] with
+// queries or keys in the lanes. The depth is head_dim for query and key, value_dim for value and out.
 #pragma once
 
 #include <type_traits>
@@ -79,7 +79,7 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
   }
 }
 
-// Offset of a lane's row in a [batch, q_heads, q_len, head_dim] operand, in elements.
+// Offset of a lane's row in a [batch, q_heads, q_len, depth] operand, in elements.
 PREFIX_KERNELS_INLINE int64_t lane_offset(const Operand& x, const QueryBlock& block, int lane) {
   return block.batch * x.batch_stride + block.head(lane) * x.head_stride + block.query(lane) * x.row_stride;
 }
@@ -91,11 +91,11 @@ PREFIX_KERNELS_INLINE U* lane_row(const Operand& x, const QueryBlock& block, int
 
 // dst[d][lane] = factor * x of the block's lanes, in rows of kBlockQ.
 template <class T>
-void pack_queries(const Operand& x, const QueryBlock& block, T factor, T* dst) {
+void pack_queries(const Operand& x, const QueryBlock& block, int64_t depth, T factor, T* dst) {
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return static_cast<const Src*>(lane_row<Src>(x, block, lane)); };
-    pack_lanes<T, Src>(block.count, block.params->head_dim, factor, row_of, dst, kBlockQ);
+    pack_lanes<T, Src>(block.count, depth, factor, row_of, dst, kBlockQ);
   });
 }
 
@@ -111,15 +111,15 @@ void pack_rows(const Operand& x, int64_t first, int count, int64_t depth, T fact
 
 // x = factor * src, one factor per lane.
 template <class T>
-void unpack_queries(const Operand& x, const QueryBlock& block, const T* factor, const T* src) {
+void unpack_queries(const Operand& x, const QueryBlock& block, int64_t depth, const T* factor, const T* src) {
   const AttentionParams& p = *block.params;
-  const bool past_caches = streams<T>(x, p.batch * p.q_heads * p.q_len, p.head_dim);
+  const bool past_caches = streams<T>(x, p.batch * p.q_heads * p.q_len, depth);
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return lane_row<Dst>(x, block, lane); };
     const auto unpack =
         past_caches ? unpack_lanes<T, Dst, true, decltype(row_of)> : unpack_lanes<T, Dst, false, decltype(row_of)>;
-    unpack(block.count, p.head_dim, factor, row_of, src);
+    unpack(block.count, depth, factor, row_of, src);
   });
 }
 
@@ -174,8 +174,7 @@ Rows<T> segment_rows(const Operand& x, int64_t first, int count, int64_t depth, 
 
 // copy[lane][d] = x, in rows of copy_stride that end in zeros.
 template <class T>
-void copy_queries(const Operand& x, const QueryBlock& block, T* copy, int64_t copy_stride) {
-  const int64_t depth = block.params->head_dim;
+void copy_queries(const Operand& x, const QueryBlock& block, int64_t depth, T* copy, int64_t copy_stride) {
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Src = std::remove_pointer_t<decltype(tag)>;
     for (int l = 0; l < block.count; ++l) {
@@ -195,10 +194,10 @@ void scale_row(const T* src, int64_t depth, T factor, Dst* dst) {
 
 // The rows of a block's queries: in place if they are dense, otherwise copied to scratch as by copy_queries.
 template <class T>
-Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t padded, T* scratch) {
-  if (x.dtype == kComputeDType<T> && x.row_stride == padded && block.params->head_dim == padded && block.one_head)
+Rows<T> query_rows(const Operand& x, const QueryBlock& block, int64_t depth, int64_t padded, T* scratch) {
+  if (x.dtype == kComputeDType<T> && x.row_stride == padded && depth == padded && block.one_head)
     return {lane_row<const T>(x, block, 0), padded};
-  copy_queries<T>(x, block, scratch, padded);
+  copy_queries<T>(x, block, depth, scratch, padded);
   return {scratch, padded};
 }
 
@@ -215,9 +214,8 @@ void write_gradient_row(const Operand& gradient, int64_t at, int64_t depth, T fa
 
 // sum[lane] = sum_d x[lane][d] * y[lane][d], for whole vectors of lanes; 0 behind the last lane.
 template <class T>
-void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, T* sum) {
+void row_dot(const Operand& x, const Operand& y, const QueryBlock& block, int64_t depth, T* sum) {
   constexpr int kN = kLanes<T>;
-  const int64_t depth = block.params->head_dim;
   dispatch_dtype(x.dtype, [&](auto* x_tag) {
     using X = std::remove_pointer_t<decltype(x_tag)>;  // out and dout share the query's dtype
     for (int first = 0; first < block.count; first += kN) {

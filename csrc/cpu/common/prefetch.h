@@ -24,9 +24,8 @@ class Prefetcher {
   }
 
   // Adds the rows of a block's queries, if they belong to one head.
-  void add_queries(const Operand& x, const QueryBlock& block) {
-    if (block.one_head)
-      add_rows(head_of(x, block.batch, block.head(0)), block.query(0), block.count, block.params->head_dim);
+  void add_queries(const Operand& x, const QueryBlock& block, int64_t depth) {
+    if (block.one_head) add_rows(head_of(x, block.batch, block.head(0)), block.query(0), block.count, depth);
   }
 
   // Spreads the rows over about this many calls of advance(); over fewer rather than more, since some may not come.

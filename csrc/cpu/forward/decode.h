@@ -1,10 +1,10 @@
 // The forward pass for the few queries of a decoding step: a block of at most half a vector of them.
 //
 // With queries in the lanes most lanes would be empty, and every key is used only once: the time is that of reading
-// keys and values from memory. So head_dim stands in the lanes, and neither side is transposed:
+// keys and values from memory. So the head dim stands in the lanes, and neither side is transposed:
 //   S  = Q K^T         [queries][keys]       lanes along head_dim, summed across them for kLanes keys at a time
 //   P  = e^(S - max)                         lanes along keys, with a running max and sum per query
-//   O += P V           [queries][head_dim]
+//   O += P V           [queries][value_dim]
 #pragma once
 
 #include "kernel.h"
@@ -35,13 +35,14 @@ class DecodeBlock {
         block_(state.block),
         p_(*state.block.params),
         depth_(whole_vectors<T>(p_.head_dim)),
+        value_depth_(whole_vectors<T>(p_.value_dim)),
         queries_(state.query),
         out_(state.query + kMaxDecodeQueries<T> * depth_),
         scratch_(scratch) {
-    copy_queries<T>(p_.query, block_, queries_, depth_);
+    copy_queries<T>(p_.query, block_, p_.head_dim, queries_, depth_);
     const T factor = query_factor<T>(p_);
     for (int64_t i = 0; i < block_.count * depth_; ++i) queries_[i] *= factor;
-    fill_zero(out_, block_.count * depth_);
+    fill_zero(out_, block_.count * value_depth_);
     for (int q = 0; q < block_.count; ++q) {
       reference_[q] = -std::numeric_limits<T>::infinity();
       sum_[q] = Vec<T>{};
@@ -64,8 +65,9 @@ class DecodeBlock {
       state_.reference[l] = l < block_.count ? reference_[l] : -std::numeric_limits<T>::infinity();
       state_.sum[l] = l < block_.count ? horizontal_sum<T>(sum_[l]) : T(0);
     }
-    for (int64_t d = 0; d < p_.head_dim; ++d)
-      for (int l = 0; l < kLanes<T>; ++l) state_.out[d * kBlockQ + l] = l < block_.count ? out_[l * depth_ + d] : T(0);
+    for (int64_t d = 0; d < p_.value_dim; ++d)
+      for (int l = 0; l < kLanes<T>; ++l)
+        state_.out[d * kBlockQ + l] = l < block_.count ? out_[l * value_depth_ + d] : T(0);
   }
 
  private:
@@ -85,21 +87,21 @@ class DecodeBlock {
       const auto in_tile = [&](int64_t row) { return static_cast<Index>(clamp_to(row - first, 0, count)); };
       exponentiate(q, count, in_tile(visible.begin), in_tile(visible.end), bias);
     }
-    prefetch_rows(segment.key, next, next_count);
+    prefetch_rows(segment.key, next, next_count, p_.head_dim);
     const Rows<T> value = value_rows(segment.value, first, count);
     Prefetcher nothing;
-    gemm<ALayout::kRowMajor, T>(block_.count, depth_, count, scratch_.scores, kDecodeTile, value.data, value.stride,
-                                nothing, AddTo<T>{out_, depth_});
+    gemm<ALayout::kRowMajor, T>(block_.count, value_depth_, count, scratch_.scores, kDecodeTile, value.data,
+                                value.stride, nothing, AddTo<T>{out_, value_depth_});
   }
 
   using Index = LaneIndex<T>;
 
   // Prefetches rows into the second-level cache: the first is full.
-  void prefetch_rows(const Operand& x, int64_t first, int count) const {
+  static void prefetch_rows(const Operand& x, int64_t first, int count, int64_t depth) {
     const int64_t size = dtype_size(x.dtype);
     const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
     for (int r = 0; r < count; ++r, row += x.row_stride * size)
-      for (int64_t at = 0; at < p_.head_dim * size; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
+      for (int64_t at = 0; at < depth * size; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
   }
 
   // attn_mask in the tile, as numbers to add: [queries][kDecodeTile], or one row that the queries share. Elements from
@@ -136,15 +138,15 @@ class DecodeBlock {
   };
 
   Rows<T> value_rows(const Operand& x, int64_t first, int count) const {
-    if (depth_ == p_.head_dim && x.dtype == kComputeDType<T>) return rows_in_place<T>(x, first);
-    copy_rows<T>(x, first, count, p_.head_dim, scratch_.value, depth_);
-    return {scratch_.value, depth_};
+    if (value_depth_ == p_.value_dim && x.dtype == kComputeDType<T>) return rows_in_place<T>(x, first);
+    copy_rows<T>(x, first, count, p_.value_dim, scratch_.value, value_depth_);
+    return {scratch_.value, value_depth_};
   }
 
   // scores[q][j] = queries[q] . key[j]. Elements of a row of scores from `count` on are arbitrary.
   void score_tile(const Segment& segment, int64_t first, int count) const {
     if (depth_ != p_.head_dim) {
-      prefetch_rows(segment.value, first, count);
+      prefetch_rows(segment.value, first, count, p_.value_dim);
       copy_rows<T>(segment.key, first, count, p_.head_dim, scratch_.key, depth_);
       score_rows(scratch_.key, depth_, count, [](int) {});
       return;
@@ -152,8 +154,9 @@ class DecodeBlock {
     dispatch_dtype(segment.key.dtype, [&](auto* tag) {
       using Src = std::remove_pointer_t<decltype(tag)>;
       const int64_t stride = segment.key.row_stride;
-      score_rows(static_cast<const Src*>(segment.key.data) + first * stride, stride, count,
-                 [&](int j) { prefetch_rows(segment.value, first + j, count - j < kN ? count - j : kN); });
+      score_rows(static_cast<const Src*>(segment.key.data) + first * stride, stride, count, [&](int j) {
+        prefetch_rows(segment.value, first + j, count - j < kN ? count - j : kN, p_.value_dim);
+      });
     });
   }
 
@@ -232,7 +235,7 @@ class DecodeBlock {
     if (reference_[q] != -std::numeric_limits<T>::infinity()) {
       const T factor = exp<T>(broadcast<T>(reference_[q] - top))[0];
       sum_[q] *= factor;
-      for (int64_t d = 0; d < depth_; ++d) out_[q * depth_ + d] *= factor;
+      for (int64_t d = 0; d < value_depth_; ++d) out_[q * value_depth_ + d] *= factor;
     }
     reference_[q] = top;
   }
@@ -240,9 +243,9 @@ class DecodeBlock {
   const ForwardState<T>& state_;
   const QueryBlock& block_;
   const AttentionParams& p_;
-  const int64_t depth_;  // head_dim, rounded up to whole vectors
-  T* const queries_;     // [queries][depth], scaled
-  T* const out_;         // [queries][depth]
+  const int64_t depth_, value_depth_;  // head_dim and value_dim, rounded up to whole vectors
+  T* const queries_;                   // [queries][depth], scaled
+  T* const out_;                       // [queries][value_depth]
   const ForwardScratch<T>& scratch_;
   T reference_[kMaxDecodeQueries<T>];
   Vec<T> sum_[kMaxDecodeQueries<T>];

@@ -16,12 +16,12 @@ struct ForwardJob {
   std::atomic<int64_t> next_merge{0};
 
   // The state of each part of each block, where there are several parts: [query_blocks][splits][...].
-  Buffer<T> partial_out;                     // [head_dim][kBlockQ]
+  Buffer<T> partial_out;                     // [value_dim][kBlockQ]
   Buffer<T> partial_reference, partial_sum;  // [kBlockQ]
 
   ForwardJob(const AttentionParams& p, int threads) : plan(p, threads) {
     if (plan.splits > 1) {
-      partial_out.allocate(plan.query_blocks() * plan.splits * p.head_dim * kBlockQ);
+      partial_out.allocate(plan.query_blocks() * plan.splits * p.value_dim * kBlockQ);
       partial_reference.allocate(plan.query_blocks() * plan.splits * kBlockQ);
       partial_sum.allocate(plan.query_blocks() * plan.splits * kBlockQ);
     }
@@ -32,11 +32,11 @@ struct ForwardJob {
 template <class T>
 void prefetch_task(const ForwardPlan<T>& plan, const ForwardTask& task, Prefetcher& prefetcher) {
   const AttentionParams& p = plan.params;
-  for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(plan, i));
+  for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(plan, i), p.head_dim);
   if (plan.splits > 1) return;
   const int64_t rows = p.k_len < kBlockK ? p.k_len : kBlockK;
   prefetcher.add_rows(head_of(p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
-  prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.head_dim);
+  prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.value_dim);
 }
 
 // Calls visit(segment, rows) for the rows of every segment that belong to the task's part.
@@ -60,8 +60,9 @@ void keep_partial(const ForwardJob<T>& job, int64_t at, const ForwardState<T>& s
     job.partial_reference[at * kBlockQ + l] = state.reference[l];
     job.partial_sum[at * kBlockQ + l] = state.sum[l];
   }
-  T* const out = job.partial_out.data() + at * job.plan.params.head_dim * kBlockQ;
-  for (int64_t d = 0; d < job.plan.params.head_dim; ++d)
+  const int64_t depth = job.plan.params.value_dim;
+  T* const out = job.partial_out.data() + at * depth * kBlockQ;
+  for (int64_t d = 0; d < depth; ++d)
     for (int64_t l = 0; l < vectors; ++l) out[d * kBlockQ + l] = state.out[d * kBlockQ + l];
 }
 
@@ -82,7 +83,7 @@ void run_task(const ForwardJob<T>& job, const ForwardTask& task, const ForwardTa
   } else {
     for (int i = 0; i < task.blocks; ++i) begin_block<T>(states[i]);
     for_each_segment(plan, task, [&](const Segment& segment, KeyRange rows) {
-      forward_segment<T>(segment, rows, task.blocks, p.head_dim, scratch, [&](Prefetcher& prefetcher) {
+      forward_segment<T>(p, segment, rows, task.blocks, scratch, [&](Prefetcher& prefetcher) {
         if (!segment.is_prefix() && next != nullptr) prefetch_task(plan, *next, prefetcher);
       });
     });
@@ -99,7 +100,7 @@ void run_task(const ForwardJob<T>& job, const ForwardTask& task, const ForwardTa
 template <class T>
 void merge_partials(const ForwardJob<T>& job, int64_t first, const ForwardState<T>& state) {
   constexpr int kN = kLanes<T>;
-  const int64_t depth = job.plan.params.head_dim;
+  const int64_t depth = job.plan.params.value_dim;
   const Vec<T> nothing = broadcast<T>(-std::numeric_limits<T>::infinity());
   for (int l = 0; l < kBlockQ; l += kN) {
     store(state.reference + l, nothing);
@@ -137,7 +138,7 @@ void run_forward_tasks(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);
   const ForwardPlan<T>& plan = job.plan;
   Workspace& workspace = forward_workspace();
-  const ForwardScratch<T> scratch(workspace, plan.params.head_dim);
+  const ForwardScratch<T> scratch(workspace, plan.params);
   const auto take = [&] { return job.next_task.fetch_add(1, std::memory_order_relaxed); };
   for (int64_t index = take(); index < plan.tasks;) {
     const int64_t next_index = take();  // one ahead, so that it can be prefetched
@@ -160,7 +161,7 @@ void run_forward_merges(void* argument, int) {
   auto& job = *static_cast<ForwardJob<T>*>(argument);
   const ForwardPlan<T>& plan = job.plan;
   Workspace& workspace = forward_workspace();
-  const ForwardScratch<T> scratch(workspace, plan.params.head_dim);
+  const ForwardScratch<T> scratch(workspace, plan.params);
   const ForwardState<T>& state = scratch.states[0];
   const int64_t per_row = plan.params.kv_heads * plan.partition.count;
   for (int64_t i; (i = job.next_merge.fetch_add(1, std::memory_order_relaxed)) < plan.query_blocks();) {

@@ -4,7 +4,7 @@
 // online softmax for each block:
 //   S^T   = K Q^T             [rows][lanes]   scale folded into Q
 //   P^T   = e^(S^T - max)     while S^T is in registers, with a running max and sum per lane
-//   O^T  += V^T P^T           [head_dim][lanes]
+//   O^T  += V^T P^T           [value_dim][lanes]
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
 
@@ -20,7 +20,8 @@ inline constexpr int kMaxTaskBlocks = 4;
 template <class T>
 struct ForwardState {
   QueryBlock block;
-  T *query, *out;      // [head_dim][kBlockQ]
+  T* query;            // [head_dim][kBlockQ]
+  T* out;              // [value_dim][kBlockQ]
   T *reference, *sum;  // [kBlockQ], see OnlineSoftmax
 };
 
@@ -31,8 +32,9 @@ struct ForwardScratch {
   T *scores, *key, *value, *bias, *tile_sum;
   uint16_t* bits;
 
-  ForwardScratch(Workspace& workspace, int64_t head_dim) {
-    const int64_t depth = whole_vectors<T>(head_dim);  // DecodeBlock keeps rows of whole vectors in the same memory
+  ForwardScratch(Workspace& workspace, const AttentionParams& p) {
+    // DecodeBlock keeps rows of whole vectors, of queries and of their sums, in the memory of `query`.
+    const int64_t depth = whole_vectors<T>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
     const size_t panel = depth * kBlockQ, tile = kBlockK * kBlockQ, rows = kBlockK * depth;
     const size_t state = 2 * Workspace::bytes_for<T>(panel) + 2 * Workspace::bytes_for<T>(kBlockQ);
     workspace.reserve(Workspace::bytes_for<ForwardState<T>>(kMaxTaskBlocks) + kMaxTaskBlocks * state +
@@ -71,7 +73,7 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   const Scores<T> scores(block, segment, plan, bias, scratch.scores);
   fill_zero(scratch.tile_sum, kBlockQ);
   OnlineSoftmax<T> softmax{scores,    state.reference, state.sum,    scratch.tile_sum,
-                           state.out, p.head_dim,      scratch.bits, p.dropout_threshold};
+                           state.out, p.value_dim,     scratch.bits, p.dropout_threshold};
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
     softmax.first_row = group.row_begin;
@@ -84,7 +86,7 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
 
   for (int g = 0; g < plan.num_groups; ++g) {
     const auto& group = plan.groups[g];
-    gemm<ALayout::kTransposed, T>(p.head_dim, (group.vector_end - group.vector_begin) * kN,
+    gemm<ALayout::kTransposed, T>(p.value_dim, (group.vector_end - group.vector_begin) * kN,
                                   group.row_end - group.row_begin,
                                   value.data + (skipped + group.row_begin) * value.stride, value.stride,
                                   scratch.scores + group.row_begin * kBlockQ + group.vector_begin * kN, kBlockQ,
@@ -96,8 +98,8 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
 template <class T>
 void begin_block(const ForwardState<T>& state) {
   const AttentionParams& p = *state.block.params;
-  pack_queries<T>(p.query, state.block, query_factor<T>(p), state.query);
-  fill_zero(state.out, p.head_dim * kBlockQ);
+  pack_queries<T>(p.query, state.block, p.head_dim, query_factor<T>(p), state.query);
+  fill_zero(state.out, p.value_dim * kBlockQ);
   for (int l = 0; l < kBlockQ; ++l) state.reference[l] = -std::numeric_limits<T>::infinity();
   fill_zero(state.sum, kBlockQ);
 }
@@ -121,13 +123,13 @@ void finish_block(const ForwardState<T>& state) {
     static_cast<T*>(p.lse)[row] = lse[l];
     if (p.row_mass != nullptr) static_cast<T*>(p.row_mass)[row] = mass[l];
   }
-  unpack_queries<T>(p.out, block, factor, state.out);
+  unpack_queries<T>(p.out, block, p.value_dim, factor, state.out);
 }
 
 // Adds the tiles of the rows `range` of one segment to the blocks of a task. `prefetch_next` adds to a prefetcher the
 // data needed after them.
 template <class T, class F>
-void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t head_dim,
+void forward_segment(const AttentionParams& p, const Segment& segment, KeyRange range, int blocks,
                      const ForwardScratch<T>& scratch, F prefetch_next) {
   KeyRange hulls[kMaxTaskBlocks];
   KeyRange all{range.end, range.begin};
@@ -144,17 +146,17 @@ void forward_segment(const Segment& segment, KeyRange range, int blocks, int64_t
     const int count = static_cast<int>(left < kBlockK ? left : kBlockK);
     const Rows<T> key = rows_spread_in_cache<T>(segment.key)
                             ? rows_in_place<T>(segment.key, first)
-                            : segment_rows<T>(segment.key, first, count, head_dim, head_dim, scratch.key);
-    const Rows<T> value = segment_rows<T>(segment.value, first, count, head_dim, head_dim, scratch.value);
+                            : segment_rows<T>(segment.key, first, count, p.head_dim, p.head_dim, scratch.key);
+    const Rows<T> value = segment_rows<T>(segment.value, first, count, p.value_dim, p.value_dim, scratch.value);
     prefetcher.clear();
     if (left > kBlockK) {
       const int64_t rows = left - kBlockK < kBlockK ? left - kBlockK : kBlockK;
-      prefetcher.add_rows(segment.key, first + kBlockK, rows, head_dim);
-      prefetcher.add_rows(segment.value, first + kBlockK, rows, head_dim);
+      prefetcher.add_rows(segment.key, first + kBlockK, rows, p.head_dim);
+      prefetcher.add_rows(segment.value, first + kBlockK, rows, p.value_dim);
     } else {
       prefetch_next(prefetcher);
     }
-    prefetcher.spread(blocks * (gemm_blocks<T>(count, kBlockQ) + gemm_blocks<T>(head_dim, kBlockQ)));
+    prefetcher.spread(blocks * (gemm_blocks<T>(count, kBlockQ) + gemm_blocks<T>(p.value_dim, kBlockQ)));
     for (int i = 0; i < blocks; ++i)
       if (intersects(hulls[i], first, first + count))
         forward_step<T>(scratch.states[i], segment, first, count, key, value, scratch, prefetcher);

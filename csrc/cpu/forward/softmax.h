@@ -98,8 +98,8 @@ struct OnlineSoftmax {
   const Scores<T>& scores;
   T *reference, *sum;  // [kBlockQ]
   T* tile_sum;         // [kBlockQ], sum of this tile alone, so that long sums round seldom
-  T* out;              // [head_dim][kBlockQ]
-  int64_t head_dim;
+  T* out;              // [value_dim][kBlockQ]
+  int64_t value_dim;
   const uint16_t* bits;
   uint32_t threshold;
   int64_t first_row = 0, first_column = 0;  // place of the matrix product in the tile
@@ -155,7 +155,7 @@ struct OnlineSoftmax {
     const auto rescale = [&](T* p) { store(p, load(p) * factor); };
     rescale(sum + column);
     rescale(tile_sum + column);
-    for (int64_t d = 0; d < head_dim; ++d) rescale(out + d * kBlockQ + column);
+    for (int64_t d = 0; d < value_dim; ++d) rescale(out + d * kBlockQ + column);
     for (int64_t r = scores.row_begin(column); r < row; ++r) rescale(scores.tile + r * kBlockQ + column);
   }
 

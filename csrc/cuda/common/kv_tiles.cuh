@@ -147,9 +147,10 @@ class TileLoader {
         row_(thread / kLanes),
         lane_(thread % kLanes) {}
 
-  // Copies the visited cells [first, first + kCells), as many as there are.
+  // Copies the visited cells [first, first + kCells), as many as there are. `head_dim`: that of the operands.
   template <int kCells>
-  __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first) const {
+  __device__ __forceinline__ void load(T* tile, const AttentionParams& p, const VisitedCells& cells, int first,
+                                       int head_dim) const {
     const bool in_sequence = first >= cells.prefix_cells;
     const bool in_prefix = cells.prefixes.slots == 1 && first + kCells <= cells.prefix_cells;
     if (in_sequence ? aligned_sequence_ : in_prefix && aligned_prefix_) {
@@ -158,7 +159,7 @@ class TileLoader {
       const int column = in_sequence ? cells.sequence_begin + (first - cells.prefix_cells) * kCell
                                      : (cells.prefix_begin + first) * kCell;
       load_run<kCells>(tile, segment, column, in_sequence ? static_cast<int>(p.k_len) : cells.prefixes.only_length,
-                       static_cast<int>(p.head_dim));
+                       head_dim);
       return;
     }
 #pragma unroll 1
@@ -174,7 +175,7 @@ class TileLoader {
       const HeadRows rows(in_sequence ? sequence_ : prefix_, owner, kv_head_,
                           in_sequence ? aligned_sequence_ : aligned_prefix_);
       copy_row<T, kHeadDim>(tile, tile_row, rows.row(cell.first + (valid ? in_cell : 0)), rows.dtype,
-                            rows.aligned_chunks, lane_, static_cast<int>(p.head_dim), valid);
+                            rows.aligned_chunks, lane_, head_dim, valid);
     }
   }
 

@@ -31,13 +31,13 @@ template <class T>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) delta_kernel(const BackwardRows<T> arguments) {
   const BackwardParams& b = arguments.b;
   const AttentionParams& p = b.forward;
-  const int head_dim = static_cast<int>(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
   for_each_row(query_grid(p), [&](int64_t batch, int64_t head, int64_t index) {
     const Query q{batch, head, index};
     const int64_t out = row_offset(p.out, q.batch, q.head, q.index);
     const int64_t dout = row_offset(b.dout, q.batch, q.head, q.index);
     T sum = 0;
-    for (int d = lane(); d < head_dim; d += kWarpSize)
+    for (int d = lane(); d < value_dim; d += kWarpSize)
       sum += static_cast<const T*>(p.out.data)[out + d] * static_cast<const T*>(b.dout.data)[dout + d];
     sum = warp_sum(sum);
     const T dlse = b.dlse != nullptr ? static_cast<const T*>(b.dlse)[lse_index(p, q)] : T(0);
@@ -49,10 +49,10 @@ template <class T>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(const BackwardRows<T> arguments) {
   const BackwardParams& b = arguments.b;
   const AttentionParams& p = b.forward;
-  const int head_dim = static_cast<int>(p.head_dim);
-  T* query_row = warp_memory<T>(2 * head_dim + kWarpSize);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  T* query_row = warp_memory<T>(head_dim + value_dim + kWarpSize);
   T* dout_row = query_row + head_dim;
-  T* dscores = dout_row + head_dim;
+  T* dscores = dout_row + value_dim;
   const T rescale = arguments.factors.rescale;
   const Operand& dquery = b.gradients[kDQuery];
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(c
     const Query q{batch, head, index};
     // Every step ends with a barrier: none still reads the last query's rows.
     copy_row(query_row, p.query, row_offset(p.query, q.batch, q.head, q.index), head_dim);
-    copy_row(dout_row, b.dout, row_offset(b.dout, q.batch, q.head, q.index), head_dim);
+    copy_row(dout_row, b.dout, row_offset(b.dout, q.batch, q.head, q.index), value_dim);
     __syncwarp();
     const int64_t kv_head = kv_head_of(p, head);
     const T lse = static_cast<const T*>(p.lse)[lse_index(p, q)];
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dquery_kernel(c
               score(p, arguments.factors, q, segment, column, product(query_row, key, key_row, head_dim));
           if (s.value != -INFINITY) {
             const T kept = is_kept(p, q, segment, column) ? rescale : T(0);
-            const T dp = kept * product(dout_row, value, value_row, head_dim);
+            const T dp = kept * product(dout_row, value, value_row, value_dim);
             ds = std::exp(s.value - lse) * (dp - delta) * s.slope;
           }
         }
@@ -127,17 +127,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
   const Operand& dvalue = b.gradients[of_prefix ? kDPrefixValue : kDValue];
   const bool needs_dkey = dkey.data != nullptr, needs_dvalue = dvalue.data != nullptr;
   const T rescale = arguments.factors.rescale;
-  const int head_dim = static_cast<int>(p.head_dim), group = group_size(p);
-  T* key_row = warp_memory<T>(2 * (head_dim + kWarpSize));
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim), group = group_size(p);
+  T* key_row = warp_memory<T>(head_dim + value_dim + 2 * kWarpSize);
   T* value_row = key_row + head_dim;
-  T* weights = value_row + head_dim;
+  T* weights = value_row + value_dim;
   T* dscores = weights + kWarpSize;
 
   for_each_row(column_grid(p, of_prefix), [&](int64_t outer, int64_t kv_head, int64_t column) {
     T dkey_sums[kPerLane] = {}, dvalue_sums[kPerLane] = {};
     // Every step that reads the last column's rows ends with a barrier: none still reads them.
     copy_row(key_row, key, row_offset(key, outer, kv_head, column), head_dim);
-    if (needs_dkey) copy_row(value_row, value, row_offset(value, outer, kv_head, column), head_dim);
+    if (needs_dkey) copy_row(value_row, value, row_offset(value, outer, kv_head, column), value_dim);
     __syncwarp();
     for_each_user(p, of_prefix, outer, [&](int64_t batch, auto segment_of) {
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
               const T kept = is_kept(p, q, segment, column) ? rescale : T(0);
               weight = probability * kept;
               if (needs_dkey && probability != 0) {
-                const T dp = kept * product(value_row, douts + q.index * b.dout.row_stride, head_dim);
+                const T dp = kept * product(value_row, douts + q.index * b.dout.row_stride, value_dim);
                 ds = probability * (dp - arguments.delta[lse_index(p, q)]) * s.slope;
               }
             }
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
           const int count = left < kWarpSize ? static_cast<int>(left) : kWarpSize;
           if (needs_dvalue)
             add_weighted_rows(dvalue_sums, weights, count, douts + first * b.dout.row_stride, b.dout.row_stride,
-                              head_dim);
+                              value_dim);
           if (needs_dkey)
             add_weighted_rows(dkey_sums, dscores, count, queries + first * p.query.row_stride, p.query.row_stride,
                               head_dim);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) dkey_dvalue_ker
     });
     if (needs_dkey)
       store_row(dkey_sums, static_cast<T>(p.scale), dkey, row_offset(dkey, outer, kv_head, column), head_dim);
-    if (needs_dvalue) store_row(dvalue_sums, T(1), dvalue, row_offset(dvalue, outer, kv_head, column), head_dim);
+    if (needs_dvalue) store_row(dvalue_sums, T(1), dvalue, row_offset(dvalue, outer, kv_head, column), value_dim);
   });
 }
 
@@ -194,8 +194,9 @@ void backward(const BackwardParams& b, const Context& context) {
     launch_rows(delta_kernel<T>, query_grid(p), 0, context, arguments);
   }
   if (b.needs(kDQuery))
-    launch_rows(dquery_kernel<T>, query_grid(p), (2 * p.head_dim + kWarpSize) * sizeof(T), context, arguments);
-  const size_t column_bytes = 2 * (p.head_dim + kWarpSize) * sizeof(T);
+    launch_rows(dquery_kernel<T>, query_grid(p), (p.head_dim + p.value_dim + kWarpSize) * sizeof(T), context,
+                arguments);
+  const size_t column_bytes = (p.head_dim + p.value_dim + 2 * kWarpSize) * sizeof(T);
   if (b.needs(kDKey) || b.needs(kDValue))
     launch_rows(dkey_dvalue_kernel<T>, column_grid(p, false), column_bytes, context, arguments);
   arguments.of_prefix = true;

@@ -23,7 +23,7 @@ struct ForwardRows {
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(const ForwardRows<T> arguments) {
   const AttentionParams& p = arguments.p;
-  const int head_dim = static_cast<int>(p.head_dim);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   T* query_row = warp_memory<T>(head_dim + kWarpSize);
   T* weights = query_row + head_dim;
 
@@ -55,13 +55,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(
         for (T& x : out) x *= rescale;
         const int64_t left = segment.end - first;
         add_weighted_rows(out, weights, left < kWarpSize ? static_cast<int>(left) : kWarpSize, value,
-                          row_offset(value, segment.outer, kv_head, first), head_dim);
+                          row_offset(value, segment.outer, kv_head, first), value_dim);
         __syncwarp();
       }
     });
 
     const T factor = sum > 0 ? arguments.factors.rescale / sum : T(0);
-    store_row(out, factor, p.out, row_offset(p.out, q.batch, q.head, q.index), head_dim);
+    store_row(out, factor, p.out, row_offset(p.out, q.batch, q.head, q.index), value_dim);
     if (lane() == 0) {
       const T lse = sum > 0 ? max + std::log(sum) : T(-INFINITY);
       static_cast<T*>(p.lse)[lse_index(p, q)] = lse;

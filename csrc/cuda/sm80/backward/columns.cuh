@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   constexpr bool kWantsDKey = Traits::kWantsDKey, kWantsDValue = Traits::kWantsDValue, kGeneral = Traits::kGeneral;
   const AttentionParams& p = params.b.forward;
   const int thread = threadIdx.x, lane = thread % kWarpSize;
-  const int head_dim = static_cast<int>(p.head_dim), q_len = static_cast<int>(p.q_len);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int q_len = static_cast<int>(p.q_len);
 
   const Shared shared{shared_memory()};
   shared.declare();
@@ -211,19 +212,19 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     // The block's keys and values arrive by way of the stages.
     Resident<T, kHeadDim, kTiles, Traits::kKeyInRegisters> key;
     Resident<T, kHeadDim, kTiles, Traits::kValueInRegisters> value;
-    const auto copy_columns = [&](const Operand& x, bool aligned, int stage) {
+    const auto copy_columns = [&](const Operand& x, bool aligned, int stage, int dim) {
       const HeadRows source(x, owner.index, owner.kv_head, aligned);
 #pragma unroll
       for (int part = 0; part < kBlockN / kBlockM; ++part) {
         copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, false>(shared.columns(stage, part), source,
-                                                                 owner.first + part * kBlockM, owner.length, head_dim);
+                                                                 owner.first + part * kBlockM, owner.length, dim);
       }
     };
     copy_columns(owner.is_prefix ? p.prefix_key : p.key,
-                 owner.is_prefix ? params.aligned.prefix_key : params.aligned.key, 0);
+                 owner.is_prefix ? params.aligned.prefix_key : params.aligned.key, 0, head_dim);
     if constexpr (kWantsDKey) {
       copy_columns(owner.is_prefix ? p.prefix_value : p.value,
-                   owner.is_prefix ? params.aligned.prefix_value : params.aligned.value, 1);
+                   owner.is_prefix ? params.aligned.prefix_value : params.aligned.value, 1, value_dim);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -244,10 +245,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
           shared.tile(stage, 0), HeadRows(p.query, b, h, params.aligned.query), first, q_len, head_dim);
       copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
-          shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.aligned.dout), first, q_len, head_dim);
+          shared.tile(stage, 1), HeadRows(params.b.dout, b, h, params.aligned.dout), first, q_len, value_dim);
       if constexpr (Traits::kFusesDelta) {
         copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
-            shared.tile(stage, 2), HeadRows(p.out, b, h, params.aligned.out), first, q_len, head_dim);
+            shared.tile(stage, 2), HeadRows(p.out, b, h, params.aligned.out), first, q_len, value_dim);
       }
       ptx::cp_async_commit();
       if (thread < kBlockM && first + thread < q_len) {
@@ -394,7 +395,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
 
   const WarpLayout warps = layout();
   const int warp_column = owner.first + warps.resident * Traits::kWarpN;
-  const auto finish = [&](auto& sums, Gradient gradient, float* partial, float factor) {
+  const auto finish = [&](auto& sums, Gradient gradient, int dim, float* partial, float factor) {
     if (warps.parts > 1) {
       shared_buffer(shared.memory, kPartsBytes<kHeadDim, kTiles>);
       add_parts<kHeadDim, kTiles>(sums, warps, reinterpret_cast<float*>(shared.memory), lane);
@@ -408,17 +409,18 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
     } else {
       const Operand& x = params.b.gradients[gradient];
       T* head = static_cast<T*>(x.data) + owner.index * x.batch_stride + owner.kv_head * x.head_stride;
-      store_sums<T, kHeadDim>(head, x.row_stride, params.aligned_pairs[gradient], warp_column, owner.rows, head_dim,
-                              factor, sums, lane);
+      store_sums<T, kHeadDim>(head, x.row_stride, params.aligned_pairs[gradient], warp_column, owner.rows, dim, factor,
+                              sums, lane);
     }
   };
   if constexpr (kWantsDValue) {
     // The sum holds the kept P without dropout's factor, which is applied here.
     if (adds_dvalue())
-      finish(dvalue, owner.is_prefix ? kDPrefixValue : kDValue, params.partial_dvalue, params.scalars.rescale);
+      finish(dvalue, owner.is_prefix ? kDPrefixValue : kDValue, value_dim, params.partial_dvalue,
+             params.scalars.rescale);
   }
   if constexpr (kWantsDKey)
-    finish(dkey, owner.is_prefix ? kDPrefixKey : kDKey, params.partial_dkey, params.scalars.scale);
+    finish(dkey, owner.is_prefix ? kDPrefixKey : kDKey, head_dim, params.partial_dkey, params.scalars.scale);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

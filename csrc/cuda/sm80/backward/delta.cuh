@@ -8,14 +8,14 @@
 namespace prefix_kernels::cuda::sm80 {
 
 struct DeltaParams {
-  Operand out;        // [batch, q_heads, q_len, head_dim]
+  Operand out;        // [batch, q_heads, q_len, value_dim]
   Operand dout;       // like out
   const float* dlse;  // [batch, q_heads, q_len] contiguous; null: zero
   float* delta;       // like dlse
   int64_t rows;       // batch * q_heads * q_len
   int64_t q_heads;
   int64_t q_len;
-  int head_dim;
+  int value_dim;
   bool aligned_chunks;  // has_aligned_chunks of both out and dout
 };
 
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kDeltaThreads) row_delta(const DeltaParams par
   const int lane = threadIdx.x % kLanes, column = lane * kChunk;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kDeltaRows<kHeadDim> + threadIdx.x / kLanes;
   float sum = 0.0f;
-  if (row < params.rows && column < params.head_dim) {
+  if (row < params.rows && column < params.value_dim) {
     const int64_t i = row % params.q_len, bh = row / params.q_len;
     const int64_t b = bh / params.q_heads, h = bh % params.q_heads;
     const auto at = [&](const Operand& x) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kDeltaThreads) row_delta(const DeltaParams par
     if (params.aligned_chunks) {
       sum = chunk_product(out + column, dout + column);
     } else {
-      const int end = min(column + kChunk, params.head_dim);
+      const int end = min(column + kChunk, params.value_dim);
       for (int c = column; c < end; ++c) sum += to_float(out[c]) * to_float(dout[c]);
     }
   }

@@ -51,6 +51,11 @@ class Backward {
            p_.prefix_len <= ColumnsTraits<T, kHeadDim, true, true, false, true>::kBlockN;
   }
 
+  // The head dim of a gradient.
+  int64_t head_dim_of(int gradient) const {
+    return gradient == kDValue || gradient == kDPrefixValue ? p_.value_dim : p_.head_dim;
+  }
+
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   void launch_delta() {
@@ -63,8 +68,8 @@ class Backward {
     params.rows = p_.batch * p_.q_heads * p_.q_len;
     params.q_heads = p_.q_heads;
     params.q_len = p_.q_len;
-    params.head_dim = static_cast<int>(p_.head_dim);
-    params.aligned_chunks = has_aligned_chunks(p_.out, p_.head_dim) && has_aligned_chunks(b_.dout, p_.head_dim);
+    params.value_dim = static_cast<int>(p_.value_dim);
+    params.aligned_chunks = has_aligned_chunks(p_.out, p_.value_dim) && has_aligned_chunks(b_.dout, p_.value_dim);
     launch(row_delta<T, kHeadDim>, grid_of(ceil_div(params.rows, kDeltaRows<kHeadDim>)), dim3(kDeltaThreads), 0,
            context_.stream, params);
   }
@@ -127,7 +132,8 @@ class Backward {
     params.delta = delta_;
     params.scalars = ScoreScalars::of(p_);
     params.aligned = AlignedChunks::of(b_);
-    for (int i = 0; i < kNumGradients; ++i) params.aligned_pairs[i] = has_aligned_pairs(b_.gradients[i], p_.head_dim);
+    for (int i = 0; i < kNumGradients; ++i)
+      params.aligned_pairs[i] = has_aligned_pairs(b_.gradients[i], head_dim_of(i));
     params.prefix_tiles = static_cast<int>(ceil_div(p_.prefix_len, Traits::kBlockN));
     params.splits = static_cast<int>(splits_);
     params.prefix_blocks = of_prefixes ? p_.num_prefixes * p_.kv_heads * params.prefix_tiles * splits_ : 0;
@@ -147,8 +153,8 @@ class Backward {
     params.kv_heads = static_cast<int>(p_.kv_heads);
     params.splits = static_cast<int>(splits_);
     params.prefix_len = static_cast<int>(p_.prefix_len);
-    params.head_dim = static_cast<int>(p_.head_dim);
-    params.aligned_pairs = has_aligned_pairs(params.gradient, p_.head_dim);
+    params.head_dim = static_cast<int>(head_dim_of(gradient));
+    params.aligned_pairs = has_aligned_pairs(params.gradient, params.head_dim);
     launch(reduce_partial<kHeadDim>, grid_of(ceil_div(params.pairs, kReduceThreads)), dim3(kReduceThreads), 0,
            context_.stream, params);
   }

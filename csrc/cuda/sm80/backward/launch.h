@@ -6,8 +6,8 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim. At least one batch row and one query. Writes every
-// element of the gradients whose data is not null.
+// kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim and p.value_dim. At least one batch row and one query.
+// Writes every element of the gradients whose data is not null.
 template <DType kDType, int kHeadDim>
 void backward(const BackwardParams& b, const Context& context);
 

@@ -11,9 +11,10 @@ struct AlignedChunks {
 
   static AlignedChunks of(const BackwardParams& b) {
     const AttentionParams& p = b.forward;
-    const auto aligned = [&](const Operand& x) { return has_aligned_chunks(x, p.head_dim); };
-    return {aligned(p.query), aligned(p.out),        aligned(b.dout),        aligned(p.key),
-            aligned(p.value), aligned(p.prefix_key), aligned(p.prefix_value)};
+    const auto keys = [&](const Operand& x) { return has_aligned_chunks(x, p.head_dim); };
+    const auto values = [&](const Operand& x) { return has_aligned_chunks(x, p.value_dim); };
+    return {keys(p.query),   values(p.out),      values(b.dout),        keys(p.key),
+            values(p.value), keys(p.prefix_key), values(p.prefix_value)};
   }
 };
 

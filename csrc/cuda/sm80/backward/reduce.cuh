@@ -8,12 +8,12 @@ namespace prefix_kernels::cuda::sm80 {
 
 struct ReduceParams {
   const float* partial;  // [num_prefixes, kv_heads, splits, prefix_len, kHeadDim]
-  Operand gradient;      // [num_prefixes, kv_heads, prefix_len, head_dim]
+  Operand gradient;      // [num_prefixes, kv_heads, prefix_len, head_dim]; of dprefix_value value_dim
   int64_t pairs;         // num_prefixes * kv_heads * prefix_len * kHeadDim / 2
   int kv_heads;
   int splits;
   int prefix_len;
-  int head_dim;
+  int head_dim;  // that of the gradient
   bool aligned_pairs;
 };
 

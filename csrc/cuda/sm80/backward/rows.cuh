@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
   constexpr int kTiles = Tile::kTiles, kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN;
   const AttentionParams& p = params.b.forward;
   const int thread = threadIdx.x, lane = thread % kWarpSize;
-  const int head_dim = static_cast<int>(p.head_dim), q_len = static_cast<int>(p.q_len);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int q_len = static_cast<int>(p.q_len);
 
   const Shared shared{shared_memory()};
   shared.declare();
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
           owner.first + part * kBlockN, q_len, head_dim);
       copy_rows<T, kHeadDim, kBlockN, kBackwardThreads, true>(
           shared.rows(1, part), HeadRows(params.b.dout, owner.batch, owner.head, params.aligned.dout),
-          owner.first + part * kBlockN, q_len, head_dim);
+          owner.first + part * kBlockN, q_len, value_dim);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -175,14 +176,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
 
     const auto fetch = [&](int first_cell, int stage) {
       const auto load = [&](const Operand& sequence, bool aligned_sequence, const Operand& prefix, bool aligned_prefix,
-                            int which) {
+                            int which, int columns) {
         const int kv_head = owner.head / static_cast<int>(p.q_heads / p.kv_heads);
         TileLoader<T, kHeadDim, kBackwardThreads>(sequence, aligned_sequence, prefix, aligned_prefix, owner.batch,
                                                   kv_head, thread)
-            .template load<Tile::kCells>(shared.tile(stage, which), p, cells, first_cell);
+            .template load<Tile::kCells>(shared.tile(stage, which), p, cells, first_cell, columns);
       };
-      load(p.key, params.aligned.key, p.prefix_key, params.aligned.prefix_key, 0);
-      load(p.value, params.aligned.value, p.prefix_value, params.aligned.prefix_value, 1);
+      load(p.key, params.aligned.key, p.prefix_key, params.aligned.prefix_key, 0, head_dim);
+      load(p.value, params.aligned.value, p.prefix_value, params.aligned.prefix_value, 1, value_dim);
       ptx::cp_async_commit();
     };
 

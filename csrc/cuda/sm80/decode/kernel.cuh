@@ -119,23 +119,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const auto load = [&](int i) {
     const int first = first_column(warp, i);
     if (first < part_end) {
-      const auto copy_cell = [&](T* cell, const Operand& x, bool aligned_chunks) {
+      const auto copy_cell = [&](T* cell, const Operand& x, bool aligned_chunks, int columns) {
         const HeadRows source(x, owner, kv_head, aligned_chunks);
         if (aligned_chunks && !goes_async<T>(source.dtype, true)) {
-          convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first, part_end, lane, head_dim);
+          convert_rows<T, kHeadDim, kCell, kWarpSize>(cell, source, first, part_end, lane, columns);
           return;
         }
 #pragma unroll 1
         for (int row = lane / kLanes; row < kCell; row += kWarpSize / kLanes) {
           const bool valid = first + row < part_end;
           copy_row<T, kHeadDim>(cell, row, source.row(first + (valid ? row : 0)), source.dtype, aligned_chunks,
-                                lane % kLanes, head_dim, valid);
+                                lane % kLanes, columns, valid);
         }
       };
       copy_cell(stage(warp, i), is_prefix ? p.prefix_key : p.key,
-                is_prefix ? params.aligned_prefix_key : params.aligned_key);
+                is_prefix ? params.aligned_prefix_key : params.aligned_key, head_dim);
       copy_cell(stage(warp, i) + kValues, is_prefix ? p.prefix_value : p.value,
-                is_prefix ? params.aligned_prefix_value : params.aligned_value);
+                is_prefix ? params.aligned_prefix_value : params.aligned_value, static_cast<int>(p.value_dim));
     }
     ptx::cp_async_commit();
   };

@@ -20,9 +20,9 @@ void launch_decode(const AttentionParams& p, const Context& context) {
   params.dropout_rescale = static_cast<float>(dropout_rescale(p.dropout_threshold));
   params.aligned_query = has_aligned_chunks(p.query, p.head_dim);
   params.aligned_key = has_aligned_chunks(p.key, p.head_dim);
-  params.aligned_value = has_aligned_chunks(p.value, p.head_dim);
+  params.aligned_value = has_aligned_chunks(p.value, p.value_dim);
   params.aligned_prefix_key = has_aligned_chunks(p.prefix_key, p.head_dim);
-  params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.head_dim);
+  params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.value_dim);
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
   params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
 

@@ -8,7 +8,8 @@
 namespace prefix_kernels::cuda::sm80 {
 
 // Attention of few queries (at most kMaxDecodeQueries) over many keys, which are split over blocks. A prefix that rows
-// of the batch share is read once for many of them. kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim.
+// of the batch share is read once for many of them. kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim and
+// p.value_dim.
 template <DType kDType, int kHeadDim>
 void decode(const AttentionParams& p, const Context& context);
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const DecodeParams params) {
 
   T* const out =
       static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride + query * p.out.row_stride;
-  for (int column = lane; column < p.head_dim; column += kWarpSize) {
+  for (int column = lane; column < p.value_dim; column += kWarpSize) {
     float total = 0.0f;
     for (int part = 0; part < params.parts; ++part) {
       if (!exists(part)) continue;

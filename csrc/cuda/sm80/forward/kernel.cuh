@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   constexpr int kBlocksOfHead = kHeadDim / kCell;
   const AttentionParams& p = params.attention;
   const int thread = threadIdx.x % Traits::kThreads, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int head_dim = static_cast<int>(p.head_dim);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
 
   // Blocks that share keys follow one another; of a causal head, those with the most columns come first.
   const int packs = static_cast<int>(p.q_heads) / params.pack;
@@ -79,12 +79,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   const auto load_keys = [&](int j) {
     const Loader loader(p.key, params.aligned_key, p.prefix_key, params.aligned_prefix_key, rows.batch, rows.kv_head,
                         pin_to_register(thread));
-    loader.template load<kCells>(key_tile(j), p, cells, j * kCells);
+    loader.template load<kCells>(key_tile(j), p, cells, j * kCells, head_dim);
   };
   const auto load_values = [&](int j) {
     const Loader loader(p.value, params.aligned_value, p.prefix_value, params.aligned_prefix_value, rows.batch,
                         rows.kv_head, pin_to_register(thread));
-    loader.template load<kCells>(value_tile(j), p, cells, j * kCells);
+    loader.template load<kCells>(value_tile(j), p, cells, j * kCells, value_dim);
   };
   const int tiles = (cells.count + kCells - 1) / kCells;
 
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     T* const out_row = reinterpret_cast<T*>(const_cast<char*>(out_rows.row(query_number)));
 #pragma unroll
     for (int chunk = lane % kLanes; chunk < kHeadDim / kChunk; chunk += kLanes) {
-      store_chunk(out_row, query_tile + SharedTile<kHeadDim>::offset(row, chunk), chunk * kChunk, head_dim,
+      store_chunk(out_row, query_tile + SharedTile<kHeadDim>::offset(row, chunk), chunk * kChunk, value_dim,
                   params.aligned_out);
     }
   }

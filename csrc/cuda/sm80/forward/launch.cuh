@@ -47,10 +47,10 @@ void forward(const AttentionParams& p, const Context& context) {
   params.softcap = static_cast<float>(p.softcap);
   params.aligned_query = has_aligned_chunks(p.query, p.head_dim);
   params.aligned_key = has_aligned_chunks(p.key, p.head_dim);
-  params.aligned_value = has_aligned_chunks(p.value, p.head_dim);
+  params.aligned_value = has_aligned_chunks(p.value, p.value_dim);
   params.aligned_prefix_key = has_aligned_chunks(p.prefix_key, p.head_dim);
-  params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.head_dim);
-  params.aligned_out = has_aligned_chunks(p.out, p.head_dim);
+  params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.value_dim);
+  params.aligned_out = has_aligned_chunks(p.out, p.value_dim);
 
   const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
   if (general) {

@@ -6,7 +6,7 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim. At least one batch row and one query.
+// kHeadDim: 32, 64, 96, 128, 192 or 256, at least p.head_dim and p.value_dim. At least one batch row and one query.
 template <DType kDType, int kHeadDim>
 void forward(const AttentionParams& p, const Context& context);
 
