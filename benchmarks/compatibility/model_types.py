@@ -49,7 +49,7 @@ _SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
     # Latent attention.
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
     # Layers without attention.
     **{"mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_d_state": 8},
     **{"ssm_state_size": 8, "n_groups": 1, "mamba_n_groups": 1, "hidden_size_per_layer_input": 8},
@@ -84,7 +84,6 @@ _SETTINGS_OF_TYPE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _EVERY_HEAD | _MIXED_LAYERS,
-    "mimo_v2_flash": {"v_head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "xmod": {"default_language": "en_XX"},

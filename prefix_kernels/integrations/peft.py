@@ -234,6 +234,11 @@ class _Adapters:
         config = _settings_of(peft_model, name)
         heads, width = config.num_attention_heads, config.token_dim
         for site in self.layout.sites:
+            if site.value_head_dim != site.head_dim:
+                raise ValueError(
+                    f"adapter {name!r}: expected values of head dim {site.head_dim}, as the keys, because PEFT has one "
+                    f"for both, got {site.value_head_dim} in {site.role} layer {site.depth}"
+                )
             if (site.num_kv_heads, site.num_kv_heads * site.head_dim) != (heads, width):
                 raise ValueError(
                     f"adapter {name!r}: expected num_attention_heads={site.num_kv_heads} and "

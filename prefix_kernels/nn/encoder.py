@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -22,6 +23,8 @@ class PrefixEncoder(nn.Module):
 
         T = Linear_2(tanh(Linear_1(embedding)))       embedding [P, E], Linear_1 E -> M, Linear_2 M -> 2 L H D
 
+    Where values have a head dim ``Dv`` of their own, ``T`` is ``[P, L, H, D + Dv]``: keys and values side by side.
+
     Once training ends, :meth:`fold` replaces what generates the table by the table.
 
     With ``num_frozen_tokens`` the first rows of ``T`` are a buffer, out of reach of gradients and optimizers, and the
@@ -33,6 +36,7 @@ class PrefixEncoder(nn.Module):
         num_layers: ``L``.
         num_heads: ``H``, the number of key/value heads (fewer than the query's with grouped-query attention).
         head_dim: ``D``.
+        value_head_dim: ``Dv``. Default: ``D``.
         projection: generate the table by the network above.
         embedding_dim: ``E``, with ``projection`` only. Default: ``num_heads * head_dim``.
         hidden_size: ``M``, with ``projection`` only. Default: 512.
@@ -64,6 +68,7 @@ class PrefixEncoder(nn.Module):
         num_heads: int,
         head_dim: int,
         *,
+        value_head_dim: int | None = None,
         projection: bool = False,
         embedding_dim: int | None = None,
         hidden_size: int | None = None,
@@ -79,6 +84,7 @@ class PrefixEncoder(nn.Module):
             "num_layers": num_layers,
             "num_heads": num_heads,
             "head_dim": head_dim,
+            "value_head_dim": head_dim if value_head_dim is None else value_head_dim,
         }
         for name, size in {"embedding_dim": embedding_dim, "hidden_size": hidden_size}.items():
             if size is not None and not projection:
@@ -103,6 +109,7 @@ class PrefixEncoder(nn.Module):
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.value_head_dim = head_dim if value_head_dim is None else value_head_dim
         self.dropout = dropout
         self.init_std = init_std
         frozen = (
@@ -116,7 +123,7 @@ class PrefixEncoder(nn.Module):
             self.transform = nn.Sequential(
                 nn.Linear(embedding_dim, hidden_size, device=device, dtype=dtype),
                 nn.Tanh(),
-                nn.Linear(hidden_size, 2 * num_layers * num_heads * head_dim, device=device, dtype=dtype),
+                nn.Linear(hidden_size, math.prod(self._row_shape), device=device, dtype=dtype),
             )
             self.register_parameter("table", None)
         else:
@@ -126,7 +133,9 @@ class PrefixEncoder(nn.Module):
 
     @property
     def _row_shape(self) -> tuple[int, int, int]:
-        return 2 * self.num_layers, self.num_heads, self.head_dim
+        if self.value_head_dim == self.head_dim:
+            return 2 * self.num_layers, self.num_heads, self.head_dim
+        return self.num_layers, self.num_heads, self.head_dim + self.value_head_dim
 
     @property
     def projection(self) -> bool:
@@ -156,9 +165,9 @@ class PrefixEncoder(nn.Module):
             raise ValueError(f"init_std: expected one number or one per layer ({self.num_layers}), got {len(stds)}")
         if not self.projection:
             for table in tables:
-                table *= table.new_tensor(stds).repeat_interleave(2)[:, None, None]
+                table *= table.new_tensor(stds).repeat_interleave(table.shape[1] // self.num_layers)[:, None, None]
             return
-        generated: Tensor = self._generate().unflatten(1, (self.num_layers, 2))
+        generated: Tensor = self._generate().unflatten(1, (self.num_layers, -1))
         factors = generated.new_tensor(stds) / generated.square().mean(dim=(0, 2, 3, 4)).sqrt()
         last = self._linears[1]
         scales = factors.repeat_interleave(last.out_features // self.num_layers)
@@ -170,7 +179,7 @@ class PrefixEncoder(nn.Module):
         return rows.view(self.num_prefix_tokens, *self._row_shape)
 
     def full_table(self) -> Tensor:
-        """``T [P, 2 L, H, D]``, differentiable with respect to what is trained; no copy where that is all of it."""
+        """``T``, differentiable with respect to what is trained; no copy where that is all of it."""
         if self.table is None:
             return self._generate()
         return self.table if self.frozen_table is None else torch.cat([self.frozen_table, self.table])
@@ -179,8 +188,8 @@ class PrefixEncoder(nn.Module):
         """The prefixes of this step.
 
         Returns:
-            ``(prefix_key, prefix_value)`` of each layer: ``[H, P, D]`` with ``stride(-1) == 1``, views of one tensor
-            (copies where this module is a unit of FSDP2).
+            ``(prefix_key, prefix_value)`` of each layer: ``[H, P, D]`` (the value: ``Dv``) with ``stride(-1) == 1``,
+            views of one tensor (copies where this module is a unit of FSDP2).
         """
         table = F.dropout(self.full_table(), self.dropout, self.training)
         # unbind, not 2 L slices: its backward writes the table's gradient once.
@@ -188,7 +197,17 @@ class PrefixEncoder(nn.Module):
         if fsdp.is_unit(self):
             # The table's memory is given back as soon as this returns.
             prefixes = [prefix.clone() for prefix in prefixes]
+        if self.value_head_dim != self.head_dim:
+            sizes = (self.head_dim, self.value_head_dim)
+            return [(key, value) for key, value in (prefix.split(sizes, dim=-1) for prefix in prefixes)]
         return list(zip(prefixes[0::2], prefixes[1::2], strict=True))
+
+    def packed(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The table ``T`` of ``(prefix_key, prefix_value)`` of each layer, ``[H, P, D]`` and ``[H, P, Dv]``."""
+        rows = [(key.transpose(0, 1), value.transpose(0, 1)) for key, value in pairs]
+        if self.value_head_dim != self.head_dim:
+            return torch.stack([torch.cat(row, dim=-1) for row in rows], dim=1)
+        return torch.stack([x for row in rows for x in row], dim=1)
 
     def fold(self) -> PrefixEncoder:
         """Replace, in place, the embedding and its network by the table that they generate.
@@ -244,6 +263,6 @@ class PrefixEncoder(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_prefix_tokens={self.num_prefix_tokens}, num_layers={self.num_layers}, num_heads={self.num_heads}, "
-            f"head_dim={self.head_dim}, projection={self.projection}, num_frozen_tokens={self.num_frozen_tokens}, "
-            f"dropout={self.dropout}"
+            f"head_dim={self.head_dim}, value_head_dim={self.value_head_dim}, projection={self.projection}, "
+            f"num_frozen_tokens={self.num_frozen_tokens}, dropout={self.dropout}"
         )

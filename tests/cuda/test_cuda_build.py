@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ sys.path.append(str(CHECKOUT))
 
 from build_tools.environment import CudaToolkit, find_compiler, find_cuda_toolkit, parallel_jobs  # noqa: E402
 from build_tools.extension import CUDA_FLAGS, Unit  # noqa: E402
+from build_tools.sass.kernels import Kernel, kernel_constants  # noqa: E402
 from build_tools.sass.tools import find_cuobjdump  # noqa: E402
+from build_tools.sass_report import Row, read_table, report_object, report_sources  # noqa: E402
 from build_tools.sources import CUDA_SOURCES  # noqa: E402
 
 FIGURES = Path(__file__).with_name("sass_instructions.json")
@@ -116,9 +119,16 @@ def toolkit() -> CudaToolkit:
     return found
 
 
+@pytest.fixture(scope="module")
+def constants(toolkit: CudaToolkit) -> dict[tuple[str, ...], Kernel]:
+    return kernel_constants(toolkit)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda source: Path(source).stem)
-def test_kernels_do_not_spill_and_have_the_instructions_that_were_counted(toolkit, source, tmp_path, monkeypatch):
+def test_kernels_do_not_spill_and_have_the_instructions_that_were_counted(
+    toolkit, constants, source, tmp_path, monkeypatch
+):
     monkeypatch.chdir(CHECKOUT)  # what a build notes down is relative to it
     if (built := find_built(toolkit, source, Path("build"))) is not None:
         target, report = built.object, built.report.read_text()
@@ -130,13 +140,38 @@ def test_kernels_do_not_spill_and_have_the_instructions_that_were_counted(toolki
 
     figures = json.loads(FIGURES.read_text())
     expected, got = figures["counts"][source], count_instructions(find_cuobjdump(toolkit), target)
-    if toolkit.version != figures["nvcc"]:
+    same_compiler = toolkit.version == figures["nvcc"]
+    if not same_compiler:
         # Another compiler unrolls differently, but leaves no kind of instruction out.
         expected, got = (
             {name: {key: n > 0 for key, n in counts.items()} for name, counts in each.items()}
             for each in (expected, got)
         )
     assert got == expected
+    if source in report_sources():
+        compare_with_table(report_object(find_cuobjdump(toolkit), target, constants, ("8.0", "9.0")), same_compiler)
+
+
+def compare_with_table(rows: list[Row], same_compiler: bool) -> None:
+    """Compare what was counted in one object with the committed table of ``build_tools/sass_report.py``."""
+    table = {tuple(list(line.values())[:6]): tuple(line.values()) for line in read_table()}
+    assert rows
+    for row in rows:
+        line = tuple(str(value) for value in vars(row).values())
+        # Another compiler may leave a path out that differs in nothing, but no kernel.
+        assert line[:6] in table or not same_compiler, line
+        assert not same_compiler or table[line[:6]] == line
+
+
+def test_a_change_of_a_count_in_the_table_is_seen() -> None:
+    """The comparison must be able to fail."""
+    ours = next(line for line in read_table() if line["source"] == "ours")
+    types = {name: field.type for name, field in Row.__dataclass_fields__.items()}
+    row = Row(**{name: int(value) if types[name] == "int" else value for name, value in ours.items()})
+    compare_with_table([row], True)
+    with pytest.raises(AssertionError):
+        compare_with_table([replace(row, instructions=row.instructions + 1)], True)
+    compare_with_table([replace(row, instructions=row.instructions + 1)], False)
 
 
 def test_a_spill_is_seen(toolkit, tmp_path):

@@ -92,3 +92,23 @@ def test_a_called_function_is_counted_by_its_best_path():
 )
 def test_blocks_per_multiprocessor(architecture, registers, shared_bytes, expected):
     assert sass_report.blocks_per_sm(architecture, 128, registers, shared_bytes) == expected
+
+
+def test_the_table_has_every_kernel_beside_flash_attention_2():
+    table = sass_report.read_table()
+    ours = {(row["kernel"], row["head_dim"], row["architecture"]) for row in table if row["source"] == "ours"}
+    kernels = ("forward", "decode", "backward columns", "backward rows")
+    head_dims = {row[1] for row in ours}
+    assert head_dims == {"32", "64", "96", "128", "192", "256"}
+    assert ours == {(k, d, a) for k in kernels for d in head_dims for a in sass_report.ARCHITECTURES}
+    theirs = {(row["kernel"], row["path"]) for row in table if row["source"] == "FlashAttention-2"}
+    assert theirs == {(kernel, path) for kernel in ("forward", "backward") for path in ("plain", "dropout")}
+
+
+def test_general_kernels_have_rows_for_their_options():
+    table = [
+        row for row in sass_report.read_table() if row["source"] == "ours" and row["variant"].startswith("general")
+    ]
+    paths = {(row["kernel"], row["path"]) for row in table}
+    for kernel in ("forward", "backward columns", "backward rows"):
+        assert {(kernel, path) for path in ("plain", "mask", "dropout")} <= paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.compatibility.model_types import tiny_model
-from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, remove_prefix
+from prefix_kernels.integrations.transformers import (
+    PrefixTuningConfig,
+    get_named_prefix,
+    get_prefix_model,
+    initialize_from_text,
+    load_named_prefix,
+    load_prefix_model,
+    remove_prefix,
+    save_prefix_model,
+    set_prefix,
+)
 from prefix_kernels.integrations.transformers.attention import call as attention_call
 from prefix_kernels.integrations.transformers.attention.interface import prefix_attention_forward
 from prefix_kernels.integrations.transformers.hooks import attach
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
+from prefix_kernels.integrations.transformers.storage.peft_checkpoint import save_peft_checkpoint
 
 
 class Attention(nn.Module):
@@ -134,3 +146,40 @@ def test_a_model_that_takes_no_positions_keeps_its_own_with_a_warning(monkeypatc
 def test_models_that_would_be_wrong_are_refused_with_the_reason(kind: str, model_type: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(tiny_model(kind, model_type))
+
+
+def latent_attention() -> PreTrainedModel:
+    """A model whose keys and values have different head dims."""
+    return tiny_model("causal", "deepseek_v3")
+
+
+def test_a_task_of_a_model_with_latent_attention_is_stored_and_loaded(tmp_path: Path) -> None:
+    base = latent_attention()
+    model = prepared(copy.deepcopy(base), prefix_projection=True).eval()
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    save_prefix_model(model, tmp_path / "task.safetensors")
+    loaded = load_prefix_model(copy.deepcopy(base), tmp_path / "task.safetensors").eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+    load_named_prefix(loaded, "other", tmp_path / "task.safetensors")
+    with torch.no_grad():
+        get_named_prefix(loaded, "other").table.mul_(2)
+        mixed = loaded(input_ids=ids, prefix_names=["other", "default"]).logits
+        torch.testing.assert_close(mixed[1], loaded(input_ids=ids).logits[1])
+        set_prefix(loaded, "other")
+        torch.testing.assert_close(mixed[0], loaded(input_ids=ids).logits[0])
+
+
+def test_latent_attention_begins_as_if_it_had_read_a_text() -> None:
+    base = latent_attention()
+    text = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = prepared(copy.deepcopy(base), position_offset="peft").eval()
+    initialize_from_text(model, text)
+    whole = base(input_ids=torch.cat([text.expand(2, -1), ids], dim=1)).logits[:, 4:]
+    torch.testing.assert_close(model(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_pefts_checkpoints_have_no_values_of_another_head_dim(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected values of head dim 16, as the keys, because PEFT has one for both"):
+        save_peft_checkpoint(prepared(latent_attention(), position_offset="peft"), tmp_path)

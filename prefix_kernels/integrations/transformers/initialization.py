@@ -216,16 +216,16 @@ def _write(model: PreTrainedModel, pair_of: Callable[[int, int], PrefixPair], ar
                 "model: expected a prefix that is a table, got one that a projection generates (prefix_projection=True)"
             )
         present = one.full_table()
-        columns = []
+        pairs = []
         for site in group.sites:
-            pair = [x.transpose(0, 1) for x in pair_of(site, group.num_virtual_tokens)]
+            pair = pair_of(site, group.num_virtual_tokens)
             if not all(x.is_meta or x.to(present.dtype).isfinite().all() for x in pair):
                 place = f"{layout.sites[site].role} {layout.sites[site].depth}"
                 raise ValueError(
                     f"{argument}: expected finite keys and values at every attention, got NaN or infinity at {place}"
                 )
-            columns += pair
-        table = divided_like(present, torch.stack(columns, dim=1))
+            pairs.append(pair)
+        table = divided_like(present, one.packed(pairs))
         if table.shape != present.shape:
             raise ValueError(f"{argument}: expected a prefix {list(present.shape)}, got {list(table.shape)}")
         states[one] = one.arranged_prefix_state({"table": table})

@@ -309,6 +309,11 @@ def _sites_of_peft(model: PreTrainedModel) -> list[AttentionSite]:
             f"knows, got {unknown[0]} attention"
         )
     sites = [site for site in sites if site.role == role]
+    if uneven := next((site for site in sites if site.value_head_dim != site.head_dim), None):
+        raise ValueError(
+            f"{type(model).__name__}: expected values of head dim {uneven.head_dim}, as the keys, because PEFT has one "
+            f"for both, got {uneven.value_head_dim}"
+        )
     shapes = {(site.num_kv_heads, site.head_dim) for site in sites}
     if len(shapes) > 1:
         raise ValueError(f"{type(model).__name__}: expected key/value heads of one shape, got {sorted(shapes)}")

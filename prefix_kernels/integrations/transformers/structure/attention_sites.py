@@ -33,6 +33,7 @@ class AttentionSite:
         depth: which of the attentions of its role it is, from 0 on.
         num_kv_heads: ``Hkv``.
         head_dim: ``D``.
+        value_head_dim: ``Dv``.
         call: which of the calls of ``layer`` in a forward pass it is, from 0 on.
         calls: how often ``stack`` calls ``layer`` in a forward pass: more than once where layers share weights.
     """
@@ -44,6 +45,7 @@ class AttentionSite:
     depth: int
     num_kv_heads: int
     head_dim: int
+    value_head_dim: int
     call: int = 0
     calls: int = 1
 
@@ -70,8 +72,8 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
         stack, role = backbone.get_submodule(stack_name), _role(model, stack_name, name)
         if role == SELF:
             _refuse_other_input(model, backbone, stack, name)
-        num_kv_heads, head_dim = key_shape(module, f"{type(model).__name__}: {name}")
-        sites.append(AttentionSite(module, layer, stack, role, 0, num_kv_heads, head_dim))
+        shape = key_shape(module, f"{type(model).__name__}: {name}")
+        sites.append(AttentionSite(module, layer, stack, role, 0, *shape))
     depths: Counter[str] = Counter()
     numbered = []
     for site in _in_order_of_calls(sites):

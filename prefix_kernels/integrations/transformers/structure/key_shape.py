@@ -9,26 +9,24 @@ from torch import nn
 from prefix_kernels.functional import MAX_HEAD_DIM
 
 
-def key_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """Read ``(Hkv, D)``, the number of key/value heads and their head dim, from an attention module.
+def key_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """Read ``(Hkv, D, Dv)``, the number of key/value heads and the head dims of both, from an attention module.
 
     Args:
         name: the module's name in error messages.
 
     Raises:
-        ValueError: the head dim is larger than the kernels take, values have another one than keys, or the module
-            chooses the keys of each query by itself.
+        ValueError: a head dim is larger than the kernels take, or the module chooses the keys of each query by itself.
     """
     if isinstance(getattr(module, "indexer", None), nn.Module):
         raise ValueError(f"{name}: expected attention to all visible keys, got one that chooses them by an indexer")
     head_dim = _head_dim(module)
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {head_dim}")
     num_kv_heads = _num_kv_heads(module, head_dim)
-    value_dim = _value_head_dim(module, head_dim, num_kv_heads)
-    if value_dim != head_dim:
-        raise ValueError(f"{name}: expected values of head dim {head_dim}, as the keys, got {value_dim}")
-    return num_kv_heads, head_dim
+    value_head_dim = _value_head_dim(module, head_dim, num_kv_heads)
+    for size in (head_dim, value_head_dim):
+        if size > MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {size}")
+    return num_kv_heads, head_dim, value_head_dim
 
 
 def module_config(module: nn.Module) -> Any:

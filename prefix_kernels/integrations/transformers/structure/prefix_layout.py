@@ -26,6 +26,7 @@ class PrefixGroup:
         num_virtual_tokens: ``P``.
         num_kv_heads: ``Hkv``.
         head_dim: ``D``.
+        value_head_dim: ``Dv``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class PrefixGroup:
     num_virtual_tokens: int
     num_kv_heads: int
     head_dim: int
+    value_head_dim: int
 
     def encoder_in(self, encoder: PrefixEncoder | nn.ModuleDict) -> PrefixEncoder:
         """The part of a model's prefix module that holds the table of this group."""
@@ -70,9 +72,11 @@ class PrefixLayout:
             if outside := [layer for layer in layers if layer >= len(sites)]:
                 raise ValueError(f"layers: expected numbers below {len(sites)} ({role} attention), got {outside[0]}")
             sites = [site for site in sites if site.depth in layers]
-        shapes: dict[tuple[int, int, int], list[int]] = {}
+        shapes: dict[tuple[int, int, int, int], list[int]] = {}
         for site, length in zip(sites, _lengths(role, len(sites), config), strict=True):
-            shapes.setdefault((length, site.num_kv_heads, site.head_dim), []).append(len(self.sites))
+            shapes.setdefault((length, site.num_kv_heads, site.head_dim, site.value_head_dim), []).append(
+                len(self.sites)
+            )
             self.sites.append(site)
         for number, (shape, indices) in enumerate(shapes.items()):
             self.groups.append(PrefixGroup(f"{role}_{number}" if number else role, indices, *shape))
@@ -120,6 +124,7 @@ def _make_encoder(group: PrefixGroup, config: PrefixTuningConfig, device: torch.
         len(group.sites),
         group.num_kv_heads,
         group.head_dim,
+        value_head_dim=group.value_head_dim,
         projection=projection,
         embedding_dim=width if projection else None,
         hidden_size=(config.encoder_hidden_size or width) if projection else None,
