@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 import emulated
 import torch
 from helpers import check
-from planted_bugs import MUTATIONS, Mutation
+from mutation import Mutation
+from planted_bugs import MUTATIONS
 from probes import PROBES, SMALL_GRIDS
 
 SEEDS = (1, 2)

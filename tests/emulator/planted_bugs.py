@@ -2,47 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-FORWARD = ("forward_float16_64",)
-DECODE = ("decode_float16_64",)
-BACKWARD = ("backward_float16_64",)
-PADDING = ("padding",)
-FLOAT32 = ("forward_float32", "backward_float32")
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """``old``, which occurs once in csrc/cuda/``file``, becomes ``new``; ``units`` are compiled and ``probes`` run."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    units: tuple[str, ...]
-    probes: tuple[str, ...]
-
-
-def _forward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
-    return Mutation(f"forward: {name}", file, old, new, FORWARD, probes or ("forward", "forward with every option"))
-
-
-def _decode(name: str, old: str, new: str, *probes: str, file: str = "sm80/decode/kernel.cuh") -> Mutation:
-    return Mutation(f"decode: {name}", file, old, new, DECODE, probes or ("decode",))
-
-
-def _backward(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
-    return Mutation(f"backward: {name}", file, old, new, BACKWARD, probes or ("backward", "backward of a few columns"))
-
-
-def _float32(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
-    return Mutation(f"float32: {name}", file, old, new, FLOAT32, probes or ("float32",))
-
-
-def _padding(name: str, old: str, new: str) -> Mutation:
-    probes = ("forward of padding", "decode of padding", "backward of padding")
-    return Mutation(f"padding: {name}", "padding.cu", old, new, PADDING, probes)
-
+from mutation import BACKWARD, DECODE, FORWARD, Mutation, backward, decode, float32, forward, padding
+from planted_value_dims import HEAD_DIMS
 
 FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
 KEY_BARRIER = (
@@ -51,96 +12,96 @@ KEY_BARRIER = (
 VALUE_BARRIER = "    ptx::cp_async_wait<1>();\n    __syncthreads();  // all have value tile j\n"
 
 BARRIERS = [
-    _forward("no barrier before keys are read", FORWARD_KERNEL, KEY_BARRIER, "    ptx::cp_async_wait<1>();\n"),
-    _forward("no barrier before values are read", FORWARD_KERNEL, VALUE_BARRIER, "    ptx::cp_async_wait<1>();\n"),
-    _forward(
+    forward("no barrier before keys are read", FORWARD_KERNEL, KEY_BARRIER, "    ptx::cp_async_wait<1>();\n"),
+    forward("no barrier before values are read", FORWARD_KERNEL, VALUE_BARRIER, "    ptx::cp_async_wait<1>();\n"),
+    forward(
         "no __syncwarp before the tile's cells are read",
         FORWARD_KERNEL,
         "      __syncwarp();\n      if (Traits::kGeneral && params.shared_mask)",
         "      if (Traits::kGeneral && params.shared_mask)",
     ),
-    _forward(
+    forward(
         "without tiles, no barrier before the queries' copies are written over",
         FORWARD_KERNEL,
         "  __syncthreads();  // without any tile, other threads' copies of queries may still be under way\n",
         "",
         "forward that sees nothing",
     ),
-    _forward(
+    forward(
         "a barrier that warps without rows do not reach",
         FORWARD_KERNEL,
         KEY_BARRIER,
         "    ptx::cp_async_wait<1>();\n    if (plan.view.sees_prefix) __syncthreads();\n",
     ),
-    _backward(
+    backward(
         "columns: no barrier before a stage is read",
         COLUMNS,
         "      ptx::cp_async_wait<0>();\n      __syncthreads();\n      const Tiles& next",
         "      ptx::cp_async_wait<0>();\n      const Tiles& next",
     ),
-    _backward(
+    backward(
         "rows: no barrier before a stage is read",
         ROWS,
         "      __syncthreads();\n      if (cell + Tile::kCells < cells.count)",
         "      if (cell + Tile::kCells < cells.count)",
     ),
-    _backward(
+    backward(
         "warps' sums are added before they are written",
         "sm80/backward/gemm.cuh",
         "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "    }\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "backward of a few columns",
     ),
-    _decode(
+    decode(
         "no __syncwarp before a cell is read",
         "      __syncwarp();\n",
         "      ;\n",
     ),
-    _decode(
+    decode(
         "no barrier before other warps' cells are read",
         "    else\n      __syncthreads();\n",
         "    else\n      __syncwarp();\n",
         "decode of a shared prefix",
     ),
-    _decode(
+    decode(
         "cells loaded over queries that are still read",
         "    __syncthreads();  // nobody reads the last stages any more\n",
         "",
     ),
-    _decode(
+    decode(
         "results written over cells that are still read", "  __syncthreads();  // nobody reads the ring any more\n", ""
     ),
-    _padding(
+    padding(
         "warps' spans are read before they are written",
         "  }\n  __syncthreads();\n  for (int warp",
         "  }\n  for (int warp",
     ),
-    _padding(
+    padding(
         "the sequence's spans over the prefixes' ones",
         "  __syncthreads();  // the memory's last readers are done\n",
         "",
     ),
-    _float32(
+    float32(
         "no __syncwarp before the weights are read",
         "simt/forward.cuh",
         "        __syncwarp();\n        for (T& x : out)",
         "        for (T& x : out)",
     ),
-    _float32(
+    float32(
         "the next query over one whose last columns are all hidden",
         "simt/forward.cuh",
         "a barrier behind.\n    __syncwarp();\n",
         "a barrier behind.\n",
         "float32 of several rows per warp",
     ),
-    _float32(
+    float32(
         "dquery: the next scores over those that are still read",
         "simt/backward.cuh",
         "        __syncwarp();  // the next step's scores replace these\n",
         "",
         "float32 of several rows per warp",
     ),
-    _float32(
+    float32(
         "dkey and dvalue: the next weights over those that are still read",
         "simt/backward.cuh",
         "          __syncwarp();  // the next step's weights replace these\n",
@@ -150,25 +111,23 @@ BARRIERS = [
 ]
 
 COPIES = [
-    _forward(
-        "a wait that leaves the keys on their way", FORWARD_KERNEL, KEY_BARRIER, KEY_BARRIER.replace("<1>", "<2>")
-    ),
-    _forward("no wait for the values", FORWARD_KERNEL, VALUE_BARRIER, VALUE_BARRIER.partition("\n")[2]),
-    _forward("the next keys into the buffer in use", FORWARD_KERNEL, "load_keys(j + 1);", "load_keys(j + 2);"),
-    _decode("the next cell into the stage in use", "load(i + kStages - 1);", "load(i + kStages);"),
-    _backward(
+    forward("a wait that leaves the keys on their way", FORWARD_KERNEL, KEY_BARRIER, KEY_BARRIER.replace("<1>", "<2>")),
+    forward("no wait for the values", FORWARD_KERNEL, VALUE_BARRIER, VALUE_BARRIER.partition("\n")[2]),
+    forward("the next keys into the buffer in use", FORWARD_KERNEL, "load_keys(j + 1);", "load_keys(j + 2);"),
+    decode("the next cell into the stage in use", "load(i + kStages - 1);", "load(i + kStages);"),
+    backward(
         "columns: the next stage into the one in use",
         COLUMNS,
         "if (more) fetch(next, 1 - stage);",
         "if (more) fetch(next, stage);",
     ),
-    _backward(
+    backward(
         "rows: no wait for a stage",
         ROWS,
         "      ptx::cp_async_wait<0>();\n      __syncthreads();\n      if (cell",
         "      __syncthreads();\n      if (cell",
     ),
-    _backward(
+    backward(
         "columns: the first stage over keys that are still read",
         COLUMNS,
         "    if constexpr (kWantsDKey) value.take(own_rows(1), lane);\n    __syncthreads();\n",
@@ -179,103 +138,103 @@ COPIES = [
 ]
 
 EDGES = [
-    _forward(
+    forward(
         "one column too many of a prefix",
         "common/kv_tiles.cuh",
         "max(0, min(kCell, prefixes.length(p, batch, slot) - column))",
         "max(0, min(kCell, prefixes.length(p, batch, slot) + 1 - column))",
     ),
-    _forward(
+    forward(
         "the sequence begins one cell late",
         "common/kv_tiles.cuh",
         "sequence_begin + (i - prefix_cells) * kCell;\n      return",
         "sequence_begin + (i + 1 - prefix_cells) * kCell;\n      return",
     ),
-    _forward("the diagonal one column to the right", "../visibility.h", "position + 1, 0,", "position + 2, 0,"),
-    _backward(
+    forward("the diagonal one column to the right", "../visibility.h", "position + 1, 0,", "position + 2, 0,"),
+    backward(
         "columns: the diagonal one column to the right",
         COLUMNS,
         "column >= info.end[row + query]",
         "column > info.end[row + query]",
     ),
-    _backward(
+    backward(
         "rows: the diagonal one column to the left",
         ROWS,
         "min(cell.count, info.end[row]",
         "min(cell.count, info.end[row] - 1",
     ),
-    _forward("rows beyond the last are written", FORWARD_KERNEL, "    if (row > rows.last) break;\n", ""),
-    _forward("rows beyond the last are read", FORWARD_KERNEL, "row <= rows.last;", "true;"),
-    _forward(
+    forward("rows beyond the last are written", FORWARD_KERNEL, "    if (row > rows.last) break;\n", ""),
+    forward("rows beyond the last are read", FORWARD_KERNEL, "row <= rows.last;", "true;"),
+    forward(
         "chunks beyond the head dim are read",
         "common/rows.cuh",
         "valid && (lane_of_row + chunk) * kChunk < head_dim",
         "valid",
         "forward of a head dim of 40",
     ),
-    _backward(
+    backward(
         "rows beyond the last are written",
         "sm80/backward/gradient_rows.cuh",
         "      if (row >= count) continue;\n",
         "",
     ),
-    _backward(
+    backward(
         "delta of rows beyond the last",
         "sm80/backward/delta.cuh",
         "  if (row < params.rows && lane == 0) params.delta",
         "  if (lane == 0) params.delta",
     ),
-    _padding(
+    padding(
         "the last column shown is taken for padding",
         "min(shown.begin, column), column + 1}",
         "min(shown.begin, column), column}",
     ),
-    _padding("columns of the prefix taken for the sequence's", "  row += mask.prefix_columns", "  row += 0"),
-    _forward(
+    padding("columns of the prefix taken for the sequence's", "  row += mask.prefix_columns", "  row += 0"),
+    forward(
         "a cell that padding leaves in part is not visited",
         "common/kv_tiles.cuh",
         "min((in_slot + more) / kCell",
         "min(in_slot / kCell",
         "forward of padding",
     ),
-    _decode(
+    decode(
         "padding: a prefix as the first of its rows sees it",
         "max(any.end, shown.end)}",
         "min(any.end, shown.end)}",
         "decode of padding",
         file="sm80/decode/entries.cuh",
     ),
-    _backward(
+    backward(
         "columns: a tile that padding leaves in part is not visited",
         "sm80/backward/query_tiles.cuh",
         "if (columns.end <= columns.begin)",
         "if (columns.end < owner.first + kBlockN)",
         "backward of padding",
     ),
-    _float32("one column too many", "simt/forward.cuh", "if (column < segment.end)", "if (column <= segment.end)"),
+    float32("one column too many", "simt/forward.cuh", "if (column < segment.end)", "if (column <= segment.end)"),
 ]
 
 MEMORY = [
-    _forward(
+    forward(
         "shared memory for one value buffer too few",
         "sm80/forward/params.cuh",
         "kPlanOffset = kValueOffset + 2 * kTileStride",
         "kPlanOffset = kValueOffset + 1 * kTileStride",
     ),
-    _forward(
+    forward(
         "a launch with too little shared memory",
         "sm80/forward/params.cuh",
         "kSharedBytes = kPlanOffset + kWarps * kPlanStride",
         "kSharedBytes = kPlanOffset + (kWarps - 1) * kPlanStride",
     ),
-    _forward(
+    forward(
         "16-byte copies of rows that are not aligned",
         "common/rows.cuh",
         "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
         "return strides != -1 ||",
         "forward of odd rows",
     ),
-    _forward(
+    forward(
         "16-byte loads of float32 rows that are aligned to 4 bytes",
         "common/rows.cuh",
         "return strides % (16 / dtype_bytes(x.dtype)) == 0 && head_dim % kChunk == 0 &&",
@@ -290,47 +249,47 @@ MEMORY = [
         DECODE,
         ("decode of a float32 prefix",),
     ),
-    _decode(
+    decode(
         "every block of an entry takes its first rows",
         "block % params.blocks_per_entry * kRows",
         "block % params.blocks_per_entry * 0",
         "decode of many heads",
     ),
-    _decode(
+    decode(
         "rows of every tile merged from the first tile's warps",
         "first_warp = number_of_row / kCell;",
         "first_warp = 0;",
         "decode of a shared prefix",
     ),
-    _decode(
+    decode(
         "tiles of rows that do not divide the warps",
         "tiles * kCell < row_count) tiles *= 2;",
         "tiles * kCell < row_count) tiles += 1;",
         "decode of a shared prefix",
     ),
-    _decode(
+    decode(
         "a warp takes the cells of one ring alone",
         "ring = cell_lane; ring < kWarps; ring += cell_lanes",
         "ring = cell_lane; ring < kWarps; ring += kWarps",
         "decode of a shared prefix",
     ),
-    _decode(
+    decode(
         "results of slots without a prefix",
         "      if (!exists(part)) continue;\n",
         "",
         file="sm80/decode/merge.cuh",
     ),
-    _decode(
+    decode(
         "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"
     ),
-    _backward(
+    backward(
         "two splits write one partial sum",
         COLUMNS,
         "* owner.splits + owner.split;",
         "* owner.splits;",
         "backward of many rows to one prefix",
     ),
-    _backward(
+    backward(
         "a row of the partial sums that nobody writes",
         "sm80/backward/gradient_rows.cuh",
         "if (row >= count) continue;",
@@ -340,19 +299,19 @@ MEMORY = [
 ]
 
 ARITHMETIC = [
-    _forward(
+    forward(
         "quarters of an operand swapped",
         "common/shared_tile.cuh",
         "a[1] = pack2<T>(left[2], left[3])",
         "a[1] = pack2<T>(right[0], right[1])",
     ),
-    _forward(
+    forward(
         "halves of two operands swapped",
         "common/shared_tile.cuh",
         "b_left[2] = {b[0], b[1]}",
         "b_left[2] = {b[0], b[2]}",
     ),
-    _forward(
+    forward(
         "the second chunk under way stored over the first",
         "common/rows.cuh",
         "Tile::offset(row(i), chunk(i))) = chunks[i]",
@@ -368,139 +327,53 @@ ARITHMETIC = [
         FORWARD + BACKWARD,
         ("forward of a float32 prefix", "backward of a float32 prefix"),
     ),
-    _decode(
+    decode(
         "a prefix's rows converted from the first of its part on",
         "source, first, part_end, lane",
         "source, part_begin, part_end, lane",
         "decode of a float32 prefix",
     ),
-    _backward(
+    backward(
         "the least float times log2(e)",
         "sm80/backward/scores.cuh",
         "exponent = (score - queries.reference[q]) * kLog2E;",
         "exponent = score * kLog2E - queries.reference[q] * kLog2E;",
         "backward of the least float",
     ),
-    _forward("an accumulator that starts as it is", FORWARD_KERNEL, "  set_all(out, 0.0f);\n", ""),
-    _backward("an accumulator that starts as it is", ROWS, "  clear(dquery);\n", ""),
-    _forward(
+    forward("an accumulator that starts as it is", FORWARD_KERNEL, "  set_all(out, 0.0f);\n", ""),
+    backward("an accumulator that starts as it is", ROWS, "  clear(dquery);\n", ""),
+    forward(
         "a shuffle that not all lanes reach",
         "common/softmax.cuh",
         "  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
         "  return x > 0 ? x : fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));",
     ),
-    _forward(
+    forward(
         "a row's sum over the wrong lanes",
         "common/softmax.cuh",
         "return x + __shfl_xor_sync(kAllLanes, x, 2);",
         "return x + __shfl_xor_sync(kAllLanes, x, 4);",
     ),
-    _forward(
+    forward(
         "the sum keeps its scale when the maximum grows",
         "common/softmax.cuh",
         "          sum_[m][half_row] *= shrink;\n",
         "",
     ),
-    _backward(
+    backward(
         "dropout of the neighbour's keys",
         "sm80/backward/scores.cuh",
         "e % 2 == odd",
         "e % 2 != odd",
         "backward with every option",
     ),
-    _backward("delta without dlse", "sm80/backward/delta.cuh", "params.dlse[row] : 0.0f", "0.0f : 0.0f"),
-    _backward(
+    backward("delta without dlse", "sm80/backward/delta.cuh", "params.dlse[row] : 0.0f", "0.0f : 0.0f"),
+    backward(
         "a split left out of the sum",
         "sm80/backward/reduce.cuh",
         "int split = 0;",
         "int split = 1;",
         "backward of many rows to one prefix",
-    ),
-]
-
-HEAD_DIMS = [
-    _forward(
-        "values copied by the keys' head dim",
-        FORWARD_KERNEL,
-        "value_tile(j), p, cells, j * kCells, value_dim)",
-        "value_tile(j), p, cells, j * kCells, head_dim)",
-        "forward of wide values",
-    ),
-    _forward(
-        "keys copied by the values' head dim",
-        FORWARD_KERNEL,
-        "key_tile(j), p, cells, j * kCells, head_dim)",
-        "key_tile(j), p, cells, j * kCells, value_dim)",
-        "forward of wide values",
-    ),
-    _forward(
-        "out stored by the queries' head dim",
-        FORWARD_KERNEL,
-        "chunk * kChunk, value_dim,",
-        "chunk * kChunk, head_dim,",
-        "forward of wide values",
-    ),
-    _decode(
-        "values copied by the keys' head dim",
-        "params.aligned_value, static_cast<int>(p.value_dim))",
-        "params.aligned_value, head_dim)",
-        "decode of wide values",
-    ),
-    _decode(
-        "out stored by the queries' head dim",
-        "column < p.value_dim;",
-        "column < p.head_dim;",
-        "decode of wide values",
-        file="sm80/decode/merge.cuh",
-    ),
-    _backward(
-        "rows: values copied by the keys' head dim",
-        ROWS,
-        "params.aligned.prefix_value, 1, value_dim)",
-        "params.aligned.prefix_value, 1, head_dim)",
-        "backward of wide values",
-    ),
-    _backward(
-        "columns: queries copied by dout's head dim",
-        COLUMNS,
-        "params.aligned.query), first, q_len, head_dim)",
-        "params.aligned.query), first, q_len, value_dim)",
-        "backward of wide values",
-    ),
-    _backward(
-        "columns: dvalue stored by the keys' head dim",
-        COLUMNS,
-        "kDPrefixValue : kDValue, value_dim,",
-        "kDPrefixValue : kDValue, head_dim,",
-        "backward of wide values",
-    ),
-    _backward(
-        "columns: dkey stored by the values' head dim",
-        COLUMNS,
-        "kDPrefixKey : kDKey, head_dim,",
-        "kDPrefixKey : kDKey, value_dim,",
-        "backward of wide values",
-    ),
-    _backward(
-        "delta over the queries' head dim",
-        "sm80/backward/launch.cuh",
-        "params.value_dim = static_cast<int>(p_.value_dim);",
-        "params.value_dim = static_cast<int>(p_.head_dim);",
-        "backward of wide values",
-    ),
-    _float32(
-        "out stored by the queries' head dim",
-        "simt/forward.cuh",
-        "q.head, q.index), value_dim);",
-        "q.head, q.index), head_dim);",
-        "float32 of wide values",
-    ),
-    _float32(
-        "no memory for the wider row",
-        "simt/backward.cuh",
-        "launch_rows(dquery_kernel<T>, query_grid(p), (p.head_dim + p.value_dim + kWarpSize)",
-        "launch_rows(dquery_kernel<T>, query_grid(p), (2 * p.head_dim + kWarpSize)",
-        "float32 of wide values",
     ),
 ]
 

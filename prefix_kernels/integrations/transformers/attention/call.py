@@ -34,7 +34,7 @@ class AttentionCall:
     Attributes:
         module: the attention module that calls; it says which prefix to use and whether it is causal.
         query: ``[B, Hq, Sq, D]``.
-        key, value: ``[B, Hkv, Sk, D]``, including what a cache holds, which is never the prefix.
+        key, value: ``[B, Hkv, Sk, D]`` and ``[B, Hkv, Sk, Dv]``, with what a cache holds, which is never the prefix.
         attention_mask: the result of :func:`prefix_mask`, or a mask of four dimensions given by the user.
         dropout: the probability with which attention weights are zeroed.
         scaling: the factor of the scores. Default: ``D ** -0.5``.

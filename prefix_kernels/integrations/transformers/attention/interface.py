@@ -40,10 +40,10 @@ def prefix_attention_forward(
     call = read_call(module, query, key, value, attention_mask, arguments)
     prefix_key, prefix_value = prefix_of(module, call.key, call.value, call.prefixes)
     prefix_ids, prefix_lens = rows_of(module, call.prefixes)
-    record(module, key, value, call.prefixes)
+    record(module, call.key, call.value, call.prefixes)
     seen = visibility_of(call)
     result = prefix_attention(
-        query,
+        call.query,
         seen.key,
         seen.value,
         prefix_key,

@@ -9,7 +9,7 @@ from prefix_kernels.integrations.transformers.runtime.relative_bias import biase
 
 
 def with_position_bias(call: AttentionCall, visible: Tensor | None, k_len: int) -> Tensor | None:
-    """``visible``, or with a position bias the mask of both, which may have columns for the prefix.
+    """Return the mask ``visible``, plus the call's position bias if it has one; then with columns for the prefix.
 
     Raises:
         ValueError: the prefix is to have the bias of positions before the sequence, and how to make it is not known.

@@ -89,7 +89,7 @@ def _attention(call: AttentionCall, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def _of_each_row(bank: Tensor, ids: Tensor) -> Tensor:
-    """``[B, Hkv, M * P, D]``: of the bank ``[N, Hkv, P, D]``, what each row sees one after another."""
+    """Gather from the bank ``[N, Hkv, P, D]`` the prefixes of each row, in order: ``[B, Hkv, M * P, D]``."""
     slots = ids.clamp(min=0).view(ids.shape[0], -1)
     return bank[slots].transpose(1, 2).flatten(2, 3)
 
@@ -122,7 +122,7 @@ def _prefix_in_window(length: int, ids: Tensor | None, lens: Tensor | None, firs
 
 
 def _mask_of_columns(mask: Tensor | None, query: Tensor, k_len: int) -> Tensor:
-    """``mask`` with all the rows and columns that another can be joined to."""
+    """Return ``mask`` expanded to all rows and columns, so that a mask of the prefix can be put before it."""
     batch, _, q_len, _ = query.shape
     if mask is None:
         return torch.ones(batch, 1, 1, k_len, dtype=torch.bool, device=query.device)

@@ -41,7 +41,7 @@ class PrefixHooks:
     attn_implementation: str
 
     def remove(self, model: PreTrainedModel) -> None:
-        """Undo it, on the model or on the copy of the model that this is a copy with."""
+        """Undo :func:`install_hooks` on ``model``: the prepared model, or the deep copy that this was copied with."""
         for handle in self.handles:
             handle.remove()
         for module in model.modules():

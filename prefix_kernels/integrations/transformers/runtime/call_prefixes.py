@@ -57,13 +57,13 @@ class CallPrefixes:
         return self.called_site(module) if self.pairs else None
 
     def called_site(self, module: nn.Module) -> int | None:
-        """The same, whether or not this call has prefixes."""
+        """Return the site of ``module`` in this call, also where the call has no prefixes; None: it has none."""
         site: int | None = getattr(module, SITE_ATTRIBUTE, None)
         return site if self.sites is None or site is None else self.sites.get(site)
 
 
 class PrefixRelay(threading.local):
-    """The prefixes of the call of a layer that a thread has begun last, for an attention in it."""
+    """Keeps, per thread, the prefixes of the layer call that began last, for attentions that are not given them."""
 
     prefixes: CallPrefixes | None = None
 
@@ -121,6 +121,7 @@ def prefix_of(
 
 
 def record(module: nn.Module, key: Tensor, value: Tensor, prefixes: CallPrefixes | None) -> None:
+    """Store the keys and values of ``module`` in the open recording, if there is one."""
     if prefixes is not None and prefixes.recorded is not None and (site := prefixes.called_site(module)) is not None:
         prefixes.recorded[site] = key, value
 

@@ -120,7 +120,7 @@ class PrefixSelection:
         return self.owner.make_bank(self.bank_names, stack)
 
     def holding(self) -> PrefixSelection:
-        """The same with its banks made, from the prefixes as they are now; no gradients reach them.
+        """Return this selection holding its banks, made from the prefixes as they are now; no gradients reach them.
 
         Not where FSDP2 shards the model: its parameters are there only while it runs.
         """
@@ -131,7 +131,7 @@ class PrefixSelection:
         return replace(self, banks=self.owner.make_banks(self.bank_names))
 
     def refuse_deleted(self) -> None:
-        """Raise where one of the tasks is no longer that of its name.
+        """Raise where a task of the selection was deleted, or its name given to another.
 
         Raises:
             ValueError: the message names it.
@@ -146,7 +146,7 @@ class PrefixSelection:
                 )
 
     def refuse_other_owner(self, owner: PrefixSource) -> None:
-        """Raise where it was made for another model than that of ``owner``.
+        """Raise where this selection was made for another model than that of ``owner``.
 
         Raises:
             ValueError: it was.
@@ -155,7 +155,7 @@ class PrefixSelection:
             raise ValueError("prefix_names: expected a selection made for this model, got one made for another")
 
     def for_rows(self, count: int) -> PrefixSelection:
-        """The same for inputs of ``generate`` of ``count`` rows, which it may expand to several of each.
+        """Return this selection for ``count`` rows of inputs of ``generate``, which may expand each to several.
 
         Raises:
             ValueError: there is not one entry for each row.
@@ -176,7 +176,7 @@ class PrefixSelection:
         return self._repeated(self.shifts, batch).unsqueeze(1)
 
     def for_any_rows(self) -> PrefixSelection:
-        """The same for any number of rows, where all of them see the same.
+        """Return this selection for any number of rows; all its rows must see the same prefixes.
 
         Raises:
             ValueError: they do not.

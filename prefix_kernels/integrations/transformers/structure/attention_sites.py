@@ -93,7 +93,7 @@ def _refuse_other_input(model: PreTrainedModel, backbone: nn.Module, stack: nn.M
 
 
 def _language_model(backbone: nn.Module) -> nn.Module:
-    """The part of ``backbone`` that reads text, where it is a part; else ``backbone``."""
+    """Return the submodule that reads text, in a backbone of several towers, else ``backbone`` itself."""
     reads_media = any(getattr(module_config(backbone), name, None) is not None for name in _MEDIA_TOKENS)
     for name in ("language_model", "text_model") if reads_media else ("language_model",):
         if isinstance(part := getattr(backbone, name, None), nn.Module):
@@ -106,7 +106,7 @@ def _is_cross(name: str) -> bool:
 
 
 def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
-    """``sites``, those of a layer that is called more than once repeated for each call."""
+    """Return ``sites`` in order of calls, each site of a layer that is called n times repeated n times."""
     stack = sites[0].stack
     groups = getattr(stack, "albert_layer_groups", None)
     if groups is None:

@@ -80,7 +80,7 @@ def _stay_loaded(part: nn.Module) -> None:
 
 @contextmanager
 def loaded(part: nn.Module, whole: nn.Module) -> Iterator[None]:
-    """While it is open, a hook that loads the weights of ``part`` with those of a module around it has loaded them.
+    """Context manager in which the weights of ``part`` are loaded, if a hook of a module around it loads them.
 
     A hook of ``part`` itself is left to load them whenever ``part`` is called.
 

@@ -96,7 +96,7 @@ class PrefixLayout:
 
 
 def _of_role(name: str, role: str, value: Any) -> Any:
-    """``value``, or what it says for ``role``."""
+    """Return ``value``, or its entry for ``role`` where it is a mapping."""
     if not isinstance(value, Mapping):
         return value
     if role not in value:

@@ -19,17 +19,14 @@ def asks_for_attention(module: nn.Module) -> bool:
 
 
 def hands_over_window(module: nn.Module) -> bool:
-    """Return False if attention of this class may slide while its function is not told the size of the window.
-
-    Such a model applies the window by its mask alone.
-    """
+    """Return False where the mask alone has a sliding window, as attention of this class is not told its size."""
     if "sliding_window" in _source(type(module).forward):
         return True
     return "sliding_window" not in _module_source(type(module).__module__)
 
 
 def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) -> bool:
-    """Return True if attention of this class sees what came before by its mask alone, not by a rule that it names.
+    """Return True if causality is in the mask alone: this class passes no ``is_causal``, and its attribute is False.
 
     Args:
         module: the attention.
@@ -50,7 +47,7 @@ def hands_on_keywords(layer: nn.Module, attention: nn.Module) -> bool:
 
 @functools.cache
 def _hands_on(forward: Callable[..., Any]) -> bool:
-    """Return False if no call in ``forward`` has ``**kwargs``."""
+    """Return True if ``forward`` makes no call, or one of its calls has ``**kwargs``."""
     tree = ast.parse(textwrap.dedent(_source(forward)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return not calls or any(keyword.arg is None for call in calls for keyword in call.keywords)

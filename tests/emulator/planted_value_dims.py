@@ -1,0 +1,93 @@
+"""Bugs of calls whose values have a head dim of their own."""
+
+from __future__ import annotations
+
+from mutation import backward, decode, float32, forward
+
+FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
+
+HEAD_DIMS = [
+    forward(
+        "values copied by the keys' head dim",
+        FORWARD_KERNEL,
+        "value_tile(j), p, cells, j * kCells, value_dim)",
+        "value_tile(j), p, cells, j * kCells, head_dim)",
+        "forward of wide values",
+    ),
+    forward(
+        "keys copied by the values' head dim",
+        FORWARD_KERNEL,
+        "key_tile(j), p, cells, j * kCells, head_dim)",
+        "key_tile(j), p, cells, j * kCells, value_dim)",
+        "forward of wide values",
+    ),
+    forward(
+        "out stored by the queries' head dim",
+        FORWARD_KERNEL,
+        "chunk * kChunk, value_dim,",
+        "chunk * kChunk, head_dim,",
+        "forward of wide values",
+    ),
+    decode(
+        "values copied by the keys' head dim",
+        "params.aligned_value, static_cast<int>(p.value_dim))",
+        "params.aligned_value, head_dim)",
+        "decode of wide values",
+    ),
+    decode(
+        "out stored by the queries' head dim",
+        "column < p.value_dim;",
+        "column < p.head_dim;",
+        "decode of wide values",
+        file="sm80/decode/merge.cuh",
+    ),
+    backward(
+        "rows: values copied by the keys' head dim",
+        ROWS,
+        "params.aligned.prefix_value, 1, value_dim)",
+        "params.aligned.prefix_value, 1, head_dim)",
+        "backward of wide values",
+    ),
+    backward(
+        "columns: queries copied by dout's head dim",
+        COLUMNS,
+        "params.aligned.query), first, q_len, head_dim)",
+        "params.aligned.query), first, q_len, value_dim)",
+        "backward of wide values",
+    ),
+    backward(
+        "columns: dvalue stored by the keys' head dim",
+        COLUMNS,
+        "kDPrefixValue : kDValue, value_dim,",
+        "kDPrefixValue : kDValue, head_dim,",
+        "backward of wide values",
+    ),
+    backward(
+        "columns: dkey stored by the values' head dim",
+        COLUMNS,
+        "kDPrefixKey : kDKey, head_dim,",
+        "kDPrefixKey : kDKey, value_dim,",
+        "backward of wide values",
+    ),
+    backward(
+        "delta over the queries' head dim",
+        "sm80/backward/launch.cuh",
+        "params.value_dim = static_cast<int>(p_.value_dim);",
+        "params.value_dim = static_cast<int>(p_.head_dim);",
+        "backward of wide values",
+    ),
+    float32(
+        "out stored by the queries' head dim",
+        "simt/forward.cuh",
+        "q.head, q.index), value_dim);",
+        "q.head, q.index), head_dim);",
+        "float32 of wide values",
+    ),
+    float32(
+        "no memory for the wider row",
+        "simt/backward.cuh",
+        "launch_rows(dquery_kernel<T>, query_grid(p), (p.head_dim + p.value_dim + kWarpSize)",
+        "launch_rows(dquery_kernel<T>, query_grid(p), (2 * p.head_dim + kWarpSize)",
+        "float32 of wide values",
+    ),
+]
