@@ -66,7 +66,7 @@ def try_family(kind: str, model_type: str) -> Trial:
         try:
             base = tiny_model(kind, model_type)
             with torch.no_grad():
-                base(**_inputs(base, "none"))
+                base(**inputs_of(base, "none"))
         except Exception as error:
             return Trial(kind, model_type, 0, NOT_TRIED, _line(error))
         attentions = 0
@@ -84,7 +84,7 @@ def try_family(kind: str, model_type: str) -> Trial:
 def _check(base: PreTrainedModel, kind: str) -> None:
     model = _prepared(base, position_offset="none")
     for padding in _paddings(base):
-        inputs = _inputs(base, padding)
+        inputs = inputs_of(base, padding)
         with concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
             _compare(padding, model, model(**inputs).logits, base(**inputs).logits, inputs)
     if kind != "causal":
@@ -95,7 +95,7 @@ def _check(base: PreTrainedModel, kind: str) -> None:
         model = _prepared(base, position_offset="peft", window_includes_prefix=True)
         plain = copy.deepcopy(base)
         for padding in _paddings(base):
-            inputs = _inputs(base, padding)
+            inputs = inputs_of(base, padding)
             expected = with_cache(plain, _pairs_by_module(plain, model.prefix_encoder), inputs).logits
             position_ids = torch.arange(inputs["input_ids"].shape[1])[None]
             actual = model(**inputs, position_ids=position_ids).logits
@@ -140,7 +140,7 @@ def _compare(
 
 def _check_generation(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Compare greedy tokens, made with a cache, with the logits of the whole text at once."""
-    inputs = _inputs(base, "left")
+    inputs = inputs_of(base, "left")
     length = inputs["input_ids"].shape[1]
     tokens = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, forced_eos_token_id=None
@@ -184,7 +184,7 @@ def _paddings(model: PreTrainedModel) -> Iterable[str]:
     return ("none", "left", "right")
 
 
-def _inputs(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
+def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     """Two rows of nine tokens, the second padded on one side; or two images."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":

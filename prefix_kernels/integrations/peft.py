@@ -62,7 +62,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NA
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
-from prefix_kernels.integrations.transformers.structure.key_shape import module_config
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config, refuse_shared_keys
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel
@@ -234,6 +234,7 @@ class _Adapters:
         config = _settings_of(peft_model, name)
         heads, width = config.num_attention_heads, config.token_dim
         for site in self.layout.sites:
+            refuse_shared_keys(site.module)
             if site.value_head_dim != site.head_dim:
                 raise ValueError(
                     f"adapter {name!r}: expected values of head dim {site.head_dim}, as the keys, because PEFT has one "

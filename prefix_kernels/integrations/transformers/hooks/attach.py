@@ -26,6 +26,7 @@ from prefix_kernels.integrations.transformers.structure.source import (
     hands_over_window,
     relies_on_causal_mask,
 )
+from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
 
 @dataclass(eq=False)
@@ -106,7 +107,7 @@ def _move_positions(model: PreTrainedModel, layout: PrefixLayout, source: Prefix
 def _needs_dense_masks(model: PreTrainedModel, layout: PrefixLayout, config: PrefixTuningConfig) -> bool:
     """Return True if masks have to say everything, because some attention is not told causality or its window."""
     unknowing = [site for site in layout.sites if not hands_over_window(site.module)]
-    if unknowing and config.window_includes_prefix:
+    if unknowing and config.window_includes_prefix and has_sliding_window(model):
         raise ValueError(
             f"window_includes_prefix: expected False, because {type(unknowing[0].module).__name__} does not say how "
             "large its window is, got True"

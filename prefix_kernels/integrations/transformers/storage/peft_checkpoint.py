@@ -36,6 +36,7 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
     find_sites,
 )
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
+from prefix_kernels.integrations.transformers.structure.key_shape import refuse_shared_keys
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
@@ -314,6 +315,8 @@ def _sites_of_peft(model: PreTrainedModel) -> list[AttentionSite]:
             f"{type(model).__name__}: expected values of head dim {uneven.head_dim}, as the keys, because PEFT has one "
             f"for both, got {uneven.value_head_dim}"
         )
+    for site in sites:
+        refuse_shared_keys(site.module)
     shapes = {(site.num_kv_heads, site.head_dim) for site in sites}
     if len(shapes) > 1:
         raise ValueError(f"{type(model).__name__}: expected key/value heads of one shape, got {sorted(shapes)}")
