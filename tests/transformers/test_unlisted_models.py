@@ -23,6 +23,7 @@ from prefix_kernels.integrations.transformers import (
     set_prefix,
 )
 from prefix_kernels.integrations.transformers.attention import call as attention_call
+from prefix_kernels.integrations.transformers.attention import masks
 from prefix_kernels.integrations.transformers.attention.interface import prefix_attention_forward
 from prefix_kernels.integrations.transformers.hooks import attach
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes
@@ -183,3 +184,13 @@ def test_latent_attention_begins_as_if_it_had_read_a_text() -> None:
 def test_pefts_checkpoints_have_no_values_of_another_head_dim(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected values of head dim 16, as the keys, because PEFT has one for both"):
         save_peft_checkpoint(prepared(latent_attention(), position_offset="peft"), tmp_path)
+
+
+def test_masks_that_have_to_say_everything_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_warned_dense", set())
+    model = prepared(tiny_model("causal", "phimoe"))
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"phimoe: its attention pattern .* slower and larger") as caught:
+        model(input_ids=ids)
+        model(input_ids=ids)
+    assert len([one for one in caught if "slower and larger" in str(one.message)]) == 1

@@ -92,6 +92,8 @@ def dense_prefix_mask(mask_function: Callable[..., Any] = causal_mask_function, 
     arguments["mask_function"] = mask_function
     if mask_function is bidirectional_mask_function:
         return prefix_mask(**arguments)
+    if arguments["q_length"] > 1:
+        _warn_dense_mask(getattr(arguments.get("config"), "model_type", "this model"))
     mask: Tensor | None = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
     return mask
 
@@ -109,8 +111,8 @@ def _warn_dense_mask(model_type: str) -> None:
     if not torch.compiler.is_compiling() and model_type not in _warned_dense:
         _warned_dense.add(model_type)
         warnings.warn(
-            f"{model_type}: its attention pattern (packed sequences, or a mask of its own) is given to the kernels as "
-            "a [B, 1, Sq, Sk] mask: right, but slower and larger",
+            f"{model_type}: its attention pattern (packed sequences, or causality, a window or a mask that its attention "
+            "does not name) is given to the kernels as a [B, 1, Sq, Sk] mask: right, but slower and larger",
             stacklevel=2,
         )
 
