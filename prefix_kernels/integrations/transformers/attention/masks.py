@@ -111,8 +111,8 @@ def _warn_dense_mask(model_type: str) -> None:
     if not torch.compiler.is_compiling() and model_type not in _warned_dense:
         _warned_dense.add(model_type)
         warnings.warn(
-            f"{model_type}: its attention pattern (packed sequences, or causality, a window or a mask that its attention "
-            "does not name) is given to the kernels as a [B, 1, Sq, Sk] mask: right, but slower and larger",
+            f"{model_type}: its attention pattern (packed sequences, or causality, a window or a mask that its "
+            "attention does not name) is given to the kernels as a [B, 1, Sq, Sk] mask: right, but slower and larger",
             stacklevel=2,
         )
 
