@@ -18,6 +18,7 @@ from prefix_kernels.integrations.transformers import (
     initialize_from_text,
     load_named_prefix,
     load_prefix_model,
+    prefix_layers,
     remove_prefix,
     save_prefix_model,
     set_prefix,
@@ -194,3 +195,11 @@ def test_masks_that_have_to_say_everything_are_warned_of_once(monkeypatch: pytes
         model(input_ids=ids)
         model(input_ids=ids)
     assert len([one for one in caught if "slower and larger" in str(one.message)]) == 1
+
+
+def test_the_attentions_with_a_prefix_are_named() -> None:
+    assert prefix_layers(prepared(tiny_model("causal", "jamba"))) == ["model.layers.1.self_attn"]
+    shared = prepared(tiny_model("masked", "albert"))
+    assert prefix_layers(shared) == [prefix_layers(shared)[0]] * shared.config.num_hidden_layers
+    with pytest.raises(ValueError, match="expected a model prepared by get_prefix_model, got a plain Jamba"):
+        prefix_layers(tiny_model("causal", "jamba"))

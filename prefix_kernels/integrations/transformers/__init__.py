@@ -22,6 +22,7 @@ from prefix_kernels.integrations.transformers.initialization import (
 from prefix_kernels.integrations.transformers.model import (
     get_prefix_model,
     load_prefix_model,
+    prefix_layers,
     remove_prefix,
     save_prefix_model,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "initialize_like_keys",
     "load_named_prefix",
     "load_prefix_model",
+    "prefix_layers",
     "prefix_names",
     "remove_prefix",
     "save_prefix_model",

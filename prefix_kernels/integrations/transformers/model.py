@@ -26,7 +26,7 @@ from prefix_kernels.integrations.transformers.structure.tensor_parallel import s
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 from prefix_kernels.integrations.transformers.tasks.state import PrefixState, is_prepared, state_of
 
-__all__ = ["get_prefix_model", "load_prefix_model", "remove_prefix", "save_prefix_model"]
+__all__ = ["get_prefix_model", "load_prefix_model", "prefix_layers", "remove_prefix", "save_prefix_model"]
 
 register()
 
@@ -111,6 +111,19 @@ def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:
         # Names have changed where PEFT has put adapters into layers since.
         parameter.requires_grad_(state.trained.get(name, parameter.requires_grad))
     return model
+
+
+def prefix_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the attention modules that have a prefix, in the order in which they are called.
+
+    Layers without attention, as hybrid models have them, run as they are. A layer that is called several times is named
+    once for each call.
+
+    Raises:
+        ValueError: ``model`` has no prefix.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [names[site.module] for site in state_of(model).tasks.layout.sites]
 
 
 def save_prefix_model(model: PreTrainedModel, path: str | os.PathLike[str], *, fold: bool = True) -> None:
