@@ -56,6 +56,12 @@ int64_t nanoseconds(int threads) {
   return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
 }
 
+// Trees without a head dim of values of their own have no such field.
+template <class Params>
+void set_value_dim(Params& p) {
+  if constexpr (requires { p.value_dim; }) p.value_dim = p.head_dim;
+}
+
 BackwardParams make_params(const Call& call) {
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   const auto operand = [&](const Tensor& x) {
@@ -75,6 +81,7 @@ BackwardParams make_params(const Call& call) {
   p.q_len = call.q_len;
   p.k_len = call.k_len;
   p.head_dim = call.head_dim;
+  set_value_dim(p);
   p.prefix_len = call.prefix_len;
   p.num_prefixes = 1;
   p.prefix_slots = 1;
