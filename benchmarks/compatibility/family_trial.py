@@ -28,7 +28,6 @@ LOGITS, GRADIENTS = 1e-4, 1e-3
 RIGHT, REFUSED, NOT_TRIED, WRONG = "right", "refused", "not tried", "WRONG"
 # Model types whose own cache cannot hold a prefix from outside, and why.
 NO_OWN_CACHE = {
-    "bailing_hybrid": "latents",
     "gemma3n_text": "layers that share keys",
     "minimax": "a cache class of its own",
     "recurrent_gemma": "states that lie in its modules",

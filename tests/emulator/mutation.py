@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Files of csrc/cuda.
+FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
+# Units that are compiled.
 FORWARD = ("forward_float16_64",)
 DECODE = ("decode_float16_64",)
 BACKWARD = ("backward_float16_64",)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from mutation import BACKWARD, DECODE, FORWARD, Mutation, backward, decode, float32, forward, padding
+from mutation import (
+    BACKWARD,
+    COLUMNS,
+    DECODE,
+    FORWARD,
+    FORWARD_KERNEL,
+    ROWS,
+    Mutation,
+    backward,
+    decode,
+    float32,
+    forward,
+    padding,
+)
 from planted_value_dims import HEAD_DIMS
 
-FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
 KEY_BARRIER = (
     "    ptx::cp_async_wait<1>();\n    __syncthreads();  // all have key tile j, and none reads tile j - 1 any more\n"
 )

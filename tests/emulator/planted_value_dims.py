@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import backward, decode, float32, forward
-
-FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
+from mutation import COLUMNS, FORWARD_KERNEL, ROWS, backward, decode, float32, forward
 
 HEAD_DIMS = [
     forward(
