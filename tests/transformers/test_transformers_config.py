@@ -257,7 +257,7 @@ def test_the_config_survives_json() -> None:
             "modules_to_save: expected a sequence, got the string 'classifier'",
         ),
         ({"position_offset": "shift"}, r"position_offset: expected one of \('peft', 'none'\), got 'shift'"),
-        ({"attention": "flash"}, r"attention: expected one of \('prefix_kernels', 'torch'\), got 'flash'"),
+        ({"attention": "flash"}, r"attention: expected one of \('prefix_kernels', 'torch', 'cache'\), got 'flash'"),
     ],
 )
 def test_a_bad_config_is_refused(settings: dict[str, object], message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from prefix_kernels._files import LARGEST_SIZE, parse_json
 
 POSITION_OFFSETS = ("peft", "none")
-ATTENTIONS = ("prefix_kernels", "torch")
+ATTENTIONS = ("prefix_kernels", "torch", "cache")
 # The name of the config in the metadata of a stored task's file.
 CONFIG_KEY = "prefix_tuning_config"
 
@@ -50,7 +50,10 @@ class PrefixTuningConfig:
         window_includes_prefix: where a layer attends within a sliding window: True counts the prefix as positions
             before the sequence, so that it slides out of sight, as in PEFT; False keeps all of it visible.
         attention: ``"prefix_kernels"``, or ``"torch"``: the same model with ``torch.cat`` and
-            ``scaled_dot_product_attention``, the baseline to compare with.
+            ``scaled_dot_product_attention``, the baseline to compare with. ``"cache"``: the model's own attention,
+            which finds the prefix before the keys and values of its cache, as in PEFT; ``"prefix_kernels"`` means this
+            too, and warns, for a model whose attention function cannot be replaced and that takes a cache. Then all
+            layers have a prefix, of one length, which slides out of sliding windows.
         inference_mode: nothing is trainable, and the prefix is a table even with ``prefix_projection``.
 
     The fields hold plain Python, which JSON can store: other integers, sequences and mappings are converted.

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from prefix_kernels import fsdp
 from prefix_kernels.integrations.transformers.storage.stored_task import read_stored_task
-from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, VISION, find_sites
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, VISION
 from prefix_kernels.integrations.transformers.structure.offload import running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
+from prefix_kernels.integrations.transformers.structure.routes import find_layout
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import divided_like
 from prefix_kernels.integrations.transformers.tasks.state import tasks_of
 from prefix_kernels.nn.encoder import PrefixEncoder
@@ -240,7 +241,7 @@ def _pairs_in_model(model: PreTrainedModel) -> dict[tuple[str, int], PrefixPair]
 
 def _pairs_in_file(model: PreTrainedModel, path: str | os.PathLike[str]) -> dict[tuple[str, int], PrefixPair]:
     task = read_stored_task(path, model)
-    return _pairs(PrefixLayout(find_sites(model), task.config), task.prefix_encoder(model))
+    return _pairs(find_layout(model, task.config), task.prefix_encoder(model))
 
 
 def _pairs(layout: PrefixLayout, encoder: PrefixEncoder | nn.ModuleDict) -> dict[tuple[str, int], PrefixPair]:

@@ -17,10 +17,10 @@ from prefix_kernels.integrations.transformers.rollback import unchanged_on_error
 from prefix_kernels.integrations.transformers.storage.labels import LABELS_KEY, Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import checked_config, read_stored_task
 from prefix_kernels.integrations.transformers.structure.adapters import peft_adapter_parameters
-from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.offload import keep_loaded, running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.prepared import config_of, set_config
+from prefix_kernels.integrations.transformers.structure.routes import find_layout, uses_cache
 from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
@@ -65,7 +65,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     refuse_unsupported(model)
     if fsdp.units_of(model):
         raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call that later")
-    layout = PrefixLayout(find_sites(model), config)
+    layout = find_layout(model, config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
     _check_names(model, heads)
     encoder = layout.make_encoder(config, running_device(model))
@@ -91,7 +91,7 @@ def _install(
     if config.inference_mode:
         model.requires_grad_(False)
 
-    tasks = PrefixTasks(model, config, layout)
+    tasks = PrefixTasks(model, config, layout, takes_names=not uses_cache(model, config))
     handles = tasks.install()
     PrefixState(tasks, handles, install_hooks(model, layout, config, tasks), trained).install(model)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_kernels.integrations.transformers.attention.interface import implementation_name
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
+from prefix_kernels.integrations.transformers.hooks.cached_stack import KEEPS_CACHE, install_cached
 from prefix_kernels.integrations.transformers.hooks.decoder_positions import register_decoder_shift
 from prefix_kernels.integrations.transformers.hooks.positions import PositionShift, UnpackedHint, position_modules
 from prefix_kernels.integrations.transformers.hooks.relay import register_relay
@@ -20,12 +21,15 @@ from prefix_kernels.integrations.transformers.runtime.call_prefixes import RELAY
 from prefix_kernels.integrations.transformers.runtime.relative_bias import has_relative_bias
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
 from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER, ENCODER, VISION
+from prefix_kernels.integrations.transformers.structure.cached_attention import refuse_uncachable
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.routes import CACHE, uses_cache, why_cache
 from prefix_kernels.integrations.transformers.structure.source import (
     hands_on_keywords,
     hands_over_window,
     relies_on_causal_mask,
 )
+from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
 
@@ -35,21 +39,22 @@ class PrefixHooks:
 
     Attributes:
         handles: the handles of the hooks.
-        attn_implementation: the attention implementation from before.
+        attn_implementation: the attention implementation from before; None: it is the same.
     """
 
     handles: list[RemovableHandle]
-    attn_implementation: str
+    attn_implementation: str | None
 
     def remove(self, model: PreTrainedModel) -> None:
         """Undo :func:`install_hooks` on ``model``: the prepared model, or the deep copy that this was copied with."""
         for handle in self.handles:
             handle.remove()
         for module in model.modules():
-            for name in (SITE_ATTRIBUTE, RELAY_ATTRIBUTE):
-                if hasattr(module, name):
+            for name in (SITE_ATTRIBUTE, RELAY_ATTRIBUTE, KEEPS_CACHE):
+                if name in vars(module):
                     delattr(module, name)
-        _set_implementation(model, self.attn_implementation)
+        if self.attn_implementation is not None:
+            _set_implementation(model, self.attn_implementation)
 
 
 def install_hooks(
@@ -59,6 +64,16 @@ def install_hooks(
     source: PrefixSource,
 ) -> PrefixHooks:
     """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says."""
+    if uses_cache(model, config):
+        refuse_uncachable(model, layout, config)
+        if config.attention != CACHE:
+            warnings.warn(
+                f"{why_cache(model)}. So the prefix lies in the key/value cache (attention='cache'), where the model's "
+                "own attention reads it: right, but every layer concatenates it in every call, as in PEFT",
+                stacklevel=4,
+            )
+        return PrefixHooks(install_cached(model, layout, source), None)
+    refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
     _give_own_config(model)
     hooks = PrefixHooks([], model.config._attn_implementation)
     implementation = implementation_name(config.attention, dense_masks=_needs_dense_masks(model, layout, config))

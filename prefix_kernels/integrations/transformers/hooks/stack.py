@@ -98,7 +98,7 @@ class StackHook:
     def _detach_for_reentrant_checkpointing(self, prefixes: CallPrefixes) -> None:
         pairs = prefixes.pairs
         needs_grad = torch.is_grad_enabled() and any(key.requires_grad for key, _ in pairs.values())
-        if needs_grad and any(_is_checkpointed_reentrantly(layer) for layer in self.layers):
+        if needs_grad and any(is_checkpointed_reentrantly(layer) for layer in self.layers):
             # Reentrant checkpointing runs one backward pass per layer. Through the encoder's graph that would be as
             # many passes, the second of which fails: what the first needed has been freed.
             prefixes.detached_from = pairs
@@ -108,7 +108,8 @@ class StackHook:
             }
 
 
-def _is_checkpointed_reentrantly(layer: nn.Module) -> bool:
+def is_checkpointed_reentrantly(layer: nn.Module) -> bool:
+    """Return True if ``layer`` runs without gradients first, and again during the backward pass."""
     # torch's checkpoint_wrapper, around the layer or inside it.
     if any(getattr(getattr(m, "checkpoint_impl", None), "name", None) == "REENTRANT" for m in layer.modules()):
         return True

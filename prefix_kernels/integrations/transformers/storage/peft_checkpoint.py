@@ -33,12 +33,11 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
     ENCODER,
     SELF,
     AttentionSite,
-    find_sites,
 )
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.key_shape import refuse_shared_keys
-from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
+from prefix_kernels.integrations.transformers.structure.routes import find_layout, prefix_sites
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.nn.encoder import PrefixEncoder
@@ -303,7 +302,7 @@ def _sites_of_peft(model: PreTrainedModel) -> list[AttentionSite]:
     """The attentions to which PEFT gives a prefix."""
     is_encoder_decoder = model.config.is_encoder_decoder
     role, known = (DECODER, {ENCODER, DECODER, CROSS}) if is_encoder_decoder else (SELF, {SELF})
-    sites = find_sites(model)
+    sites = prefix_sites(model)
     if unknown := sorted({site.role for site in sites} - known):
         raise ValueError(
             f"{type(model).__name__}: expected a model of one stack or an encoder-decoder model, the two that PEFT "
@@ -332,7 +331,7 @@ def _refuse_what_peft_lacks(model: PreTrainedModel, config: PrefixTuningConfig) 
             f"model than the one that was trained), got {config.position_offset!r}"
         )
     expected = _sites_of_peft(model)
-    layout = PrefixLayout(find_sites(model), config)
+    layout = find_layout(model, config)
     roles = sorted({site.role for site in layout.sites})
     if roles != [expected[0].role]:
         raise ValueError(

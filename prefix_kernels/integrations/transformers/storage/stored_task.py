@@ -19,8 +19,7 @@ from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
     is_peft_checkpoint,
     read_peft_checkpoint,
 )
-from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
-from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.routes import find_layout
 from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
 from prefix_kernels.nn.encoder import PrefixEncoder
 
@@ -58,7 +57,7 @@ class StoredTask:
         """The stored prefix as a module of its own, on the CPU and in float32."""
         tensors = self.source if isinstance(self.source, Mapping) else read_prefix_tensors(self.source)
         state = {name: tensor for name, tensor in tensors.items() if _is_of_prefix(name)}
-        encoder = PrefixLayout(find_sites(model), self.config).make_encoder(self.config, torch.device("cpu"))
+        encoder = find_layout(model, self.config).make_encoder(self.config, torch.device("cpu"))
         load_prefix(nn.ModuleDict({_PREFIX: encoder}), state, cast=True)
         return encoder
 
@@ -88,7 +87,7 @@ def read_stored_task(
         # Nothing in the file says how wide the MLP was that has generated this table.
         task = replace(task, config=replace(task.config, prefix_projection=False, encoder_hidden_size=None))
     with blaming(path):
-        encoder = PrefixLayout(find_sites(model), task.config).make_encoder(task.config, torch.device("meta"))
+        encoder = find_layout(model, task.config).make_encoder(task.config, torch.device("meta"))
     if problems := shape_misfits(str(path), nn.ModuleDict({_PREFIX: encoder}), shapes):
         lines = "\n  ".join(problems)
         raise ValueError(f"{path}: expected a prefix that fits {type(model).__name__}, got another:\n  {lines}")

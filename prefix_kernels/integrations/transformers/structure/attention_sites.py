@@ -17,7 +17,7 @@ VISION = "vision"  # the tower of images beside one of text
 # Names in the config of a model that reads images or sound beside text: the token that stands for them.
 _MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 # Parts of the name of a module that attends to the states of an encoder.
-_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
+_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +60,15 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     Raises:
         ValueError: there are none, one is outside every list of layers, or one has heads that the kernels do not take.
     """
-    backbone = _language_model(model.base_model)
+    backbone = language_model(model.base_model)
     found = {name: module for name, module in backbone.named_modules() if asks_for_attention(module)}
     if not model.config.is_encoder_decoder:
-        found = {name: module for name, module in found.items() if not _is_cross(name)}
+        found = {name: module for name, module in found.items() if not is_cross(name)}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
     sites = []
     for name, module in found.items():
-        stack_name, layer = _enclosing_layer(backbone, name)
+        stack_name, layer = enclosing_layer(backbone, name)
         stack, role = backbone.get_submodule(stack_name), _role(model, stack_name, name)
         if role == SELF:
             _refuse_other_input(model, backbone, stack, name)
@@ -92,7 +92,7 @@ def _refuse_other_input(model: PreTrainedModel, backbone: nn.Module, stack: nn.M
         )
 
 
-def _language_model(backbone: nn.Module) -> nn.Module:
+def language_model(backbone: nn.Module) -> nn.Module:
     """Return the submodule that reads text, in a backbone of several towers, else ``backbone`` itself."""
     reads_media = any(getattr(module_config(backbone), name, None) is not None for name in _MEDIA_TOKENS)
     for name in ("language_model", "text_model") if reads_media else ("language_model",):
@@ -101,7 +101,8 @@ def _language_model(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _is_cross(name: str) -> bool:
+def is_cross(name: str) -> bool:
+    """Return True if the module called ``name`` is in an attention to the states of an encoder."""
     return any(cross in part for part in name.split(".") for cross in _CROSS_NAMES)
 
 
@@ -122,8 +123,8 @@ def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
     ]
 
 
-def _enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """The name of the stack around ``name``, and the layer."""
+def enclosing_layer(backbone: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Return the name of the stack around the module ``name``, and its layer."""
     parent, parts = backbone, name.split(".")
     for i, part in enumerate(parts):
         child = getattr(parent, part)
@@ -141,6 +142,6 @@ def _role(model: PreTrainedModel, stack_name: str, name: str) -> str:
                 f"{type(model).__name__}: expected an encoder-decoder model whose layers are those of a module "
                 f"'encoder' or 'decoder', got {name}"
             )
-        return CROSS if _is_cross(name) else last
+        return CROSS if is_cross(name) else last
     tower = stack_name.split(".")[0]
     return tower.removesuffix("_model") if tower.endswith("_model") else SELF

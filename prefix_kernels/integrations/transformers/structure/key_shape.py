@@ -10,7 +10,7 @@ from prefix_kernels.functional import MAX_HEAD_DIM
 
 
 def key_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Read ``(Hkv, D, Dv)``, the number of key/value heads and the head dims of both, from an attention module.
+    """Read ``(Hkv, D, Dv)`` from an attention module whose keys and values the kernels are to take.
 
     Args:
         name: the module's name in error messages.
@@ -20,13 +20,18 @@ def key_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     """
     if isinstance(getattr(module, "indexer", None), nn.Module):
         raise ValueError(f"{name}: expected attention to all visible keys, got one that chooses them by an indexer")
-    head_dim = _head_dim(module)
-    num_kv_heads = _num_kv_heads(module, head_dim)
-    value_head_dim = _value_head_dim(module, head_dim, num_kv_heads)
+    num_kv_heads, head_dim, value_head_dim = read_key_shape(module)
     for size in (head_dim, value_head_dim):
         if size > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {size}")
     return num_kv_heads, head_dim, value_head_dim
+
+
+def read_key_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Read ``(Hkv, D, Dv)``, the number of key/value heads and the head dims of both, from an attention module."""
+    head_dim = _head_dim(module)
+    num_kv_heads = _num_kv_heads(module, head_dim)
+    return num_kv_heads, head_dim, _value_head_dim(module, head_dim, num_kv_heads)
 
 
 def refuse_shared_keys(module: nn.Module) -> None:
@@ -61,10 +66,12 @@ def _num_kv_heads(module: nn.Module, head_dim: int) -> int:
     width = getattr(getattr(module, "k_proj", None), "out_features", None)
     if isinstance(width, int) and width % head_dim == 0:
         return width // head_dim
-    kv_heads: int | None = getattr(module.config, "num_key_value_heads", None)
+    if isinstance(count := getattr(module, "num_kv_heads", None), int):
+        return count
+    kv_heads: int | None = getattr(getattr(module, "config", None), "num_key_value_heads", None)
     if kv_heads is not None:
         return kv_heads
-    for attribute in ("num_heads", "n_heads", "num_attention_heads"):
+    for attribute in ("num_heads", "n_heads", "num_attention_heads", "num_attn_heads"):
         if isinstance(count := getattr(module, attribute, None), int):
             return count
     heads: int = module_config(module).num_attention_heads

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
+from prefix_kernels.integrations.transformers.structure.routes import prefix_sites
 
 _HOOK = "_hf_hook"
 
@@ -26,7 +26,7 @@ def running_device(model: PreTrainedModel) -> torch.device:
     ``meta`` the device of the first parameter with storage. A model that is all meta stays so.
     """
     if hooked := [module for module in model.modules() if hasattr(module, _HOOK)]:
-        for site in find_sites(model):
+        for site in prefix_sites(model):
             around = [module for module in reversed(hooked) if any(one is site.module for one in module.modules())]
             for module in (*site.module.modules(), *around):
                 if (device := _execution_device(module)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -12,10 +13,23 @@ from typing import Any
 
 from torch import nn
 
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config
+
 
 def asks_for_attention(module: nn.Module) -> bool:
     """Return True if ``module.forward`` asks Transformers' AttentionInterface for its attention function."""
     return "ALL_ATTENTION_FUNCTIONS" in _source(type(module).forward)
+
+
+def updates_cache(module: nn.Module) -> bool:
+    """Return True if ``module.forward`` adds keys and values to a key/value cache."""
+    return bool(re.search(r"\.update\(\s*key", _source(type(module).forward)))
+
+
+def masks_both_sides(stack: nn.Module) -> bool:
+    """Return True if the masks that ``stack.forward`` makes show each token those after it too, by its config."""
+    by_config = "create_causal_mask if self.config.is_decoder else create_bidirectional_mask"
+    return by_config in _source(type(stack).forward) and not getattr(module_config(stack), "is_decoder", False)
 
 
 def hands_over_window(module: nn.Module) -> bool:

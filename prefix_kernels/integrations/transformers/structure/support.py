@@ -8,12 +8,15 @@ from transformers import PreTrainedModel
 # Model types whose attentions go through the interface and yet would be wrong, and why.
 REFUSED_TYPES = {
     "diffllama": "its attention function gets values of other heads than those that it projects and caches",
+    "doge": "it trains the masks that its attention function gets",
     "evolla": "one of its prefixes would lie in its protein encoder, which need not run",
+    "jetmoe": "its attention function gets a copy of each key for every expert",
     "hrm_text": "it calls its stacks several times in each forward pass",
 }
 # The same for model types whose decoders alone are right.
 REFUSED_ENCODER_DECODERS = {
     "bigbird_pegasus": "its encoder computes attention by itself, and misreads masks made for other functions",
+    "longt5": "its encoder computes attention by itself",
 }
 HEAD_NAMES = (
     *("classifier", "pre_classifier", "sequence_summary", "score", "qa_outputs"),
@@ -22,26 +25,37 @@ HEAD_NAMES = (
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise for a model that cannot be prepared, naming it and the reason.
+    """Raise for a model that cannot be prepared in any way.
 
     Raises:
         TypeError: not a Transformers model.
-        ValueError: a Transformers model without support.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
-    name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
+
+
+def refuse_other_function(model: PreTrainedModel) -> None:
+    """Raise for a model whose attention function cannot be another, naming it and the reason.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"{name} cannot take a custom attention function: its code does not go through Transformers' "
+            f"{_described(model)} cannot take a custom attention function: its code does not go through Transformers' "
             "AttentionInterface"
         )
     refused = REFUSED_TYPES | (REFUSED_ENCODER_DECODERS if model.config.is_encoder_decoder else {})
     if model.config.model_type in refused:
-        raise ValueError(f"{name} is not supported: {refused[model.config.model_type]}")
+        raise ValueError(f"{_described(model)} is not supported: {refused[model.config.model_type]}")
     if getattr(model.config, "add_cross_attention", False):
-        raise ValueError(f"{name} has cross-attention, which is not supported (config.add_cross_attention)")
-    refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
+        raise ValueError(
+            f"{_described(model)} has cross-attention, which is not supported (config.add_cross_attention)"
+        )
+
+
+def _described(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} (model_type {model.config.model_type!r})"
 
 
 def refuse_attention_weights(name: str, wanted: object) -> None:

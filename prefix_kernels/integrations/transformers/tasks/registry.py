@@ -6,8 +6,9 @@ its own by index. What users call is in :mod:`prefix_kernels.integrations.transf
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,9 +30,9 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
 )
 from prefix_kernels.integrations.transformers.storage.labels import Labels
 from prefix_kernels.integrations.transformers.storage.stored_task import StoredTask
-from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
 from prefix_kernels.integrations.transformers.structure.prepared import config_of, encoder_of, set_config
+from prefix_kernels.integrations.transformers.structure.routes import find_layout
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import refuse_divided, split_over_heads
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.integrations.transformers.tasks.generate import GenerateWithPrefixes
@@ -63,16 +64,32 @@ class _Task:
         return self.config.prefix_lengths()[0] if self.config.position_offset == "peft" else 0
 
 
+class _OpenCalls(threading.local):
+    """The calls of the model that a thread has begun and not ended, with what each has opened."""
+
+    def __init__(self) -> None:
+        self.calls: list[ExitStack] = []
+
+    def __reduce__(self) -> tuple[type[_OpenCalls], tuple[()]]:
+        return _OpenCalls, ()
+
+
 class PrefixTasks:
     """The tasks of one model. The active one's modules are in the model; the others' are here, no part of the model.
 
     Attributes:
         active: the name of the active task.
         context: the selection and the recording that are open around the calls of the model.
+
+    Args:
+        takes_names: True for a model that hands keyword arguments on to its layers, as ``prefix_names`` is one.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: PrefixTuningConfig, layout: PrefixLayout, *, takes_names: bool = True
+    ) -> None:
         self.model = model
+        self._open_calls = None if takes_names else _OpenCalls()
         self.active = FIRST_NAME
         self.context: CallContext[PrefixSelection] = CallContext()
         self._tasks = {FIRST_NAME: _Task(config, layout)}
@@ -82,6 +99,11 @@ class PrefixTasks:
         """Let the model take ``prefix_names=``, and return the handles of the hooks that this needs."""
         if self.model.can_generate():
             setattr(self.model, _GENERATE, GenerateWithPrefixes(self.model, self))
+        if self._open_calls is not None:
+            return [
+                self.model.register_forward_pre_hook(self._open_call, with_kwargs=True),
+                self.model.register_forward_hook(self._close_call, always_call=True),
+            ]
         return [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -132,7 +154,7 @@ class PrefixTasks:
                 f"{name}: expected the heads {sorted(heads)}, as in the model (modules_to_save), got "
                 f"{sorted(stored.heads)}"
             )
-        layout = PrefixLayout(find_sites(self.model), config)
+        layout = find_layout(self.model, config)
         places = [(site.module, site.depth) for site in self.layout.sites]
         if [(site.module, site.depth) for site in layout.sites] != places:
             raise ValueError(
@@ -297,6 +319,23 @@ class PrefixTasks:
         encoder = self.encoder(name)
         drops = any(isinstance(m, PrefixEncoder) and m.training and m.dropout for m in encoder.modules())
         return not drops and not any(parameter.requires_grad for parameter in encoder.parameters())
+
+    def _open_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let ``prefix_names`` of a call be what its thread sees until the call ends."""
+        assert self._open_calls is not None
+        # First, because the call is closed also where this raises an error.
+        call = ExitStack()
+        self._open_calls.calls.append(call)
+        names = kwargs.pop(PREFIX_NAMES, None)
+        if names is not None:
+            call.enter_context(self.context.opened(selection=self.selection_of(names)))
+        return args, kwargs
+
+    def _close_call(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        assert self._open_calls is not None
+        self._open_calls.calls.pop().close()
 
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
