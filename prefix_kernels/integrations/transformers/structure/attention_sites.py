@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from prefix_kernels.integrations.transformers.structure.key_shape import key_shape, module_config
 from prefix_kernels.integrations.transformers.structure.source import asks_for_attention
+from prefix_kernels.integrations.transformers.structure.support import advice_for
 
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 SELF = "self"
@@ -65,7 +66,9 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     if not model.config.is_encoder_decoder:
         found = {name: module for name, module in found.items() if not is_cross(name)}
     if not found:
-        raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
+        raise ValueError(
+            f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface{advice_for(model)}"
+        )
     sites = []
     for name, module in found.items():
         stack_name, layer = enclosing_layer(backbone, name)

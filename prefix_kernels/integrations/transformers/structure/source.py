@@ -21,6 +21,11 @@ def asks_for_attention(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _source(type(module).forward)
 
 
+def calls_sdpa(module: nn.Module) -> bool:
+    """Return True if ``module.forward`` calls ``scaled_dot_product_attention``."""
+    return "scaled_dot_product_attention(" in _source(type(module).forward)
+
+
 def updates_cache(module: nn.Module) -> bool:
     """Return True if ``module.forward`` adds keys and values to a key/value cache."""
     return bool(re.search(r"\.update\(\s*key", _source(type(module).forward)))

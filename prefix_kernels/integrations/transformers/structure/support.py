@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.integrations.transformers.structure.source import calls_sdpa
+
 # Model types whose attentions go through the interface and yet would be wrong, and why.
 REFUSED_TYPES = {
     "diffllama": "its attention function gets values of other heads than those that it projects and caches",
@@ -43,7 +45,7 @@ def refuse_other_function(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{_described(model)} cannot take a custom attention function: its code does not go through Transformers' "
-            "AttentionInterface"
+            f"AttentionInterface{advice_for(model)}"
         )
     refused = REFUSED_TYPES | (REFUSED_ENCODER_DECODERS if model.config.is_encoder_decoder else {})
     if model.config.model_type in refused:
@@ -52,6 +54,22 @@ def refuse_other_function(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{_described(model)} has cross-attention, which is not supported (config.add_cross_attention)"
         )
+
+
+def advice_for(model: PreTrainedModel) -> str:
+    """Return what helps a ``model`` whose attentions call PyTorch's, to be put behind a reason; or nothing."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return (
+            "; its attentions are torch.nn.MultiheadAttention: prefix_kernels.replace_multihead_attention(model) gives "
+            "them a prefix"
+        )
+    callers = [type(module).__name__ for module in model.modules() if calls_sdpa(module)]
+    if callers:
+        return (
+            f"; {callers[0]} calls F.scaled_dot_product_attention itself: prefix_kernels.prefix_attention takes the "
+            "same arguments, and a prefix"
+        )
+    return ""
 
 
 def _described(model: PreTrainedModel) -> str:
