@@ -29,6 +29,7 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     find_selection,
 )
 from prefix_kernels.integrations.transformers.structure.cached_attention import find_caching_stack, layer_index
+from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.key_shape import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.source import masks_both_sides
@@ -65,6 +66,7 @@ class CachedStackHook:
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        given = [cache for name in CACHE_NAMES if (cache := kwargs.pop(name, None)) is not None]
         selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
         embeddings = kwargs.get("inputs_embeds")
@@ -73,7 +75,7 @@ class CachedStackHook:
             return (), kwargs  # the model says what is wrong
         batch, length = tokens.shape[:2]
         prefixes = self._prefixes(stack, selection, batch)
-        cache = self._cache(stack, kwargs)
+        cache = self._cache(stack, given[0] if given else None, kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         self._move_positions(kwargs, selection, tokens, past, prefixes.length)
         mask = kwargs.get("attention_mask")
@@ -99,14 +101,13 @@ class CachedStackHook:
             return shared_by_rows(self.source.pairs(stack), batch)
         return rows_of_bank(selection.bank(stack), selection.ids_of(batch))
 
-    def _cache(self, stack: nn.Module, kwargs: dict[str, Any]) -> Cache | None:
+    def _cache(self, stack: nn.Module, given: object, kwargs: dict[str, Any]) -> Cache | None:
         """Return the cache of this call without the prefix: the given one, or a new one where the model would make it.
 
         Raises:
             ValueError: the given one is no Cache.
             RuntimeError: activation checkpointing would lose the gradient of the prefix.
         """
-        given = kwargs.get(self.cache_name)
         if given is not None and not isinstance(given, Cache):
             raise ValueError(f"{self.cache_name}: expected a transformers.Cache, got a {type(given).__name__}")
         has_encoder = self.has_encoder or kwargs.get("encoder_hidden_states") is not None
