@@ -48,7 +48,7 @@ DECODERS = [
     *("mvp", "trocr", "xglm"),
 ]
 BOTH_SIDES = ["megatron-bert", "rembert", "roformer"]
-WITH_ENCODER = ["bigbird_pegasus", "led", "longt5", "mvp"]
+WITH_ENCODER = ["bigbird_pegasus", "encoder-decoder", "led", "longt5", "mvp", "seamless_m4t", "t5gemma2"]
 CASES = [
     *(("causal", model_type) for model_type in DECODERS),
     *(("causal", model_type) for model_type in BOTH_SIDES),

@@ -28,6 +28,9 @@ REFUSED_TYPES = {
     "hrm_text": "it calls its stacks several times in each forward pass",
 }
 
+# Names of the decoder in an encoder-decoder model.
+_DECODERS = ("decoder", "text_decoder")
+
 
 @dataclass(frozen=True)
 class CachingStack:
@@ -55,8 +58,8 @@ def find_caching_stack(model: PreTrainedModel) -> CachingStack:
         ValueError: there is none.
     """
     module = language_model(model.base_model)
-    while not _cache_names(module) or (model.config.is_encoder_decoder and hasattr(module, "decoder")):
-        inner = getattr(module, "decoder", None)
+    while not _cache_names(module) or _calls_encoder(module):
+        inner = next((part for name in _DECODERS if (part := getattr(module, name, None)) is not None), None)
         if not isinstance(inner, nn.Module):
             raise ValueError(f"{type(model).__name__} takes no key/value cache that could hold a prefix")
         module = inner
@@ -116,6 +119,11 @@ def refuse_uncachable(model: PreTrainedModel, layout: PrefixLayout, config: Pref
             f"position_offset: expected 'peft', {why} and {type(stack.module).__name__} takes no position_ids, got "
             f"{config.position_offset!r}"
         )
+
+
+def _calls_encoder(module: nn.Module) -> bool:
+    """Return True if ``module`` is an encoder-decoder model, whose ``attention_mask`` is that of the encoder."""
+    return "encoder_outputs" in inspect.signature(module.forward).parameters
 
 
 def _cache_names(module: nn.Module) -> list[str]:
