@@ -48,7 +48,7 @@ DECODERS = [
     *("mvp", "trocr", "xglm"),
 ]
 BOTH_SIDES = ["megatron-bert", "rembert", "roformer"]
-WITH_ENCODER = ["bigbird_pegasus", "encoder-decoder", "led", "longt5", "mvp", "seamless_m4t", "t5gemma2"]
+WITH_ENCODER = ["bigbird_pegasus", "encoder-decoder", "led", "longt5", "mvp", "t5gemma2"]
 CASES = [
     *(("causal", model_type) for model_type in DECODERS),
     *(("causal", model_type) for model_type in BOTH_SIDES),
@@ -410,6 +410,13 @@ def test_settings_that_a_cache_cannot_serve_are_refused(
         prepared(base, **settings)
 
 
+def test_attentions_that_share_a_layer_of_the_cache_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected attentions with a layer of the cache for each, got layers \[0, 0\]"
+    ):
+        prepared(tiny_model("seq2seq", "seamless_m4t"))
+
+
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="DebertaForMaskedLM takes no key/value cache that could hold a prefix"):
         prepared(tiny_model("masked", "deberta"))
@@ -418,7 +425,10 @@ def test_a_model_without_a_cache_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"past_key_values": ((torch.zeros(2, 4, 1, 8),) * 2,) * 2}, "(past_key_values|cache): expected a transformers.Cache"),
+        (
+            {"past_key_values": ((torch.zeros(2, 4, 1, 8),) * 2,) * 2},
+            "(past_key_values|cache): expected a transformers.Cache",
+        ),
         ({"attention_mask": {"full_attention": None}}, "attention_mask: expected a tensor of two or four dimensions"),
     ],
 )

@@ -58,6 +58,7 @@ from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_prefix_model,
     load_prefix_model,
+    prefix_layers,
     remove_prefix,
     save_prefix_model,
 )

@@ -91,6 +91,9 @@ def find_cached_sites(model: PreTrainedModel) -> list[AttentionSite]:
             sites.append(AttentionSite(module, layer, stack, role, len(sites), *shape))
     if not sites:
         raise ValueError(f"{name}: found no attention that adds its keys to a key/value cache")
+    indices = [layer_index(site.module) for site in sites]
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{name}: expected attentions with a layer of the cache for each, got layers {indices}")
     return sites
 
 
