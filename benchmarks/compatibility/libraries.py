@@ -27,6 +27,13 @@ def only(config_class: type, *names: str) -> NotImplementedError:
     return NotImplementedError(f"{config_class.__name__} has {', '.join(has)}")
 
 
+def with_lora_layers(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
+    """``base`` with PEFT's LoRA at the projections of its queries."""
+    import peft
+
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj", "query"], r=2, **settings), base)
+
+
 class Ours:
     name = package = "prefix_kernels"
     base_settings: dict[str, object] = {}
@@ -65,10 +72,8 @@ class Ours:
         initialize_from_text(model, text)
         return model
 
-    def with_lora(self, base: PreTrainedModel) -> nn.Module:
-        import peft
-
-        return self.attach(peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], r=2), base))
+    def with_lora(self, base: PreTrainedModel, **settings: object) -> nn.Module:
+        return self.attach(with_lora_layers(base, **settings))
 
     def two_tasks(self, base: PreTrainedModel) -> nn.Module:
         from prefix_kernels.integrations.transformers import load_named_prefix, save_prefix_model
@@ -176,11 +181,9 @@ class Peft:
         initialize_kv_prefix_from_past_key_values(model, past_key_values=past, num_virtual_tokens=P)
         return model
 
-    def with_lora(self, base: PreTrainedModel) -> nn.Module:
+    def with_lora(self, base: PreTrainedModel, **settings: object) -> nn.Module:
         """``PeftMixedModel`` and ``add_adapter`` refuse the two together; the layers alone can be put in before."""
-        import peft
-
-        model = self.attach(peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], r=2), base))
+        model = self.attach(with_lora_layers(base, **settings))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
@@ -280,11 +283,11 @@ class Adapters:
 
         raise only(adapters.PrefixTuningConfig)
 
-    def with_lora(self, base: PreTrainedModel) -> nn.Module:
+    def with_lora(self, base: PreTrainedModel, **settings: object) -> nn.Module:
         import adapters
 
         adapters.init(base)
-        base.add_adapter("task", config=adapters.ConfigUnion(self.config(), adapters.LoRAConfig(r=2)))
+        base.add_adapter("task", config=adapters.ConfigUnion(self.config(), adapters.LoRAConfig(r=2, **settings)))
         base.train_adapter("task")
         return base
 

@@ -21,7 +21,9 @@ from benchmarks.compatibility.tiny_models import (
     ENCODER_DECODERS,
     ENCODERS,
     END,
+    IMAGE_TOKEN,
     IMAGES,
+    IMAGES_BESIDE_TEXT,
     PAD,
     POSITIONS,
     VOCABULARY,
@@ -33,6 +35,8 @@ Probe = Callable[[Library, str], None]
 NEW_TOKENS = 6
 # Keys and values of one attention of four heads: elements of its prefix.
 ELEMENTS = 2 * P * 32
+# The ends of the names of DoRA's magnitudes in PEFT and in adapters.
+DORA_MAGNITUDES = (".lora_magnitude_vector.default.weight", ".task.m.weight")
 
 
 def check(condition: bool, otherwise: str) -> None:
@@ -66,6 +70,43 @@ def trains(library: Library, name: str, model: nn.Module | None = None) -> None:
     model = library.attach(make_base(library, name)) if model is None else model
     reached = [bool(gradient.any()) for gradient in gradients(library, model, make_inputs(name))]
     check(all(reached), "the prefix receives a gradient of zeros")
+
+
+def check_slope(model: nn.Module, trained: list[Tensor], inputs: dict[str, Tensor]) -> None:
+    """Check the gradient of ``trained`` by the difference of the losses a small step up and down along it."""
+
+    def loss() -> Tensor:
+        return logits_of(model, inputs).double().square().mean()
+
+    model.zero_grad()
+    first = loss()
+    first.backward()
+    check(all(p.grad is not None and p.grad.any() for p in trained), "what is trained receives no gradient, or zeros")
+    check_close(loss(), first, "losses of two equal passes")
+    size = sum(p.grad.double().square().sum() for p in trained).sqrt()
+    steps = [(p.grad / size).to(p.dtype) for p in trained]
+    values = []
+    with torch.no_grad():
+        for way in (1e-2, -2e-2):
+            for parameter, step in zip(trained, steps, strict=True):
+                parameter.add_(step, alpha=way)
+            values.append(loss())
+        slope = (values[0] - values[1]) / 2e-2
+        for parameter, step in zip(trained, steps, strict=True):
+            parameter.add_(step, alpha=1e-2)
+    check(bool((slope - size).abs() < 0.03 * size), f"the gradient has the size {size:.3g}, the slope is {slope:.3g}")
+
+
+def slopes(library: Library, name: str, model: nn.Module, beside: tuple[str, ...] = ()) -> None:
+    """Check the gradients of the prefix, and then those of the trained parameters whose names end in ``beside``."""
+    inputs = make_inputs(name)
+    prefixes = [p for p in library.prefixes(model) if p.requires_grad]
+    check(bool(prefixes), "nothing of the prefix is trained")
+    check_slope(model.eval(), prefixes, inputs)
+    if beside:
+        others = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(beside)]
+        check(bool(others), f"no parameter that ends in {' or '.join(beside)} is trained")
+        check_slope(model, others, inputs)
 
 
 def trained_elements(library: Library, model: nn.Module, name: str) -> int:
@@ -120,6 +161,36 @@ def recomputed(model: nn.Module, ids: Tensor, beams: int) -> Tensor:
         tokens = torch.cat([tokens[order // VOCABULARY], (order % VOCABULARY)[:, None]], 1)
         scores = best[:, None]
     return tokens[:1, -NEW_TOKENS:]
+
+
+def trains_and_generates(library: Library, name: str) -> None:
+    """The gradients are those of the loss, and two rows generate together, with a cache, what each does alone."""
+    slopes(library, name, library.attach(make_base(library, name)))
+    generates(padding=3)(library, name)
+
+
+def reads_images(library: Library, name: str) -> None:
+    """As above, for one row with an image, which it sees."""
+    model = library.attach(make_base(library, name)).eval()
+    slopes(library, name, model)
+    inputs = make_inputs(name, rows=1)
+    ids, images = inputs.pop("input_ids"), inputs
+
+    def logits(tokens: Tensor, **others: Tensor) -> Tensor:
+        others = images | others
+        if "mm_token_type_ids" in others:
+            others["mm_token_type_ids"] = (tokens == IMAGE_TOKEN).long()
+        return model(input_ids=tokens, use_cache=False, **others).logits
+
+    with torch.no_grad():
+        blank = logits(ids, pixel_values=torch.zeros_like(images["pixel_values"]))
+        check(not torch.allclose(logits(ids), blank, atol=1e-2), "the image is not seen")
+        tokens = ids
+        for _ in range(NEW_TOKENS):
+            best = logits(tokens)[:, -1].index_fill(-1, torch.tensor([END, IMAGE_TOKEN]), -torch.inf).argmax(-1)
+            tokens = torch.cat([tokens, best[:, None]], 1)
+        actual = generated(model, ids, torch.ones_like(ids), suppress_tokens=[IMAGE_TOKEN], **images)
+    check(torch.equal(actual, tokens[:, -NEW_TOKENS:]), "other tokens than without a cache")
 
 
 def generated(model: nn.Module, ids: Tensor, mask: Tensor, **settings: object) -> Tensor:
@@ -209,6 +280,42 @@ def with_lora(library: Library, name: str) -> None:
     trains(library, name, model)
     lora = [p for n, p in model.named_parameters() if "lora_B" in n]
     check(bool(lora) and all(p.grad is not None and p.grad.any() for p in lora), "LoRA receives no gradient")
+
+
+def with_dora(library: Library, name: str) -> None:
+    model = library.with_lora(make_base(library, name), use_dora=True)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:  # begins as zeros
+                parameter.normal_(std=0.3)
+    slopes(library, name, model, beside=DORA_MAGNITUDES)
+
+
+def on_quantized_weights(library: Library, name: str) -> None:
+    """Logits and gradients are those on weights of the same values that are not quantised."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantized() -> transformers.PreTrainedModel:
+        torch.manual_seed(0)
+        base = make_base(library, name)
+        heads = ("classifier", "lm_head")
+        quantize_(base, Int8WeightOnlyConfig(), lambda part, at: isinstance(part, nn.Linear) and at not in heads)
+        return base
+
+    whole = quantized()
+    for part in whole.modules():
+        if isinstance(part, nn.Linear) and hasattr(part.weight, "dequantize") and type(part.weight) is not nn.Parameter:
+            part.weight = nn.Parameter(part.weight.dequantize())
+    inputs, results = make_inputs(name), []
+    for base in (quantized(), whole):
+        torch.manual_seed(1)
+        model = library.attach(base).eval()
+        results.append([logits_of(model, inputs), *gradients(library, model, inputs)])
+        kinds = {type(p) for n, p in model.named_parameters() if n.endswith(("v_proj.weight", "value.weight"))}
+        check((kinds == {nn.Parameter}) == (base is whole), f"the weights are {kinds}")
+    check(all(bool(gradient.any()) for gradient in results[0][1:]), "the prefix receives a gradient of zeros")
+    for actual, expected in zip(*results, strict=True):
+        check_close(actual, expected, "logits or gradients, on quantised weights or not,")
 
 
 # The prefix
@@ -325,6 +432,8 @@ class Row(NamedTuple):
     want: str
     probe: Probe
     models: tuple[str, ...]
+    # Packages beside the library's.
+    needs: tuple[str, ...] = ()
 
 
 EVERY_SECOND = [(1,), (0,), (1,)]
@@ -334,6 +443,17 @@ ROWS = [
     Row("train a decoder", trains, tuple(DECODERS)),
     Row("train an encoder-decoder", trains, tuple(ENCODER_DECODERS)),
     Row("train on images", trains, tuple(IMAGES)),
+    Row("an image beside the text", reads_images, tuple(IMAGES_BESIDE_TEXT)),
+    Row("layers whose keys have different shapes", trains_and_generates, ("Gemma 4", "Gemma 4 of fewer global heads")),
+    Row(
+        "key heads wider than hidden size / heads",
+        trains_and_generates,
+        ("wide Qwen3", "wide Gemma 3"),
+    ),
+    Row("a mixture of experts", trains_and_generates, ("Mixtral", "Qwen3-MoE")),
+    Row("latent attention, as in DeepSeek-V3", trains_and_generates, ("DeepSeek-V3",)),
+    Row("a hybrid with attention in some layers", trains_and_generates, ("Qwen3-Next", "LFM2")),
+    Row("train on weights quantised to int8 by `torchao`", on_quantized_weights, ("BERT", "Llama"), ("torchao",)),
     Row("train a model built of `torch.nn` alone", plain_torch, ("nn.TransformerEncoder",)),
     Row(
         "right padding, with the default attention",
@@ -349,6 +469,7 @@ ROWS = [
     Row("`Trainer` resumes from its checkpoint", resumes(with_mlp=False), ("Llama",)),
     Row("the same, with a prefix that an MLP generates", resumes(with_mlp=True), ("Llama",)),
     Row("train LoRA beside the prefix", with_lora, ("Llama",)),
+    Row("train DoRA beside the prefix", with_dora, ("BERT", "Llama"), ("peft",)),
     Row("`generate`: greedy", generates(), ("GPT-2", "Llama", "BART")),
     Row("`generate`: left padding", generates(padding=3), ("GPT-2", "Llama")),
     Row("`generate`: left padding, a sliding window", generates(padding=3), ("Mistral", "Gemma 3")),

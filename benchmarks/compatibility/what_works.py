@@ -1,8 +1,8 @@
 """Try what works with prefix tuning by this package, by PEFT and by AdapterHub's ``adapters``.
 
-    # with this Transformers
+    # with this Transformers, and torchao
     python benchmarks/compatibility/what_works.py --library prefix_kernels accelerated_peft peft
-    # in an environment of torch, adapters and accelerate
+    # in an environment of torch, torchao, adapters, accelerate and pillow
     python benchmarks/compatibility/what_works.py --library adapters
     python benchmarks/compatibility/what_works.py  # only writes the table of docs/compatibility.md anew, from the CSV
     python benchmarks/compatibility/what_works.py --check  # fails if that page's table is not the CSV's

@@ -42,6 +42,8 @@ def recorded() -> list[Result]:
 
 @each(ROWS)
 def test_what_the_table_says_of_ours_works(row: Row, model: str) -> None:
+    for package in row.needs:
+        pytest.importorskip(package)
     row.probe(LIBRARIES["prefix_kernels"], model)
 
 
@@ -111,7 +113,8 @@ def test_a_failure_is_recorded_with_the_ends_of_its_message() -> None:
 @pytest.mark.parametrize("name", ["accelerated_peft", "peft"])
 @each(CHEAP)
 def test_peft_does_what_the_table_says(row: Row, model: str, name: str, recorded: list[Result]) -> None:
-    pytest.importorskip("peft")
+    for package in ("peft", *row.needs):
+        pytest.importorskip(package)
     version, base, _ = versions(LIBRARIES[name])
     of_this_run = [result for result in recorded if result.run == (name, version, base)]
     if not of_this_run:

@@ -412,7 +412,7 @@ def test_settings_that_a_cache_cannot_serve_are_refused(
 
 def test_attentions_that_share_a_layer_of_the_cache_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"expected attentions with a layer of the cache for each, got layers \[0, 0\]"
+        ValueError, match="expected attentions with a layer of the cache for each, got layers"
     ):
         prepared(tiny_model("seq2seq", "seamless_m4t"))
 

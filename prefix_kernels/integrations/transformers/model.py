@@ -20,6 +20,7 @@ from prefix_kernels.integrations.transformers.structure.adapters import peft_ada
 from prefix_kernels.integrations.transformers.structure.offload import keep_loaded, running_device
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.prepared import config_of, set_config
+from prefix_kernels.integrations.transformers.structure.quantized import let_trainer_accept, refuse_quantized_heads
 from prefix_kernels.integrations.transformers.structure.routes import find_layout, uses_cache
 from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
@@ -46,6 +47,9 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     first: a prefix that is offloaded with its model is not trained. T5's table of relative positions has to stay
     frozen: the kernels form no gradient of a position bias, and a call that needs one raises a ValueError.
 
+    Quantised weights (`torchao`, `bitsandbytes`) stay so. ``Trainer`` refuses models that are quantised and not PEFT's:
+    ``model.is_quantized`` is False until the prefix is removed, where the quantisation lets gradients through.
+
     Args:
         model: a model whose attentions go through Transformers' ``AttentionInterface`` and are understood, with any
             head.
@@ -57,7 +61,8 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     Raises:
         TypeError: ``model`` is not a Transformers model, or ``config`` no PrefixTuningConfig.
         ValueError: the model is not supported (the message says why), has a prefix already, is sharded by FSDP2
-            already, lacks a module named in ``config.modules_to_save``, or has offloaded weights tied to those of one.
+            already, lacks a module named in ``config.modules_to_save``, has offloaded weights tied to those of one, or
+            has quantised weights in one.
     """
     config = PrefixTuningConfig() if config is None else checked_config(config)
     if is_prepared(model):
@@ -68,6 +73,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     layout = find_layout(model, config)
     heads = find_heads(model) if config.modules_to_save is None else config.modules_to_save
     _check_names(model, heads)
+    refuse_quantized_heads(model, heads)
     encoder = layout.make_encoder(config, running_device(model))
     split_over_heads(model, encoder, layout)
     with unchanged_on_error(model):
@@ -93,7 +99,8 @@ def _install(
 
     tasks = PrefixTasks(model, config, layout, takes_names=not uses_cache(model, config))
     handles = tasks.install()
-    PrefixState(tasks, handles, install_hooks(model, layout, config, tasks), trained).install(model)
+    hooks = install_hooks(model, layout, config, tasks)
+    PrefixState(tasks, handles, hooks, trained, let_trainer_accept(model)).install(model)
 
 
 def remove_prefix(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from prefix_kernels.integrations.transformers.structure.quantized import mark_as_quantized
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 
 _STATE = "_prefix_state"
@@ -30,12 +31,14 @@ class PrefixState:
         task_handles: the handles of the hooks by which the model takes ``prefix_names=``.
         prefix_hooks: the hooks that give its attentions their prefixes.
         trained: which of its parameters, by name, required gradients before.
+        was_quantized: ``model.is_quantized`` was True before, and is not for as long as the model has a prefix.
     """
 
     tasks: PrefixTasks
     task_handles: list[RemovableHandle]
     prefix_hooks: InstalledHooks
     trained: dict[str, bool]
+    was_quantized: bool
 
     def install(self, model: PreTrainedModel) -> None:
         """Make it the state of ``model``."""
@@ -47,6 +50,8 @@ class PrefixState:
             handle.remove()
         self.tasks.uninstall()
         self.prefix_hooks.remove(model)
+        if self.was_quantized:
+            mark_as_quantized(model)
         delattr(model, _STATE)
 
 
