@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.compatibility.family_trial import NOT_TRIED, REFUSED, RIGHT, Trial, try_family
 from benchmarks.compatibility.model_types import KINDS, model_types
+from benchmarks.compatibility.peft_trial import EQUAL, FAILS, IN_PART, TASKS, TRAINS, try_peft
 
 TABLE = Path(__file__).parents[1] / "results" / "families.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -61,9 +62,48 @@ def section(trials: list[Trial], version: str) -> str:
         lines += ["| model type | result | reason |", "|---|---|---|"]
         for trial in of_kind:
             if trial.result != RIGHT:
-                reason = trial.reason.replace("|", "\\|")
-                lines.append(f"| `{trial.model_type}` | {trial.result} | {reason} |")
-    return "\n".join(lines)
+                lines.append(f"| `{trial.model_type}` | {trial.result} | {_cell(trial.reason)} |")
+    return "\n".join([*lines, *_peft_section(trials)])
+
+
+def _peft_section(trials: list[Trial]) -> list[str]:
+    """PEFT's own prefix tuning beside ours, by kind and by what differs."""
+    lines = ["", "## PEFT beside it", ""]
+    lines += ["| kind | PEFT trains | of these right here | of these equal after `accelerate` | right here alone |"]
+    lines += ["|---|---|---|---|---|"]
+    for kind in TASKS:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        trained = [trial for trial in of_kind if trial.peft == TRAINS]
+        right, equal = (
+            sum(x) for x in zip(*[(t.result == RIGHT, t.accelerated == EQUAL) for t in trained], strict=True)
+        )
+        alone = sum(trial.result == RIGHT and trial.peft != TRAINS for trial in of_kind)
+        lines.append(f"| {kind} | {len(trained)} | {right} | {equal} | {alone} |")
+    for kind in TASKS:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        for title, chosen in (
+            ("PEFT trains, refused here", [t for t in of_kind if t.peft == TRAINS and t.result == REFUSED]),
+            ("Right here, and PEFT trains the prefixes of some layers alone", _right(of_kind, IN_PART)),
+            ("Right here, and PEFT fails", _right(of_kind, FAILS)),
+        ):
+            if chosen:
+                names = ", ".join(f"`{trial.model_type}`" for trial in chosen)
+                text = f"{kind.capitalize()}. {title}: {names}."
+                lines += ["", textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
+    lines += ["", "PEFT trains, right here, and `accelerate` refuses:", ""]
+    lines += ["| kind | model type | reason |", "|---|---|---|"]
+    for trial in trials:
+        if trial.result == RIGHT and trial.peft in (TRAINS, IN_PART) and trial.accelerated != EQUAL:
+            lines.append(f"| {trial.kind} | `{trial.model_type}` | {_cell(trial.peft_reason)} |")
+    return lines
+
+
+def _right(trials: list[Trial], peft: str) -> list[Trial]:
+    return [trial for trial in trials if trial.result == RIGHT and trial.peft == peft]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def page(text: str, trials: list[Trial], version: str) -> str:
@@ -87,7 +127,10 @@ def main() -> None:
     trials = []
     for kind in arguments.kind or KINDS:
         for model_type in arguments.type or model_types(kind):
-            trials.append(try_family(kind, model_type))
+            trial = try_family(kind, model_type)
+            if kind in TASKS and trial.result != NOT_TRIED:
+                trial = trial._replace(**try_peft(kind, model_type)._asdict())
+            trials.append(trial)
             print(*trials[-1], flush=True)
     if not arguments.kind:
         write(trials)

@@ -44,6 +44,7 @@ class Trial(NamedTuple):
         attentions: the number of those with a prefix.
         result: RIGHT, REFUSED, NOT_TRIED or WRONG.
         reason: the error with which the model was refused or could not be built, or the difference that is wrong.
+        peft, accelerated, peft_reason: see :class:`benchmarks.compatibility.peft_trial.PeftTrial`.
     """
 
     kind: str
@@ -51,6 +52,9 @@ class Trial(NamedTuple):
     attentions: int
     result: str
     reason: str
+    peft: str = "-"
+    accelerated: str = "-"
+    peft_reason: str = ""
 
 
 class _Difference(AssertionError):
@@ -67,16 +71,16 @@ def try_family(kind: str, model_type: str) -> Trial:
             with torch.no_grad():
                 base(**inputs_of(base, "none"))
         except Exception as error:
-            return Trial(kind, model_type, 0, NOT_TRIED, _line(error))
+            return Trial(kind, model_type, 0, NOT_TRIED, line(error))
         attentions = 0
         try:
             attentions = len(_layout(_prepared(base)).sites)
             _check(base, kind)
         except _Difference as error:
-            return Trial(kind, model_type, attentions, WRONG, _line(error))
+            return Trial(kind, model_type, attentions, WRONG, line(error))
         except Exception as error:
-            refused = _is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, _line(error))
+            refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
+            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, line(error))
     return Trial(kind, model_type, attentions, RIGHT, "")
 
 
@@ -199,12 +203,12 @@ def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     return inputs
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Return True if this package raised it, not something that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(prefix_kernels.__file__).parent)
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
