@@ -1,8 +1,9 @@
 """The relative position bias of T5, as the mask that :func:`prefix_kernels.prefix_attention` adds to its scores.
 
 T5 has no positions but a bias ``[1, Hq, Sq, Sk]`` on the scores of every self-attention, which the first layer of a
-stack looks up in a table and all its layers share; in UMT5 each layer has a table of its own. The bias has no columns for the prefix. They get zero, or where the
-prefix counts as the ``P`` positions before the sequence (``position_offset="peft"``), what the table says for those.
+stack looks up in a table and all its layers share; in UMT5 each layer has a table of its own. The bias has no columns
+for the prefix. They get zero, or where the prefix counts as the ``P`` positions before the sequence
+(``position_offset="peft"``), what the table says for those.
 """
 
 from __future__ import annotations
