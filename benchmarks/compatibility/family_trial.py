@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import prefix_kernels
+from benchmarks.compatibility.media_inputs import NoMedia, audio_inputs, image_inputs, padded, speech_inputs
 from benchmarks.compatibility.model_types import tiny_model
 from benchmarks.compatibility.own_attention import Pairs, concatenated, with_cache
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
@@ -26,6 +27,7 @@ NEW_TOKENS = 8
 # Differences allowed between logits, and between gradients relative to the largest: float32, two layers.
 LOGITS, GRADIENTS = 1e-4, 1e-3
 RIGHT, REFUSED, NOT_TRIED, WRONG = "right", "refused", "not tried", "WRONG"
+IMAGES, SOUND, NO_MEDIA = "images", "sound", "-"
 # Model types whose own cache cannot hold a prefix from outside, and why.
 NO_OWN_CACHE = {
     "gemma3n_text": "layers that share keys",
@@ -45,6 +47,7 @@ class Trial(NamedTuple):
         result: RIGHT, REFUSED, NOT_TRIED or WRONG.
         reason: the error with which the model was refused or could not be built, or the difference that is wrong.
         peft, accelerated, peft_reason: see :class:`benchmarks.compatibility.peft_trial.PeftTrial`.
+        media: IMAGES or SOUND if the model was given them, NO_MEDIA if not.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class Trial(NamedTuple):
     peft: str = "-"
     accelerated: str = "-"
     peft_reason: str = ""
+    media: str = NO_MEDIA
 
 
 class _Difference(AssertionError):
@@ -68,28 +72,26 @@ def try_family(kind: str, model_type: str) -> Trial:
         warnings.simplefilter("ignore")
         try:
             base = tiny_model(kind, model_type)
-            with torch.no_grad():
-                base(**inputs_of(base, "none"))
+            cases, media = _cases(base, kind)
         except Exception as error:
             return Trial(kind, model_type, 0, NOT_TRIED, line(error))
         attentions = 0
         try:
             attentions = len(_layout(_prepared(base)).sites)
-            _check(base, kind)
+            _check(base, kind, cases)
         except _Difference as error:
-            return Trial(kind, model_type, attentions, WRONG, line(error))
+            return Trial(kind, model_type, attentions, WRONG, line(error), media=media)
         except Exception as error:
             refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, line(error))
-    return Trial(kind, model_type, attentions, RIGHT, "")
+            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, line(error), media=media)
+    return Trial(kind, model_type, attentions, RIGHT, "", media=media)
 
 
-def _check(base: PreTrainedModel, kind: str) -> None:
+def _check(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tensor]]) -> None:
     model = _prepared(base, position_offset="none")
-    for padding in _paddings(base):
-        inputs = inputs_of(base, padding)
+    for case, inputs in cases.items():
         with concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
-            _compare(padding, model, model(**inputs).logits, base(**inputs).logits, inputs)
+            _compare(case, model, model(**inputs).logits, base(**inputs).logits, inputs)
     if kind != "causal":
         return
     if base.config.model_type not in OWN_CACHE_DIFFERS:
@@ -103,6 +105,51 @@ def _check(base: PreTrainedModel, kind: str) -> None:
             position_ids = torch.arange(inputs["input_ids"].shape[1])[None]
             actual = model(**inputs, position_ids=position_ids).logits
             _compare(f"own cache, {padding}", model, actual, expected, inputs)
+
+
+def _cases(base: PreTrainedModel, kind: str) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """The inputs to compare with, by name, all of which the plain model takes, and the media among them.
+
+    Raises:
+        Exception: it takes neither text alone nor media; whatever Transformers raises.
+    """
+    if kind in ("audio classification", "speech seq2seq"):
+        inputs = speech_inputs(base)
+        return {"sound, none": inputs} | _with_shorter_sound(base, inputs), SOUND
+    cases: dict[str, dict[str, Tensor]] = {}
+    media = NO_MEDIA
+    make = {"image-text-to-text": image_inputs, "audio-text-to-text": audio_inputs}.get(kind)
+    if make is not None:
+        try:
+            inputs = make(base)
+        except NoMedia:
+            pass
+        else:
+            media = IMAGES if make is image_inputs else SOUND
+            cases = {f"{media}, {padding}": padded(inputs, padding) for padding in ("none", "left", "right")}
+    try:
+        with torch.no_grad():
+            base(**inputs_of(base, "none"))
+        cases |= {padding: inputs_of(base, padding) for padding in _paddings(base)}
+    except Exception:
+        if not cases:
+            raise
+    return cases, media
+
+
+def _with_shorter_sound(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same with a second row whose last quarter is padding, if the model takes such a mask."""
+    sound = next(inputs[name] for name in ("input_values", "input_features") if name in inputs)
+    for length in {sound.shape[1], sound.shape[-1]}:
+        mask = torch.ones(sound.shape[0], length, dtype=torch.int64)
+        mask[1, length - length // 4 :] = 0
+        try:
+            with torch.no_grad():
+                base(**inputs, attention_mask=mask)
+        except Exception:
+            continue
+        return {"sound, right": inputs | {"attention_mask": mask}}
+    return {}
 
 
 def _prepared(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
@@ -124,7 +171,12 @@ def _compare(
 ) -> None:
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     mask = inputs.get("attention_mask")
-    if mask is not None and "decoder_input_ids" not in inputs and weights.shape[:2] == mask.shape:
+    if (
+        mask is not None
+        and "input_ids" in inputs
+        and "decoder_input_ids" not in inputs
+        and weights.shape[:2] == mask.shape
+    ):
         weights *= mask[..., None]
     tables = list(model.prefix_encoder.parameters())
     ours, theirs = (torch.autograd.grad((logits * weights).sum(), tables) for logits in (actual, expected))
@@ -137,7 +189,7 @@ def _compare(
             raise _Difference(
                 f"{where}: gradients differ by {(grad - expected_grad).abs().max():.1e} of {largest.max():.1e}"
             )
-        if where == "none" and not largest.min() > 0:
+        if where.endswith("none") and not largest.min() > 0:
             raise _Difference(f"{where}: the prefix of an attention gets no gradient")
 
 

@@ -21,7 +21,10 @@ KINDS = {
     "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "audio-text-to-text": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",  # those that read no images
     "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "audio classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "speech seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
 LARGEST = 4_000_000  # parameters of a model that counts as tiny
 
@@ -55,6 +58,16 @@ _SETTINGS: dict[str, Any] = {
     **{"ssm_state_size": 8, "n_groups": 1, "mamba_n_groups": 1, "hidden_size_per_layer_input": 8},
     # Images.
     **{"image_size": 16, "patch_size": 8, "num_channels": 3, "embed_dim": 32, "depth": 2, "out_hidden_size": 32},
+    **{"projection_dim": 32, "mm_tokens_per_image": 4},
+    # Sound.
+    **{"conv_dim": [32] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "num_mel_bins": 16},
+    **{"input_feat_per_channel": 16, "conv_channels": 32, "classifier_proj_size": 32, "output_hidden_size": 32},
+    # Tokens in a text that stand for something else.
+    **dict.fromkeys(("image_token_id", "image_token_index"), 95),
+    **dict.fromkeys(("video_token_id", "video_token_index"), 96),
+    **dict.fromkeys(("audio_token_id", "audio_token_index"), 94),
+    **dict.fromkeys(("vision_start_token_id", "boi_token_id", "image_start_token_id", "boi_token_index"), 97),
+    **dict.fromkeys(("vision_end_token_id", "eoi_token_id", "image_end_token_id", "eoi_token_index"), 98),
 }
 _THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _MIXED_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
@@ -120,7 +133,11 @@ def tiny_model(kind: str, model_type: str) -> PreTrainedModel:
 
 
 def _classes(kind: str) -> Mapping[str, str | Sequence[str]]:
-    return getattr(modeling_auto, KINDS[kind])
+    classes = getattr(modeling_auto, KINDS[kind])
+    if kind != "audio-text-to-text":
+        return classes
+    images = _classes("image-text-to-text")
+    return {model_type: name for model_type, name in classes.items() if model_type not in images}
 
 
 def _tiny_config(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedConfig:
