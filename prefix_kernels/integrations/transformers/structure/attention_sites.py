@@ -17,7 +17,7 @@ VISION = "vision"  # the tower of images beside one of text
 # Names in the config of a model that reads images or sound beside text: the token that stands for them.
 _MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 # Parts of the name of a module that attends to the states of an encoder.
-_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
+_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
 
 
 @dataclass(frozen=True, eq=False)
