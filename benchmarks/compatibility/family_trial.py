@@ -32,6 +32,7 @@ IMAGES, SOUND, NO_MEDIA = "images", "sound", "-"
 NO_OWN_CACHE = {
     "gemma3n_text": "layers that share keys",
     "minimax": "a cache class of its own",
+    "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
 }
 # Model types that, without any prefix, choose other tokens with a cache than without.
@@ -248,6 +249,8 @@ def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     ids, mask = torch.randint(3, 90, (2, 9), generator=generator), torch.ones(2, 9, dtype=torch.int64)
     if padding != "none":
         mask[1, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
+    if hasattr(model, "classification_head"):
+        ids[:, 5] = model.config.eos_token_id  # the one whose state is classified
     inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         takes_text = hasattr(model, "classification_head")

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 ROWS, TEXT_BEFORE, TEXT_AFTER, PADDING = 2, 3, 4, 3
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_soft_token_id", "img_context_id")
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
+TILES = 4
 # Numbers of tokens to try for models without get_image_features or get_audio_features.
 _COUNTS = (0, 1, 2, 4, 8, 9, 16, 18)
 _MEDIA = ("pixel_values", "flattened_patches", "input_features", "input_values")
@@ -114,7 +115,7 @@ def _with_text(
         if name in known:
             inputs[name] = (ids == token).long()
     if "cross_attention_mask" in known:
-        inputs["cross_attention_mask"] = torch.ones(ROWS, ids.shape[1], 1, 1, dtype=torch.int64)
+        inputs["cross_attention_mask"] = torch.ones(ROWS, ids.shape[1], 1, TILES, dtype=torch.int64)
     if "decoder_input_ids" in known:
         inputs["decoder_input_ids"] = torch.randint(3, 90, (ROWS, 6), generator=generator)
     return inputs
@@ -172,9 +173,9 @@ def _images(model: PreTrainedModel) -> Iterator[Inputs]:
             yield {"pixel_values": random(number, channels, frames, patch, patch), "image_grid_thw": grid}
     if "aspect_ratio_ids" in known:
         yield {
-            "pixel_values": random(ROWS, 1, 1, channels, size, size),
+            "pixel_values": random(ROWS, 1, TILES, channels, size, size),
             "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.int64),
-            "aspect_ratio_mask": torch.ones(ROWS, 1, 1, dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(ROWS, 1, TILES, dtype=torch.int64),
         }
     side = size // patch
     if "spatial_shapes" in known:
@@ -194,7 +195,7 @@ def _images(model: PreTrainedModel) -> Iterator[Inputs]:
     if "flattened_patches" in known:
         yield {"flattened_patches": random(ROWS, 4, channels * patch**2 + 2)}
     plain = {"pixel_values": random(ROWS, channels, size, size)}
-    yield plain | {"image_sizes": sizes}
+    yield plain | {"image_sizes": sizes, "pixel_mask": torch.ones(ROWS, size, size, dtype=torch.bool)}
     yield plain
     yield {"pixel_values": random(ROWS, 1, channels, size, size), "image_sizes": sizes}
     yield {"pixel_values": random(ROWS, 2, channels, size, size), "image_sizes": sizes}
