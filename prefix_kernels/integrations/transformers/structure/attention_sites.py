@@ -17,7 +17,9 @@ VISION = "vision"  # the tower of images beside one of text
 # Names in the config of a model that reads images or sound beside text: the token that stands for them.
 _MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 # Parts of the name of a module that attends to the states of an encoder.
-_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
+_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
+# The same in decoders whose encoder reads images.
+_IMAGE_CROSS_NAMES = (*_CROSS_NAMES, "cross_attn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     backbone = _language_model(model.base_model)
     found = {name: module for name, module in backbone.named_modules() if asks_for_attention(module)}
     if not model.config.is_encoder_decoder:
-        found = {name: module for name, module in found.items() if not _is_cross(name)}
+        found = {name: module for name, module in found.items() if not _is_cross(name, _IMAGE_CROSS_NAMES)}
     if not found:
         raise ValueError(f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface")
     sites = []
@@ -101,8 +103,8 @@ def _language_model(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _is_cross(name: str) -> bool:
-    return any(cross in part for part in name.split(".") for cross in _CROSS_NAMES)
+def _is_cross(name: str, names: tuple[str, ...] = _CROSS_NAMES) -> bool:
+    return any(cross in part for part in name.split(".") for cross in names)
 
 
 def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
