@@ -19,8 +19,9 @@ import transformers
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.compatibility.family_trial import NOT_TRIED, REFUSED, RIGHT, Trial, try_family
+from benchmarks.compatibility.family_trial import NO_MEDIA, NOT_TRIED, REFUSED, RIGHT, Trial, try_family
 from benchmarks.compatibility.model_types import KINDS, model_types
+from benchmarks.compatibility.peft_trial import EQUAL, FAILS, IN_PART, TASKS, TRAINS, try_peft
 
 TABLE = Path(__file__).parents[1] / "results" / "families.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -47,10 +48,12 @@ def write(trials: list[Trial], path: Path = TABLE) -> None:
 
 def section(trials: list[Trial], version: str) -> str:
     """The part of the page that is written from the CSV."""
-    lines = [f"Transformers {version}.", "", "| kind | right | refused | not tried |", "|---|---|---|---|"]
+    lines = [f"Transformers {version}.", "", "| kind | right | of these with images or sound | refused | not tried |"]
+    lines.append("|---|---|---|---|---|")
     for kind in KINDS:
         counts = Counter(trial.result for trial in trials if trial.kind == kind)
-        lines.append(f"| {kind} | {counts[RIGHT]} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
+        media = sum(trial.kind == kind and trial.result == RIGHT and trial.media != NO_MEDIA for trial in trials)
+        lines.append(f"| {kind} | {counts[RIGHT]} | {media or ''} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
     for kind in KINDS:
         of_kind = [trial for trial in trials if trial.kind == kind]
         if not of_kind:
@@ -58,12 +61,55 @@ def section(trials: list[Trial], version: str) -> str:
         names = ", ".join(f"`{trial.model_type}`" for trial in of_kind if trial.result == RIGHT)
         right = textwrap.fill(f"Right: {names}.", 120, break_long_words=False, break_on_hyphens=False)
         lines += ["", f"## {kind.capitalize()}", "", right, ""]
+        text_alone = [t for t in of_kind if t.result == RIGHT and t.media == NO_MEDIA]
+        if "text-to-text" in kind and text_alone:
+            names = ", ".join(f"`{trial.model_type}`" for trial in text_alone)
+            lines += [textwrap.fill(f"With text alone: {names}.", 120, break_long_words=False), ""]
         lines += ["| model type | result | reason |", "|---|---|---|"]
         for trial in of_kind:
             if trial.result != RIGHT:
-                reason = trial.reason.replace("|", "\\|")
-                lines.append(f"| `{trial.model_type}` | {trial.result} | {reason} |")
-    return "\n".join(lines)
+                lines.append(f"| `{trial.model_type}` | {trial.result} | {_cell(trial.reason)} |")
+    return "\n".join([*lines, *_peft_section(trials)])
+
+
+def _peft_section(trials: list[Trial]) -> list[str]:
+    """PEFT's own prefix tuning beside ours, by kind and by what differs."""
+    lines = ["", "## PEFT beside it", ""]
+    lines += ["| kind | PEFT trains | of these right here | of these equal after `accelerate` | right here alone |"]
+    lines += ["|---|---|---|---|---|"]
+    for kind in TASKS:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        trained = [trial for trial in of_kind if trial.peft == TRAINS]
+        right, equal = (
+            sum(x) for x in zip(*[(t.result == RIGHT, t.accelerated == EQUAL) for t in trained], strict=True)
+        )
+        alone = sum(trial.result == RIGHT and trial.peft != TRAINS for trial in of_kind)
+        lines.append(f"| {kind} | {len(trained)} | {right} | {equal} | {alone} |")
+    for kind in TASKS:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        for title, chosen in (
+            ("PEFT trains, refused here", [t for t in of_kind if t.peft == TRAINS and t.result == REFUSED]),
+            ("Right here, and PEFT trains the prefixes of some layers alone", _right(of_kind, IN_PART)),
+            ("Right here, and PEFT fails", _right(of_kind, FAILS)),
+        ):
+            if chosen:
+                names = ", ".join(f"`{trial.model_type}`" for trial in chosen)
+                text = f"{kind.capitalize()}. {title}: {names}."
+                lines += ["", textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
+    lines += ["", "PEFT trains, right here, and `accelerate` refuses:", ""]
+    lines += ["| kind | model type | reason |", "|---|---|---|"]
+    for trial in trials:
+        if trial.result == RIGHT and trial.peft in (TRAINS, IN_PART) and trial.accelerated != EQUAL:
+            lines.append(f"| {trial.kind} | `{trial.model_type}` | {_cell(trial.peft_reason)} |")
+    return lines
+
+
+def _right(trials: list[Trial], peft: str) -> list[Trial]:
+    return [trial for trial in trials if trial.result == RIGHT and trial.peft == peft]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def page(text: str, trials: list[Trial], version: str) -> str:
@@ -87,7 +133,10 @@ def main() -> None:
     trials = []
     for kind in arguments.kind or KINDS:
         for model_type in arguments.type or model_types(kind):
-            trials.append(try_family(kind, model_type))
+            trial = try_family(kind, model_type)
+            if kind in TASKS and trial.result != NOT_TRIED:
+                trial = trial._replace(**try_peft(kind, model_type)._asdict())
+            trials.append(trial)
             print(*trials[-1], flush=True)
     if not arguments.kind:
         write(trials)

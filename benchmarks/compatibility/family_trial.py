@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import prefix_kernels
+from benchmarks.compatibility.media_inputs import NoMedia, audio_inputs, image_inputs, padded, speech_inputs
 from benchmarks.compatibility.model_types import tiny_model
 from benchmarks.compatibility.own_attention import Pairs, concatenated, with_cache
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
@@ -26,10 +27,12 @@ NEW_TOKENS = 8
 # Differences allowed between logits, and between gradients relative to the largest: float32, two layers.
 LOGITS, GRADIENTS = 1e-4, 1e-3
 RIGHT, REFUSED, NOT_TRIED, WRONG = "right", "refused", "not tried", "WRONG"
+IMAGES, SOUND, NO_MEDIA = "images", "sound", "-"
 # Model types whose own cache cannot hold a prefix from outside, and why.
 NO_OWN_CACHE = {
     "gemma3n_text": "layers that share keys",
     "minimax": "a cache class of its own",
+    "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
 }
 # Model types that, without any prefix, choose other tokens with a cache than without.
@@ -44,6 +47,8 @@ class Trial(NamedTuple):
         attentions: the number of those with a prefix.
         result: RIGHT, REFUSED, NOT_TRIED or WRONG.
         reason: the error with which the model was refused or could not be built, or the difference that is wrong.
+        peft, accelerated, peft_reason: see :class:`benchmarks.compatibility.peft_trial.PeftTrial`.
+        media: IMAGES or SOUND if the model was given them, NO_MEDIA if not.
     """
 
     kind: str
@@ -51,6 +56,10 @@ class Trial(NamedTuple):
     attentions: int
     result: str
     reason: str
+    peft: str = "-"
+    accelerated: str = "-"
+    peft_reason: str = ""
+    media: str = NO_MEDIA
 
 
 class _Difference(AssertionError):
@@ -64,28 +73,26 @@ def try_family(kind: str, model_type: str) -> Trial:
         warnings.simplefilter("ignore")
         try:
             base = tiny_model(kind, model_type)
-            with torch.no_grad():
-                base(**inputs_of(base, "none"))
+            cases, media = _cases(base, kind)
         except Exception as error:
-            return Trial(kind, model_type, 0, NOT_TRIED, _line(error))
+            return Trial(kind, model_type, 0, NOT_TRIED, line(error))
         attentions = 0
         try:
             attentions = len(_layout(_prepared(base)).sites)
-            _check(base, kind)
+            _check(base, kind, cases)
         except _Difference as error:
-            return Trial(kind, model_type, attentions, WRONG, _line(error))
+            return Trial(kind, model_type, attentions, WRONG, line(error), media=media)
         except Exception as error:
-            refused = _is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, _line(error))
-    return Trial(kind, model_type, attentions, RIGHT, "")
+            refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
+            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, line(error), media=media)
+    return Trial(kind, model_type, attentions, RIGHT, "", media=media)
 
 
-def _check(base: PreTrainedModel, kind: str) -> None:
+def _check(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tensor]]) -> None:
     model = _prepared(base, position_offset="none")
-    for padding in _paddings(base):
-        inputs = inputs_of(base, padding)
+    for case, inputs in cases.items():
         with concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
-            _compare(padding, model, model(**inputs).logits, base(**inputs).logits, inputs)
+            _compare(case, model, model(**inputs).logits, base(**inputs).logits, inputs)
     if kind != "causal":
         return
     if base.config.model_type not in OWN_CACHE_DIFFERS:
@@ -99,6 +106,51 @@ def _check(base: PreTrainedModel, kind: str) -> None:
             position_ids = torch.arange(inputs["input_ids"].shape[1])[None]
             actual = model(**inputs, position_ids=position_ids).logits
             _compare(f"own cache, {padding}", model, actual, expected, inputs)
+
+
+def _cases(base: PreTrainedModel, kind: str) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """The inputs to compare with, by name, all of which the plain model takes, and the media among them.
+
+    Raises:
+        Exception: it takes neither text alone nor media; whatever Transformers raises.
+    """
+    if kind in ("audio classification", "speech seq2seq"):
+        inputs = speech_inputs(base)
+        return {"sound, none": inputs} | _with_shorter_sound(base, inputs), SOUND
+    cases: dict[str, dict[str, Tensor]] = {}
+    media = NO_MEDIA
+    make = {"image-text-to-text": image_inputs, "audio-text-to-text": audio_inputs}.get(kind)
+    if make is not None:
+        try:
+            inputs = make(base)
+        except NoMedia:
+            pass
+        else:
+            media = IMAGES if make is image_inputs else SOUND
+            cases = {f"{media}, {padding}": padded(inputs, padding) for padding in ("none", "left", "right")}
+    try:
+        with torch.no_grad():
+            base(**inputs_of(base, "none"))
+        cases |= {padding: inputs_of(base, padding) for padding in _paddings(base)}
+    except Exception:
+        if not cases:
+            raise
+    return cases, media
+
+
+def _with_shorter_sound(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same with a second row whose last quarter is padding, if the model takes such a mask."""
+    sound = next(inputs[name] for name in ("input_values", "input_features") if name in inputs)
+    for length in {sound.shape[1], sound.shape[-1]}:
+        mask = torch.ones(sound.shape[0], length, dtype=torch.int64)
+        mask[1, length - length // 4 :] = 0
+        try:
+            with torch.no_grad():
+                base(**inputs, attention_mask=mask)
+        except Exception:
+            continue
+        return {"sound, right": inputs | {"attention_mask": mask}}
+    return {}
 
 
 def _prepared(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
@@ -120,7 +172,12 @@ def _compare(
 ) -> None:
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     mask = inputs.get("attention_mask")
-    if mask is not None and "decoder_input_ids" not in inputs and weights.shape[:2] == mask.shape:
+    if (
+        mask is not None
+        and "input_ids" in inputs
+        and "decoder_input_ids" not in inputs
+        and weights.shape[:2] == mask.shape
+    ):
         weights *= mask[..., None]
     tables = list(model.prefix_encoder.parameters())
     ours, theirs = (torch.autograd.grad((logits * weights).sum(), tables) for logits in (actual, expected))
@@ -133,7 +190,7 @@ def _compare(
             raise _Difference(
                 f"{where}: gradients differ by {(grad - expected_grad).abs().max():.1e} of {largest.max():.1e}"
             )
-        if where == "none" and not largest.min() > 0:
+        if where.endswith("none") and not largest.min() > 0:
             raise _Difference(f"{where}: the prefix of an attention gets no gradient")
 
 
@@ -192,6 +249,8 @@ def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     ids, mask = torch.randint(3, 90, (2, 9), generator=generator), torch.ones(2, 9, dtype=torch.int64)
     if padding != "none":
         mask[1, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
+    if hasattr(model, "classification_head"):
+        ids[:, 5] = model.config.eos_token_id  # the one whose state is classified
     inputs = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         takes_text = hasattr(model, "classification_head")
@@ -199,12 +258,12 @@ def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     return inputs
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Return True if this package raised it, not something that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(prefix_kernels.__file__).parent)
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -53,6 +53,7 @@ from family_checks import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.compatibility.model_types import tiny_model
 from prefix_kernels import prefix_attention
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
@@ -201,6 +202,20 @@ def test_the_position_bias_of_t5_is_one_mask_for_all_layers(
         torch.testing.assert_close(masks[0], bias)
         assert len({mask.data_ptr() for mask in masks}) == 1, "no layer has a copy of its own"
     assert [call["is_causal"] for call in calls] == [False] * ENCODER_LAYERS + [True, False] * DECODER_LAYERS
+
+
+def test_each_layer_of_umt5_gives_the_prefix_the_bias_of_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model("seq2seq", "umt5")
+    model = get_prefix_model(base, PrefixTuningConfig(num_virtual_tokens=P, position_offset="peft"))
+    inputs = text("none")
+    calls = Calls(monkeypatch)
+    model(**inputs)
+    masks = [call["attn_mask"] for call in calls if call["attn_mask"] is not None]
+    assert len(masks) == 4
+    for stack, of_stack, length in ((model.encoder, masks[:2], SOURCE), (model.decoder, masks[2:], TARGET)):
+        for block, mask in zip(stack.block, of_stack, strict=True):
+            bias = block.layer[0].SelfAttention.compute_bias(P + length, P + length)[:, :, P:]
+            torch.testing.assert_close(mask, bias)
 
 
 def test_another_bias_or_another_padding_gives_another_mask() -> None:

@@ -22,7 +22,13 @@ from family_checks import (
 )
 from image_text_families import IMAGES, LENGTH, TEXT, text, text_with_images, tiny_gemma3
 
-from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, load_prefix_model
+from benchmarks.compatibility.model_types import tiny_model
+from prefix_kernels.integrations.transformers import (
+    PrefixTuningConfig,
+    get_prefix_model,
+    load_prefix_model,
+    prefix_layers,
+)
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import save_peft_checkpoint
 
 each = pytest.mark.parametrize("family", [TEXT, IMAGES], ids=lambda family: family.name)
@@ -103,3 +109,13 @@ def test_a_prefix_that_slides_out_of_sight_between_images_is_refused() -> None:
 def test_a_prefix_in_the_image_tower_is_refused() -> None:
     with pytest.raises(ValueError, match=r"target_attentions: expected names among \['self'\], got 'vision'"):
         get_prefix_model(tiny_gemma3(), PrefixTuningConfig(target_attentions=["vision"]))
+
+
+def test_layers_that_attend_to_an_image_have_no_prefix_and_text_alone_trains_every_other() -> None:
+    base = tiny_model("image-text-to-text", "mllama")
+    assert base.config.text_config.cross_attention_layers == [1]
+    model = get_prefix_model(base, PrefixTuningConfig(num_virtual_tokens=2))
+    assert prefix_layers(model) == ["model.language_model.layers.0.self_attn"]
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.square().sum().backward()
+    for parameter in model.prefix_encoder.parameters():
+        assert parameter.grad.abs().amax((0, 2, 3)).min() > 0

@@ -15,14 +15,14 @@ from prefix_kernels.integrations.transformers.structure.support import refuse_at
 
 # Arguments that reach an attention function and do not change its result, because something else has applied them
 # already or never will: positions (to query and key), packed lengths (to the mask), caches (to key and value), choices
-# of what the model returns, and the inputs of its loss.
+# of what the model returns, the inputs of its loss, and the sizes of images, whose features are in the text already.
 HARMLESS_ARGUMENTS = frozenset(
     (
         *("position_ids", "position_embeddings", "cache_position", "position_embeddings_global"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         *("cache", "past_key_values", "past_key_value", "use_cache", "cache_params"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
-        *("num_items_in_batch", "labels", "deterministic", "prefix_names"),
+        *("num_items_in_batch", "labels", "deterministic", "prefix_names", "image_sizes"),
     )
 )
 

@@ -26,4 +26,4 @@ def with_position_bias(call: AttentionCall, visible: Tensor | None, k_len: int) 
             )
         return biased_mask(bias, visible, k_len)
     prefix_len = 0 if site is None else call.prefixes.pairs[site][0].shape[-2]
-    return call.prefixes.bias.mask(bias, call.attention_mask, visible, k_len, prefix_len)
+    return call.prefixes.bias.mask(bias, call.attention_mask, visible, k_len, prefix_len, call.module)

@@ -1,8 +1,9 @@
 """The relative position bias of T5, as the mask that :func:`prefix_kernels.prefix_attention` adds to its scores.
 
 T5 has no positions but a bias ``[1, Hq, Sq, Sk]`` on the scores of every self-attention, which the first layer of a
-stack looks up in a table and all its layers share. It has no columns for the prefix. They get zero, or where the prefix
-counts as the ``P`` positions before the sequence (``position_offset="peft"``), what the table says for those.
+stack looks up in a table and all its layers share; in UMT5 each layer has a table of its own. The bias has no columns
+for the prefix. They get zero, or where the prefix counts as the ``P`` positions before the sequence
+(``position_offset="peft"``), what the table says for those.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class StackBias:
 
     Attributes:
         before: the bias ``[1, Hq, Sq, T]`` of the ``T`` positions before the sequence; None is zero.
+        before_by_module: the same of each attention that has a table of its own; the others have ``before``.
         columns: which of these positions the prefixes of each row have; None: one prefix of length ``T`` has them all.
         masks: what :meth:`mask` made last for each length of the prefix, after what it was made from.
     """
@@ -35,34 +37,43 @@ class StackBias:
     before: Tensor | None = None
     columns: BankColumns | None = None
     masks: list[tuple[int, Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+    before_by_module: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def mask(
-        self, bias: Tensor, attention_mask: Tensor | None, visible: Tensor | None, k_len: int, prefix_len: int
+        self,
+        bias: Tensor,
+        attention_mask: Tensor | None,
+        visible: Tensor | None,
+        k_len: int,
+        prefix_len: int,
+        module: nn.Module | None = None,
     ) -> Tensor:
-        """:func:`biased_mask`, made once for all layers whose prefixes have the same length.
+        """:func:`biased_mask`, made once for all layers of the same ``bias`` whose prefixes have the same length.
 
         With padding it is ``[B, Hq, Sq, P + Sk]``, and each layer would keep its own for the backward pass.
 
         Args:
-            bias, attention_mask: as the attention module gave them: the same objects in each layer.
+            bias, attention_mask: as the attention module gave them: the same objects in each layer that shares a table.
             visible: what ``attention_mask`` says.
             k_len: ``Sk``.
             prefix_len: ``P``, of this layer's prefix or bank; 0 without one.
+            module: the attention. Default: one without a table of its own.
         """
         # A list, because looking up a length in a dict would compile the model for that length alone.
         for length, of_bias, of_mask, made in self.masks:
             if length == prefix_len and of_bias is bias and of_mask is attention_mask:
                 return made
-        made = biased_mask(bias, visible, k_len, self._prefix_bias(prefix_len))
+        made = biased_mask(bias, visible, k_len, self._prefix_bias(prefix_len, module))
         others = [known for known in self.masks if known[0] != prefix_len]
         self.masks = [*others, (prefix_len, bias, attention_mask, made)]
         return made
 
-    def _prefix_bias(self, prefix_len: int) -> Tensor | None:
-        """Return the position bias of the columns of a prefix of ``prefix_len`` tokens."""
+    def _prefix_bias(self, prefix_len: int, module: nn.Module | None) -> Tensor | None:
+        """Return the position bias of the columns of a prefix of ``prefix_len`` tokens in ``module``."""
         if self.before is None or prefix_len == 0:
             return None
-        return self.before if self.columns is None else self.columns.bias(self.before, prefix_len)
+        before = self.before_by_module.get(module, self.before) if module is not None else self.before
+        return before if self.columns is None else self.columns.bias(before, prefix_len)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +172,12 @@ class RelativeBias:
     """Makes the :class:`StackBias` of each call of a stack.
 
     Args:
-        stack: a stack of layers whose first attention holds a table of relative positions.
+        stack: a stack of layers whose first attention, or each of them, holds a table of relative positions.
     """
 
     def __init__(self, stack: nn.Module) -> None:
         self.stack = stack
-        self.attention = cast(_BiasedAttention, next(module for module in stack.modules() if hasattr(module, _TABLE)))
+        self.attentions = [module for module in stack.modules() if hasattr(module, _TABLE)]
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
 
     def __call__(self, num_positions: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StackBias:
@@ -179,15 +190,21 @@ class RelativeBias:
         tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
         if num_positions == 0 or len(tokens) != 1:  # the stack says what is wrong
             return StackBias()
-        past = past_length(inputs) if self.attention.is_decoder else 0
-        table = getattr(self.attention, _TABLE)
+        first = self._before(self.attentions[0], num_positions, tokens[0], inputs)
+        if len(self.attentions) == 1:
+            return StackBias(first)
+        others = {module: self._before(module, num_positions, tokens[0], inputs) for module in self.attentions[1:]}
+        return StackBias(first, before_by_module={self.attentions[0]: first} | others)
+
+    def _before(self, module: nn.Module, num_positions: int, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
+        attention = cast(_BiasedAttention, module)
+        past = past_length(inputs) if attention.is_decoder else 0
+        table = getattr(attention, _TABLE)
         with torch.no_grad(), loaded(table, self.stack) if table.weight.is_meta else nullcontext():
             # A table that its own hook loads as it is called is still meta here.
-            device = tokens[0].device if table.weight.is_meta else table.weight.device
-            return StackBias(
-                self.attention.compute_bias(
-                    tokens[0].shape[1], num_positions, device=device, past_seen_tokens=past + num_positions
-                )
+            device = tokens.device if table.weight.is_meta else table.weight.device
+            return attention.compute_bias(
+                tokens.shape[1], num_positions, device=device, past_seen_tokens=past + num_positions
             )
 
 

@@ -1,0 +1,48 @@
+"""A prefix in the usual model types is right in every version of Transformers that is supported.
+
+CI runs it with the oldest and the newest; the version in between has :mod:`test_every_model_type`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from benchmarks.compatibility.family_trial import RIGHT, try_family
+from benchmarks.compatibility.model_types import model_types
+
+COMMON = {
+    "causal": (
+        *(
+            "llama",
+            "qwen2",
+            "qwen3",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma4_text",
+            "mistral",
+            "mixtral",
+        ),
+        *("phi3", "phi", "gpt2", "gpt_neox", "gpt_bigcode", "gpt_oss", "olmo2", "olmo3", "glm4", "granite", "cohere2"),
+        *("smollm3", "starcoder2", "llama4_text", "ernie4_5", "falcon_h1", "jamba", "qwen3_next", "deepseek_v3"),
+        *("minicpm3", "opt", "bart"),
+    ),
+    "masked": ("bert", "roberta", "modernbert", "distilbert"),
+    "seq2seq": ("t5", "umt5", "bart", "m2m_100"),
+    "image classification": ("vit", "dinov2"),
+    "image-text-to-text": ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "idefics3", "internvl"),
+    "speech seq2seq": ("whisper",),
+    "audio classification": ("wav2vec2",),
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("kind", "model_type"), [(kind, name) for kind, names in COMMON.items() for name in names])
+def test_a_prefix_in_this_common_model_type_is_right(kind: str, model_type: str) -> None:
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    assert model_type in model_types(kind)
+    trial = try_family(kind, model_type)
+    assert trial.result == RIGHT, trial.reason
