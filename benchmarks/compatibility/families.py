@@ -19,7 +19,16 @@ import transformers
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.compatibility.family_trial import NO_MEDIA, NOT_TRIED, REFUSED, RIGHT, Trial, try_family
+from benchmarks.compatibility.family_trial import (
+    CACHE,
+    KERNELS,
+    NO_MEDIA,
+    NOT_TRIED,
+    REFUSED,
+    RIGHT,
+    Trial,
+    try_family,
+)
 from benchmarks.compatibility.model_types import KINDS, model_types
 from benchmarks.compatibility.peft_trial import EQUAL, FAILS, IN_PART, TASKS, TRAINS, try_peft
 
@@ -48,19 +57,24 @@ def write(trials: list[Trial], path: Path = TABLE) -> None:
 
 def section(trials: list[Trial], version: str) -> str:
     """The part of the page that is written from the CSV."""
-    lines = [f"Transformers {version}.", "", "| kind | right | of these with images or sound | refused | not tried |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [f"Transformers {version}.", ""]
+    lines += ["| kind | right | of these with images or sound | of these in the cache | refused | not tried |"]
+    lines += ["|---|---|---|---|---|---|"]
     for kind in KINDS:
         counts = Counter(trial.result for trial in trials if trial.kind == kind)
-        media = sum(trial.kind == kind and trial.result == RIGHT and trial.media != NO_MEDIA for trial in trials)
-        lines.append(f"| {kind} | {counts[RIGHT]} | {media or ''} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
+        right = [trial for trial in trials if (trial.kind, trial.result) == (kind, RIGHT)]
+        media = sum(trial.media != NO_MEDIA for trial in right) or ""
+        cached = sum(trial.way == CACHE for trial in right) or ""
+        lines.append(f"| {kind} | {len(right)} | {media} | {cached} | {counts[REFUSED]} | {counts[NOT_TRIED]} |")
     for kind in KINDS:
         of_kind = [trial for trial in trials if trial.kind == kind]
         if not of_kind:
             continue
-        names = ", ".join(f"`{trial.model_type}`" for trial in of_kind if trial.result == RIGHT)
-        right = textwrap.fill(f"Right: {names}.", 120, break_long_words=False, break_on_hyphens=False)
-        lines += ["", f"## {kind.capitalize()}", "", right, ""]
+        lines += ["", f"## {kind.capitalize()}", ""]
+        for title, way in (("Right", KERNELS), ("Right, with the prefix in the model's cache", CACHE)):
+            if names := [f"`{t.model_type}`" for t in of_kind if (t.result, t.way) == (RIGHT, way)]:
+                text = f"{title}: {', '.join(names)}."
+                lines += [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False), ""]
         text_alone = [t for t in of_kind if t.result == RIGHT and t.media == NO_MEDIA]
         if "text-to-text" in kind and text_alone:
             names = ", ".join(f"`{trial.model_type}`" for trial in text_alone)

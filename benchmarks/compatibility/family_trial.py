@@ -18,9 +18,11 @@ import prefix_kernels
 from benchmarks.compatibility.media_inputs import NoMedia, audio_inputs, image_inputs, padded, speech_inputs
 from benchmarks.compatibility.model_types import tiny_model
 from benchmarks.compatibility.own_attention import Pairs, concatenated, with_cache
+from benchmarks.compatibility.own_cache import holding
 from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
-from prefix_kernels.integrations.transformers.structure.attention_sites import find_sites
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
+from prefix_kernels.integrations.transformers.structure.routes import find_layout, uses_cache
+from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
 PREFIX_LEN = 5
 NEW_TOKENS = 8
@@ -28,6 +30,7 @@ NEW_TOKENS = 8
 LOGITS, GRADIENTS = 1e-4, 1e-3
 RIGHT, REFUSED, NOT_TRIED, WRONG = "right", "refused", "not tried", "WRONG"
 IMAGES, SOUND, NO_MEDIA = "images", "sound", "-"
+KERNELS, CACHE = "kernels", "cache"
 # Model types whose own cache cannot hold a prefix from outside, and why.
 NO_OWN_CACHE = {
     "gemma3n_text": "layers that share keys",
@@ -35,6 +38,8 @@ NO_OWN_CACHE = {
     "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
 }
+# Model types whose masks choose the keys of each query, so that none may see the prefix.
+MAY_HIDE_PREFIX = ("doge",)
 # Model types that, without any prefix, choose other tokens with a cache than without.
 OWN_CACHE_DIFFERS = ("moshi", "xlm-roberta-xl")
 
@@ -49,6 +54,7 @@ class Trial(NamedTuple):
         reason: the error with which the model was refused or could not be built, or the difference that is wrong.
         peft, accelerated, peft_reason: see :class:`benchmarks.compatibility.peft_trial.PeftTrial`.
         media: IMAGES or SOUND if the model was given them, NO_MEDIA if not.
+        way: KERNELS, or CACHE where the model's own attention reads the prefix in its cache; empty: it has no prefix.
     """
 
     kind: str
@@ -60,6 +66,7 @@ class Trial(NamedTuple):
     accelerated: str = "-"
     peft_reason: str = ""
     media: str = NO_MEDIA
+    way: str = ""
 
 
 class _Difference(AssertionError):
@@ -76,16 +83,18 @@ def try_family(kind: str, model_type: str) -> Trial:
             cases, media = _cases(base, kind)
         except Exception as error:
             return Trial(kind, model_type, 0, NOT_TRIED, line(error))
-        attentions = 0
+        found = {"attentions": 0, "media": media}
         try:
-            attentions = len(_layout(_prepared(base)).sites)
-            _check(base, kind, cases)
+            by_cache = uses_cache(base, PrefixTuningConfig())
+            found["attentions"] = len(_layout(_prepared(base, window_includes_prefix=by_cache)).sites)
+            found["way"] = CACHE if by_cache else KERNELS
+            (_check_cached if by_cache else _check)(base, kind, cases)
         except _Difference as error:
-            return Trial(kind, model_type, attentions, WRONG, line(error), media=media)
+            return Trial(kind, model_type, result=WRONG, reason=line(error), **found)
         except Exception as error:
             refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return Trial(kind, model_type, attentions, REFUSED if refused else WRONG, line(error), media=media)
-    return Trial(kind, model_type, attentions, RIGHT, "", media=media)
+            return Trial(kind, model_type, result=REFUSED if refused else WRONG, reason=line(error), **found)
+    return Trial(kind, model_type, result=RIGHT, reason="", **found)
 
 
 def _check(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tensor]]) -> None:
@@ -106,6 +115,19 @@ def _check(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tenso
             position_ids = torch.arange(inputs["input_ids"].shape[1])[None]
             actual = model(**inputs, position_ids=position_ids).logits
             _compare(f"own cache, {padding}", model, actual, expected, inputs)
+
+
+def _check_cached(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tensor]]) -> None:
+    """Compare with the model's own cache, where the positions of the sequence begin behind the prefix."""
+    model = _prepared(base, window_includes_prefix=True)
+    oracle = holding(base, {module: pairs[0] for module, pairs in _pairs_by_module(base, model.prefix_encoder).items()})
+    with oracle:
+        expected = {case: base(**inputs).logits for case, inputs in cases.items()}
+        for case, inputs in cases.items():
+            _compare(case, model, model(**inputs).logits, expected[case], inputs)
+        if kind == "causal":
+            # Padding on the left takes room in the windows.
+            _check_greedy_tokens(base, model, "none" if has_sliding_window(base) else "left", first_position=PREFIX_LEN)
 
 
 def _cases(base: PreTrainedModel, kind: str) -> tuple[dict[str, dict[str, Tensor]], str]:
@@ -190,13 +212,19 @@ def _compare(
             raise _Difference(
                 f"{where}: gradients differ by {(grad - expected_grad).abs().max():.1e} of {largest.max():.1e}"
             )
-        if where.endswith("none") and not largest.min() > 0:
+        hides = model.config.model_type in MAY_HIDE_PREFIX
+        if where.endswith("none") and not hides and not largest.min() > 0:
             raise _Difference(f"{where}: the prefix of an attention gets no gradient")
 
 
 def _check_generation(base: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Compare greedy tokens, made with a cache, with the logits of the whole text at once."""
-    inputs = inputs_of(base, "left")
+    with concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
+        _check_greedy_tokens(base, model, "left", first_position=0)
+
+
+def _check_greedy_tokens(base: PreTrainedModel, model: PreTrainedModel, padding: str, first_position: int) -> None:
+    """Compare tokens, made with a cache, with the logits of the whole text, which ``base`` gives with the prefix."""
+    inputs = inputs_of(base, padding)
     length = inputs["input_ids"].shape[1]
     tokens = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, forced_eos_token_id=None
@@ -205,8 +233,8 @@ def _check_generation(base: PreTrainedModel, model: PreTrainedModel) -> None:
         "input_ids": tokens,
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1),
     }
-    positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad(), concatenated(base, _pairs_by_module(base, model.prefix_encoder)):
+    positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0) + first_position
+    with torch.no_grad():
         takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         logits = base(**whole, **({"position_ids": positions} if takes_positions else {})).logits
     logits = logits[:, length - 1 : -1]
@@ -217,7 +245,7 @@ def _check_generation(base: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def _layout(model: PreTrainedModel) -> PrefixLayout:
-    return PrefixLayout(find_sites(model), PrefixTuningConfig(num_virtual_tokens=PREFIX_LEN))
+    return find_layout(model, PrefixTuningConfig(num_virtual_tokens=PREFIX_LEN))
 
 
 def _pairs_by_module(model: PreTrainedModel, encoder: nn.Module) -> dict[nn.Module, Pairs]:
@@ -231,7 +259,7 @@ def _pairs_by_module(model: PreTrainedModel, encoder: nn.Module) -> dict[nn.Modu
 
 
 def _has_latents(model: PreTrainedModel) -> bool:
-    return any(hasattr(site.module, "kv_lora_rank") for site in find_sites(model))
+    return any(hasattr(site.module, "kv_lora_rank") for site in _layout(model).sites)
 
 
 def _paddings(model: PreTrainedModel) -> Iterable[str]:

@@ -48,7 +48,7 @@ DECODERS = [
     *("mvp", "trocr", "xglm"),
 ]
 BOTH_SIDES = ["megatron-bert", "rembert", "roformer"]
-WITH_ENCODER = ["bigbird_pegasus", "encoder-decoder", "led", "longt5", "mvp", "t5gemma2"]
+WITH_ENCODER = ["bigbird_pegasus", "encoder-decoder", "led", "longt5", "mvp", "seamless_m4t", "t5gemma2"]
 CASES = [
     *(("causal", model_type) for model_type in DECODERS),
     *(("causal", model_type) for model_type in BOTH_SIDES),
@@ -368,6 +368,16 @@ def test_compiled_code_gives_the_same() -> None:
     torch.testing.assert_close(compiled, expected)
 
 
+def test_heads_too_wide_for_the_kernels_have_their_prefix_in_the_cache() -> None:
+    narrow = tiny_model("causal", "gemma4_text")
+    settings = {name: x for name, x in narrow.config.to_dict().items() if name != "per_layer_config"}
+    base = type(narrow)(type(narrow.config)(**settings, global_head_dim=512)).eval()
+    with pytest.warns(UserWarning, match="expected a head dim of at most 256, got 512. So the prefix lies in the key"):
+        model = prepared(base, attention="prefix_kernels")
+    inputs = inputs_of(base, "right")
+    check_equal(model, model(**inputs).logits, from_own_cache(base, model, inputs), inputs)
+
+
 def test_padding_that_takes_room_in_a_window_is_warned_of() -> None:
     model = prepared(tiny_model("causal", "gemma4_text"))
     with pytest.warns(UserWarning, match="padding on the left of the sequence takes room in the sliding windows"):
@@ -411,10 +421,17 @@ def test_settings_that_a_cache_cannot_serve_are_refused(
 
 
 def test_attentions_that_share_a_layer_of_the_cache_are_refused() -> None:
+    base = tiny_model("causal", "gptj")
+    base.transformer.h[1].attn.layer_idx = 0
     with pytest.raises(
-        ValueError, match="expected attentions with a layer of the cache for each, got layers"
+        ValueError, match=r"expected attentions with a layer of the cache for each, got layers \[0, 0\]"
     ):
-        prepared(tiny_model("seq2seq", "seamless_m4t"))
+        prepared(base)
+
+
+def test_a_decoder_that_reads_sound_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a forward that takes input_ids or inputs_embeds and attention_mask"):
+        prepared(tiny_model("speech seq2seq", "speecht5"))
 
 
 def test_a_model_without_a_cache_is_refused() -> None:

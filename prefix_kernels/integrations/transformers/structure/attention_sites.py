@@ -20,7 +20,7 @@ _MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio
 # Parts of the name of a module that attends to the states of an encoder.
 _CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
 # The same in decoders that are looked at alone; their encoder may read images.
-_ALL_CROSS_NAMES = (*_CROSS_NAMES, "cross_attn")
+_ALL_CROSS_NAMES = (*_CROSS_NAMES, "cross_attn", "cross_attention")
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,8 +65,11 @@ def find_caching_stack(model: PreTrainedModel) -> CachingStack:
         module = inner
     parameters = inspect.signature(module.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    if "attention_mask" not in names:
-        raise ValueError(f"{type(module).__name__} takes a key/value cache without an attention_mask")
+    if "attention_mask" not in names or not {"input_ids", "inputs_embeds"} & set(names):
+        raise ValueError(
+            f"{type(module).__name__}: expected a forward that takes input_ids or inputs_embeds and attention_mask "
+            f"beside a key/value cache, got {names}"
+        )
     return CachingStack(module, _cache_names(module)[0], names)
 
 
