@@ -13,6 +13,7 @@ from prefix_kernels.checkpoint import (  # noqa: E402
     save_prefix,
 )
 from prefix_kernels.functional import prefix_attention  # noqa: E402
+from prefix_kernels.merge import merge_attention  # noqa: E402
 from prefix_kernels.nn import (  # noqa: E402
     PrefixEncoder,
     PrefixMultiheadAttention,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "load_prefix",
     "mark_only_prefix_as_trainable",
+    "merge_attention",
     "prefix_attention",
     "prefix_state_dict",
     "read_prefix_metadata",
