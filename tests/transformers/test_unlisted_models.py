@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.compatibility.model_types import tiny_model
+from benchmarks.compatibility.own_attention import concatenated
 from prefix_kernels.integrations.transformers import (
     PrefixTuningConfig,
     get_named_prefix,
@@ -142,6 +143,20 @@ def test_a_model_that_takes_no_positions_keeps_its_own_with_a_warning(monkeypatc
 def test_models_that_would_be_wrong_are_refused_with_the_reason(kind: str, model_type: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(tiny_model(kind, model_type))
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder", "cross"])
+def test_windows_to_both_sides_are_those_of_the_masks_wherever_the_prefix_is(role: str) -> None:
+    base = tiny_model("seq2seq", "t5gemma")
+    model = prepared(copy.deepcopy(base), position_offset="none", init_std=0.5, target_attentions=[role])
+    layout = model._prefix_state.tasks.layout
+    (pairs,) = (layout.pairs(model.prefix_encoder, stack) for stack in layout.stacks)
+    modules = dict(base.named_modules())
+    prefixes = {modules[name]: [pairs[index]] for index, name in enumerate(prefix_layers(model))}
+    ids = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))  # longer than the windows, of 8
+    with concatenated(base, prefixes):
+        expected = base(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
 def latent_attention() -> PreTrainedModel:

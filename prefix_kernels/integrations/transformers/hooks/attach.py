@@ -20,13 +20,20 @@ from prefix_kernels.integrations.transformers.hooks.stack import StackHook, firs
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import RELAY_ATTRIBUTE, SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.relative_bias import has_relative_bias
 from prefix_kernels.integrations.transformers.runtime.selection import PrefixSource
-from prefix_kernels.integrations.transformers.structure.attention_sites import CROSS, DECODER, ENCODER, VISION
+from prefix_kernels.integrations.transformers.structure.attention_sites import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    VISION,
+    find_sites,
+)
 from prefix_kernels.integrations.transformers.structure.cached_attention import refuse_uncachable
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.routes import CACHE, uses_cache, why_cache
 from prefix_kernels.integrations.transformers.structure.source import (
     hands_on_keywords,
     hands_over_window,
+    is_told_a_smaller_window,
     relies_on_causal_mask,
 )
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
@@ -76,7 +83,7 @@ def install_hooks(
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
     _give_own_config(model)
     hooks = PrefixHooks([], model.config._attn_implementation)
-    implementation = implementation_name(config.attention, dense_masks=_needs_dense_masks(model, layout, config))
+    implementation = implementation_name(config.attention, dense_masks=_needs_dense_masks(model, config))
     _set_implementation(model, implementation)
     handles = hooks.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
@@ -119,9 +126,11 @@ def _move_positions(model: PreTrainedModel, layout: PrefixLayout, source: Prefix
     return handles
 
 
-def _needs_dense_masks(model: PreTrainedModel, layout: PrefixLayout, config: PrefixTuningConfig) -> bool:
+def _needs_dense_masks(model: PreTrainedModel, config: PrefixTuningConfig) -> bool:
     """Return True if masks have to say everything, because some attention is not told causality or its window."""
-    unknowing = [site for site in layout.sites if not hands_over_window(site.module)]
+    # Attentions without a prefix go through the same function.
+    sites = find_sites(model)
+    unknowing = [site for site in sites if not hands_over_window(site.module)]
     if unknowing and config.window_includes_prefix and has_sliding_window(model):
         raise ValueError(
             f"window_includes_prefix: expected False, because {type(unknowing[0].module).__name__} does not say how "
@@ -129,9 +138,10 @@ def _needs_dense_masks(model: PreTrainedModel, layout: PrefixLayout, config: Pre
         )
     decodes = getattr(model.config, "is_decoder", False)
     return bool(unknowing) or any(
-        relies_on_causal_mask(site.module, site.stack, decodes or site.role == DECODER)
-        for site in layout.sites
-        if site.role not in (CROSS, ENCODER, VISION)
+        is_told_a_smaller_window(site.module, site.stack)
+        or (site.role != ENCODER and relies_on_causal_mask(site.module, site.stack, decodes or site.role == DECODER))
+        for site in sites
+        if site.role not in (CROSS, VISION)
     )
 
 

@@ -18,9 +18,7 @@ VISION = "vision"  # the tower of images beside one of text
 # Names in the config of a model that reads images or sound beside text: the token that stands for them.
 _MEDIA_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 # Parts of the name of a module that attends to the states of an encoder.
-_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention")
-# The same in decoders that are looked at alone; their encoder may read images.
-_ALL_CROSS_NAMES = (*_CROSS_NAMES, "cross_attn", "cross_attention")
+_CROSS_NAMES = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     backbone = language_model(model.base_model)
     found = {name: module for name, module in backbone.named_modules() if asks_for_attention(module)}
     if not model.config.is_encoder_decoder:
-        found = {name: module for name, module in found.items() if not is_cross(name, in_decoder=True)}
+        found = {name: module for name, module in found.items() if not is_cross(name)}
     if not found:
         raise ValueError(
             f"{type(model).__name__}: found no module that calls Transformers' AttentionInterface{advice_for(model)}"
@@ -106,14 +104,9 @@ def language_model(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def is_cross(name: str, *, in_decoder: bool = False) -> bool:
-    """Return True if the module called ``name`` is in an attention to the states of an encoder.
-
-    Args:
-        in_decoder: True where ``name`` is known to be in a decoder that is looked at alone.
-    """
-    names = _ALL_CROSS_NAMES if in_decoder else _CROSS_NAMES
-    return any(cross in part for part in name.split(".") for cross in names)
+def is_cross(name: str) -> bool:
+    """Return True if the module called ``name`` is in an attention to the states of an encoder."""
+    return any(cross in part for part in name.split(".") for cross in _CROSS_NAMES)
 
 
 def _in_order_of_calls(sites: list[AttentionSite]) -> list[AttentionSite]:

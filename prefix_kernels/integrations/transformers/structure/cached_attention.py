@@ -88,7 +88,7 @@ def find_cached_sites(model: PreTrainedModel) -> list[AttentionSite]:
     role = DECODER if model.config.is_encoder_decoder else SELF
     sites: list[AttentionSite] = []
     for path, module in stack.named_modules():
-        if updates_cache(module) and layer_index(module) is not None and not is_cross(path, in_decoder=True):
+        if updates_cache(module) and layer_index(module) is not None and not is_cross(path):
             _, layer = enclosing_layer(stack, path)
             shape = read_key_shape(module)
             sites.append(AttentionSite(module, layer, stack, role, len(sites), *shape))

@@ -44,6 +44,20 @@ def hands_over_window(module: nn.Module) -> bool:
     return "sliding_window" not in _module_source(type(module).__module__)
 
 
+def is_told_a_smaller_window(module: nn.Module, stack: nn.Module) -> bool:
+    """Return True if the masks of ``stack`` show one token more on each side than the window that attention is told.
+
+    Transformers' masks of windows to both sides have all tokens within ``config.sliding_window``, while an attention
+    function counts the query's own token too. Most attentions are told one more for it, T5Gemma's is not.
+    """
+    if getattr(module, "is_causal", True):
+        return False
+    if "create_bidirectional_sliding_window_mask" not in _module_source(type(stack).__module__):
+        return False
+    told = getattr(module, "sliding_window", None)
+    return told is not None and told == getattr(module_config(module), "sliding_window", None)
+
+
 def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) -> bool:
     """Return True if causality is in the mask alone: this class passes no ``is_causal``, and its attribute is False.
 
