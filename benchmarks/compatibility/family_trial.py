@@ -38,7 +38,7 @@ NO_OWN_CACHE = {
     "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
 }
-# Model types whose masks choose the keys of each query, so that none may see the prefix.
+# Model types whose masks choose the keys of each query, and may choose none of the prefix.
 MAY_HIDE_PREFIX = ("doge",)
 # Model types that, without any prefix, choose other tokens with a cache than without.
 OWN_CACHE_DIFFERS = ("moshi", "xlm-roberta-xl")
@@ -293,5 +293,6 @@ def is_ours(error: BaseException) -> bool:
 
 
 def line(error: BaseException) -> str:
+    """Return the type and the message of ``error`` on one line, cut after 200 characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
