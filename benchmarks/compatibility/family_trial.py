@@ -38,7 +38,7 @@ NO_OWN_CACHE = {
     "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
 }
-# Model types whose masks choose the keys of each query, so that none may see the prefix.
+# Model types whose masks choose the keys of each query, and may choose none of the prefix.
 MAY_HIDE_PREFIX = ("doge",)
 # Model types that, without any prefix, choose other tokens with a cache than without.
 OWN_CACHE_DIFFERS = ("moshi", "xlm-roberta-xl")
@@ -92,8 +92,7 @@ def try_family(kind: str, model_type: str) -> Trial:
         except _Difference as error:
             return Trial(kind, model_type, result=WRONG, reason=line(error), **found)
         except Exception as error:
-            refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return Trial(kind, model_type, result=REFUSED if refused else WRONG, reason=line(error), **found)
+            return Trial(kind, model_type, result=REFUSED if is_refusal(error) else WRONG, reason=line(error), **found)
     return Trial(kind, model_type, result=RIGHT, reason="", **found)
 
 
@@ -286,12 +285,14 @@ def inputs_of(model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
     return inputs
 
 
-def is_ours(error: BaseException) -> bool:
-    """Return True if this package raised it, not something that it called."""
+def is_refusal(error: BaseException) -> bool:
+    """Return True if this package raised ``error`` to refuse a model, not something that it called."""
     frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(prefix_kernels.__file__).parent)
+    ours = Path(frames[-1].filename).is_relative_to(Path(prefix_kernels.__file__).parent)
+    return ours and isinstance(error, ValueError | NotImplementedError | RuntimeError)
 
 
 def line(error: BaseException) -> str:
+    """Return the type and the message of ``error`` on one line, cut after 200 characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:200]} ..."

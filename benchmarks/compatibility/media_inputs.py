@@ -47,7 +47,7 @@ def audio_inputs(model: PreTrainedModel) -> Inputs:
 
 
 def speech_inputs(model: PreTrainedModel) -> Inputs:
-    """Return two pieces of sound, with the text of a decoder if there is one; arguments and errors as above."""
+    """Return two pieces of sound, with the text of a decoder if there is one; else as :func:`image_inputs`."""
     generator = torch.Generator().manual_seed(1)
     decoder = {"decoder_input_ids": torch.randint(3, 90, (ROWS, 6), generator=generator)}
     return _first(model, iter([sound | decoder for sound in _sounds(model)]))

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
-from benchmarks.compatibility.family_trial import GRADIENTS, LOGITS, PREFIX_LEN, inputs_of, is_ours, line
+from benchmarks.compatibility.family_trial import GRADIENTS, LOGITS, PREFIX_LEN, inputs_of, is_refusal, line
 from benchmarks.compatibility.model_types import tiny_model
 from prefix_kernels.integrations.peft import accelerate
 from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
@@ -64,8 +64,7 @@ def try_peft(kind: str, model_type: str) -> PeftTrial:
         try:
             actual, grad = _run(accelerate(copy.deepcopy(theirs)))
         except Exception as error:
-            refused = is_ours(error) and isinstance(error, ValueError | NotImplementedError | RuntimeError)
-            return PeftTrial(trained, REFUSED if refused else DIFFERS, line(error))
+            return PeftTrial(trained, REFUSED if is_refusal(error) else DIFFERS, line(error))
     difference, of = (grad - expected_grad).abs().max().item(), largest.max().item()
     if not (actual - expected).abs().max() < LOGITS:
         return PeftTrial(trained, DIFFERS, f"logits differ by {(actual - expected).abs().max():.1e}")

@@ -170,7 +170,7 @@ def trains_and_generates(library: Library, name: str) -> None:
 
 
 def reads_images(library: Library, name: str) -> None:
-    """As above, for one row with an image, which it sees."""
+    """The gradients are those of the loss; a row sees its image, and generates the same with a cache as without."""
     model = library.attach(make_base(library, name)).eval()
     slopes(library, name, model)
     inputs = make_inputs(name, rows=1)

@@ -64,7 +64,7 @@ from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of
 from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
 from prefix_kernels.integrations.transformers.structure.key_shape import module_config, refuse_shared_keys
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.transformers.structure.support import refuse_other_function
+from prefix_kernels.integrations.transformers.structure.support import refuse_fixed_attention
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel
 
 __all__ = ["accelerate", "restore"]
@@ -175,7 +175,7 @@ def _supported_model_below(peft_model: PeftModel) -> PreTrainedModel:
     model = peft_model.base_model
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"peft_model.base_model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
-    refuse_other_function(model)
+    refuse_fixed_attention(model)
     if is_tensor_parallel(model):
         raise ValueError(
             "peft_model: expected a model whose heads are not divided among processes (tp_plan), got one whose are, "

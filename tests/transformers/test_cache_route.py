@@ -1,4 +1,4 @@
-"""Prefixes in the key/value cache, of models whose attention function cannot be another (``attention="cache"``)."""
+"""Prefixes in the key/value cache, of models whose attention function cannot be replaced (``attention="cache"``)."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ class PrefixTuningConfig:
         attention: ``"prefix_kernels"``, or ``"torch"``: the same model with ``torch.cat`` and
             ``scaled_dot_product_attention``, the baseline to compare with. ``"cache"``: the model's own attention,
             which finds the prefix before the keys and values of its cache, as in PEFT; ``"prefix_kernels"`` means this
-            too, and warns, for a model whose attention function cannot be replaced and that takes a cache. Then all
-            layers have a prefix, of one length, which slides out of sliding windows.
+            too, and warns, for a model with a cache whose attention function cannot be replaced, or whose heads are
+            too wide for the kernels. Then all layers have a prefix, of one length, which slides out of sliding windows.
         inference_mode: nothing is trainable, and the prefix is a table even with ``prefix_projection``.
 
     The fields hold plain Python, which JSON can store: other integers, sequences and mappings are converted.

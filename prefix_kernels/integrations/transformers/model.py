@@ -22,7 +22,7 @@ from prefix_kernels.integrations.transformers.structure.prefix_layout import Pre
 from prefix_kernels.integrations.transformers.structure.prepared import config_of, set_config
 from prefix_kernels.integrations.transformers.structure.quantized import let_trainer_accept, refuse_quantized_heads
 from prefix_kernels.integrations.transformers.structure.routes import find_layout, uses_cache
-from prefix_kernels.integrations.transformers.structure.support import find_heads, refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.support import check_transformers_model, find_heads
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import split_over_heads
 from prefix_kernels.integrations.transformers.tasks.registry import PrefixTasks
 from prefix_kernels.integrations.transformers.tasks.state import PrefixState, is_prepared, state_of
@@ -51,8 +51,8 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     ``model.is_quantized`` is False until the prefix is removed, where the quantisation lets gradients through.
 
     Args:
-        model: a model whose attentions go through Transformers' ``AttentionInterface`` and are understood, with any
-            head.
+        model: a model with any head, whose attentions go through Transformers' ``AttentionInterface`` and are
+            understood, or which takes a key/value cache (see ``attention`` of PrefixTuningConfig).
         config: default ``PrefixTuningConfig()``.
 
     Returns:
@@ -67,7 +67,7 @@ def get_prefix_model(model: PreTrainedModel, config: PrefixTuningConfig | None =
     config = PrefixTuningConfig() if config is None else checked_config(config)
     if is_prepared(model):
         raise ValueError(f"{type(model).__name__} has a prefix already; take it off with remove_prefix(model)")
-    refuse_unsupported(model)
+    check_transformers_model(model)
     if fsdp.units_of(model):
         raise ValueError("model: expected one that is not sharded yet, got one of fully_shard; call that later")
     layout = find_layout(model, config)

@@ -46,7 +46,7 @@ class PrefixHooks:
 
     Attributes:
         handles: the handles of the hooks.
-        attn_implementation: the attention implementation from before; None: it is the same.
+        attn_implementation: the attention implementation from before; None: the hooks left it as it was.
     """
 
     handles: list[RemovableHandle]
@@ -76,7 +76,7 @@ def install_hooks(
         if config.attention != CACHE:
             warnings.warn(
                 f"{why_cache(model)}. So the prefix lies in the key/value cache (attention='cache'), where the model's "
-                "own attention reads it: right, but every layer concatenates it in every call, as in PEFT",
+                "own attention reads it. Results are right, but every layer concatenates it in every call, as in PEFT",
                 stacklevel=4,
             )
         return PrefixHooks(install_cached(model, layout, source), None)

@@ -38,7 +38,7 @@ from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAME
 from prefix_kernels.integrations.transformers.structure.key_shape import refuse_shared_keys
 from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
 from prefix_kernels.integrations.transformers.structure.routes import find_layout, prefix_sites
-from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.support import check_transformers_model
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 from prefix_kernels.nn.encoder import PrefixEncoder
 
@@ -101,7 +101,7 @@ def read_peft_checkpoint(path: str | os.PathLike[str], model: PreTrainedModel) -
             model without support; of a folder, the message has the path, what was expected and what was found.
     """
     path = Path(path)
-    refuse_unsupported(model)
+    check_transformers_model(model)
     settings = _read_config(path)
     tensors = _read_tensors(path)
     if _TABLE not in tensors:

@@ -20,7 +20,7 @@ from prefix_kernels.integrations.transformers.storage.peft_checkpoint import (
     read_peft_checkpoint,
 )
 from prefix_kernels.integrations.transformers.structure.routes import find_layout
-from prefix_kernels.integrations.transformers.structure.support import refuse_unsupported
+from prefix_kernels.integrations.transformers.structure.support import check_transformers_model
 from prefix_kernels.nn.encoder import PrefixEncoder
 
 _PREFIX = "prefix_encoder"
@@ -78,7 +78,7 @@ def read_stored_task(
             a prefix that does not fit ``model``; the message has the path, what was expected and what was found.
         FileNotFoundError: there is nothing at ``path``.
     """
-    refuse_unsupported(model)
+    check_transformers_model(model)
     if config is not None:
         config = checked_config(config)
     task = _read_folder(path, model, config) if is_peft_checkpoint(path) else _read_file(path, config)

@@ -21,12 +21,11 @@ from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAME
 from prefix_kernels.integrations.transformers.structure.key_shape import read_key_shape
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
 from prefix_kernels.integrations.transformers.structure.source import updates_cache
+from prefix_kernels.integrations.transformers.structure.support import REFUSED_TYPES
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
-# Model types whose cache can hold no prefix, and why.
-REFUSED_TYPES = {
-    "hrm_text": "it calls its stacks several times in each forward pass",
-}
+# Model types whose cache can hold no prefix.
+UNCACHABLE_TYPES = ("hrm_text",)
 
 # Names of the decoder in an encoder-decoder model.
 _DECODERS = ("decoder", "text_decoder")
@@ -48,6 +47,7 @@ class CachingStack:
 
     @property
     def takes_positions(self) -> bool:
+        """True if the forward takes ``position_ids``."""
         return "position_ids" in self.parameter_names
 
 
@@ -80,8 +80,8 @@ def find_cached_sites(model: PreTrainedModel) -> list[AttentionSite]:
         ValueError: there are none, or the model has a state besides, which a prefix in the cache would not reach.
     """
     name = type(model).__name__
-    if reason := REFUSED_TYPES.get(model.config.model_type):
-        raise ValueError(f"{name} is not supported: {reason}")
+    if model.config.model_type in UNCACHABLE_TYPES:
+        raise ValueError(f"{name} is not supported: {REFUSED_TYPES[model.config.model_type]}")
     if getattr(model, "_is_stateful", False):
         raise ValueError(f"{name} has layers with another state than keys and values, which its cache holds too")
     stack = find_caching_stack(model).module

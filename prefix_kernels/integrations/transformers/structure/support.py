@@ -26,21 +26,21 @@ HEAD_NAMES = (
 )
 
 
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raise for a model that cannot be prepared in any way.
+def check_transformers_model(model: nn.Module) -> None:
+    """Check that ``model`` is a Transformers model.
 
     Raises:
-        TypeError: not a Transformers model.
+        TypeError: it is not.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
 
 
-def refuse_other_function(model: PreTrainedModel) -> None:
-    """Raise for a model whose attention function cannot be another, naming it and the reason.
+def refuse_fixed_attention(model: PreTrainedModel) -> None:
+    """Raise for a model whose attention function cannot be replaced.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the message names the model and the reason.
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
@@ -57,7 +57,7 @@ def refuse_other_function(model: PreTrainedModel) -> None:
 
 
 def advice_for(model: PreTrainedModel) -> str:
-    """Return what helps a ``model`` whose attentions call PyTorch's, to be put behind a reason; or nothing."""
+    """Return the end of an error message: the function that helps a ``model`` built on PyTorch's attention; or ""."""
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         return (
             "; its attentions are torch.nn.MultiheadAttention: prefix_kernels.replace_multihead_attention(model) gives "
