@@ -72,13 +72,14 @@ def install_hooks(
 ) -> PrefixHooks:
     """Give every attention in ``layout`` its prefix whenever ``model`` runs, and move positions as ``config`` says."""
     if uses_cache(model, config):
-        refuse_uncachable(model, layout, config)
+        # The warning first: it says why, should a setting be refused.
         if config.attention != CACHE:
             warnings.warn(
                 f"{why_cache(model)}. So the prefix lies in the key/value cache (attention='cache'), where the model's "
                 "own attention reads it. Results are right, but every layer concatenates it in every call, as in PEFT",
                 stacklevel=4,
             )
+        refuse_uncachable(model, layout, config)
         return PrefixHooks(install_cached(model, layout, source), None)
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
     _give_own_config(model)
