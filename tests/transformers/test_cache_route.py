@@ -204,6 +204,26 @@ def test_a_callers_cache_holds_the_sequence_alone() -> None:
     assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "mvp"])
+def test_a_plain_cache_serves_beside_an_encoder(model_type: str) -> None:
+    settings = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True}
+    config = transformers.GPT2Config(**settings)
+    model = prepared(
+        transformers.GPT2LMHeadModel(config).eval() if model_type == "gpt2" else tiny_model("causal", "mvp")
+    )
+    ids = inputs_of(model, "none")["input_ids"]
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    whole = model(input_ids=ids, encoder_hidden_states=states).logits
+    cache = DynamicCache()
+    first = model(input_ids=ids[:, :5], encoder_hidden_states=states, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    returned = first.past_key_values
+    second = model(input_ids=ids[:, 5:7], encoder_hidden_states=states, past_key_values=returned)
+    third = model(input_ids=ids[:, 7:], encoder_hidden_states=states, past_key_values=cache)
+    logits = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+
+
 @pytest.fixture
 def two_tasks(tmp_path: Path, request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model of the parametrized type with the tasks "default" of 4 tokens and "long" of 6."""

@@ -121,8 +121,10 @@ class CachedStackHook:
                 )
             return None  # an entry would be kept twice, the second time during the backward pass
         config = module_config(stack)
-        if has_encoder and given is None:
-            return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        if has_encoder and not isinstance(given, EncoderDecoderCache):
+            # A model would do this itself to a plain cache, and then hand out the prefix inside.
+            own = DynamicCache(config=config) if given is None else given
+            return EncoderDecoderCache(own, DynamicCache(config=config))
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
         return DynamicCache(config=config) if given is None and wanted and not self.both_sides else given
