@@ -204,6 +204,26 @@ def test_a_callers_cache_holds_the_sequence_alone() -> None:
     assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neo", "megatron-bert", "mpt"])
+def test_a_tuple_holds_no_cache_where_none_is_wanted(model_type: str) -> None:
+    base = tiny_model("causal", model_type)
+    model = prepared(base)
+    inputs = inputs_of(base, "none")
+    for wanted in ({}, {"use_cache": False}, {"use_cache": True}):
+        ours, theirs = (m(**inputs, **wanted, return_dict=False) for m in (model, base))
+        assert [type(x) for x in ours] == [type(x) for x in theirs]
+
+
+def test_a_model_of_both_sides_sees_what_its_callers_cache_holds() -> None:
+    model = prepared(tiny_model("causal", "megatron-bert"))
+    ids, cache = inputs_of(model, "none")["input_ids"], DynamicCache()
+    model(input_ids=ids[:, :5], past_key_values=cache)
+    other = copy.deepcopy(cache)
+    logits = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    masked = model(input_ids=ids[:, 5:], past_key_values=other, attention_mask=torch.ones(2, 9)).logits
+    torch.testing.assert_close(logits, masked)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mvp"])
 def test_a_plain_cache_serves_beside_an_encoder(model_type: str) -> None:
     settings = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True}

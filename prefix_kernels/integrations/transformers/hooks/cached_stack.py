@@ -80,7 +80,7 @@ class CachedStackHook:
         self._move_positions(kwargs, selection, tokens, past, prefixes.length)
         mask = kwargs.get("attention_mask")
         if self.both_sides and mask is None:
-            mask = torch.ones(batch, length, dtype=torch.int64, device=tokens.device)
+            mask = torch.ones(batch, int(past) + length, dtype=torch.int64, device=tokens.device)
         if self.has_window and isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all():
             warnings.warn(
                 "padding on the left of the sequence takes room in the sliding windows, because it lies between the "
@@ -169,7 +169,9 @@ def hide_prefix(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             plain = without_prefix(cache)
             if isinstance(output, ModelOutput):
                 return type(output)(**{name: plain if value is cache else value for name, value in output.items()})
-            return tuple(plain if value is cache else value for value in output)
+            # A model leaves out of a tuple what is None.
+            values = (plain if value is cache else value for value in output)
+            return tuple(value for value in values if value is not None)
     return output
 
 
