@@ -149,6 +149,21 @@ def test_generated_tokens_have_the_largest_logits(model_type: str, cache: str | 
         torch.testing.assert_close(chosen, scores.amax(1))
 
 
+def test_a_static_cache_serves_a_model_that_names_the_kinds_of_its_layers() -> None:
+    model = prepared(tiny_model("causal", "qwen3"))
+    inputs = inputs_of(model, "left")
+    search = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **search)
+    assert torch.equal(model.generate(**inputs, **search, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mistral"])
+def test_a_static_cache_beside_windows_is_refused(model_type: str) -> None:
+    model = prepared(tiny_model("causal", model_type))
+    with pytest.raises(ValueError, match="past_key_values: expected a cache that grows.*got a StaticCache"):
+        model.generate(**inputs_of(model, "none"), max_new_tokens=5, cache_implementation="static")
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "gptj"])
 def test_beams_of_a_padded_row_are_those_of_the_row_alone(model_type: str) -> None:
     model = prepared(tiny_model("causal", model_type))
@@ -214,6 +229,7 @@ def test_a_tuple_holds_no_cache_where_none_is_wanted(model_type: str) -> None:
         assert [type(x) for x in ours] == [type(x) for x in theirs]
 
 
+@torch.no_grad()
 def test_a_model_of_both_sides_sees_what_its_callers_cache_holds() -> None:
     model = prepared(tiny_model("causal", "megatron-bert"))
     ids, cache = inputs_of(model, "none")["input_ids"], DynamicCache()

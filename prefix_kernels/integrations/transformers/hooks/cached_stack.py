@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 from transformers.utils.generic import ModelOutput
 
 from prefix_kernels.integrations.transformers.hooks.cached_masks import for_both_sides, with_prefix_columns
@@ -87,6 +87,13 @@ class CachedStackHook:
                 "prefix in the cache and the tokens (attention='cache'); pad on the right for exact results",
                 stacklevel=2,
             )
+        if self.has_window and isinstance(cache, StaticCache) and not (mask is None or getattr(mask, "ndim", 0) == 2):
+            raise ValueError(
+                "past_key_values: expected a cache that grows, because layers have sliding windows and the prefix lies "
+                f"in the key/value cache (attention='cache'), got a {type(cache).__name__} with masks made for it"
+            )
+        if isinstance(mask, dict) and set(mask) == {"full_attention"}:
+            mask = mask["full_attention"]  # a stack takes this as the mask of all its layers
         mask = with_prefix_columns(mask, prefixes, batch, int(past) + length)
         kwargs["attention_mask"] = for_both_sides(mask, next(stack.parameters()).dtype) if self.both_sides else mask
         kwargs[self.cache_name] = with_prefix(
