@@ -502,7 +502,10 @@ def test_a_model_without_a_cache_is_refused() -> None:
             {"past_key_values": ((torch.zeros(2, 4, 1, 8),) * 2,) * 2},
             "(past_key_values|cache): expected a transformers.Cache",
         ),
-        ({"attention_mask": {"sliding_attention": None}}, "attention_mask: expected a tensor of two or four dimensions"),
+        (
+            {"attention_mask": {"sliding_attention": None}},
+            "attention_mask: expected a tensor of two or four dimensions",
+        ),
     ],
 )
 def test_calls_that_cannot_be_understood_are_refused(arguments: dict[str, object], message: str) -> None:
