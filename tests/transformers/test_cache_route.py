@@ -149,6 +149,21 @@ def test_generated_tokens_have_the_largest_logits(model_type: str, cache: str | 
         torch.testing.assert_close(chosen, scores.amax(1))
 
 
+def test_a_static_cache_serves_a_model_that_names_the_kinds_of_its_layers() -> None:
+    model = prepared(tiny_model("causal", "qwen3"))
+    inputs = inputs_of(model, "left")
+    search = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **search)
+    assert torch.equal(model.generate(**inputs, **search, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mistral"])
+def test_a_static_cache_beside_windows_is_refused(model_type: str) -> None:
+    model = prepared(tiny_model("causal", model_type))
+    with pytest.raises(ValueError, match="past_key_values: expected a cache that grows.*got a StaticCache"):
+        model.generate(**inputs_of(model, "none"), max_new_tokens=5, cache_implementation="static")
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "gptj"])
 def test_beams_of_a_padded_row_are_those_of_the_row_alone(model_type: str) -> None:
     model = prepared(tiny_model("causal", model_type))
@@ -202,6 +217,47 @@ def test_a_callers_cache_holds_the_sequence_alone() -> None:
     torch.testing.assert_close(torch.cat([first.logits, second[0]], dim=1), whole, rtol=0, atol=1e-5)
     assert model(**inputs, use_cache=False).past_key_values is None
     assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neo", "megatron-bert", "mpt"])
+def test_a_tuple_holds_no_cache_where_none_is_wanted(model_type: str) -> None:
+    base = tiny_model("causal", model_type)
+    model = prepared(base)
+    inputs = inputs_of(base, "none")
+    for wanted in ({}, {"use_cache": False}, {"use_cache": True}):
+        ours, theirs = (m(**inputs, **wanted, return_dict=False) for m in (model, base))
+        assert [type(x) for x in ours] == [type(x) for x in theirs]
+
+
+@torch.no_grad()
+def test_a_model_of_both_sides_sees_what_its_callers_cache_holds() -> None:
+    model = prepared(tiny_model("causal", "megatron-bert"))
+    ids, cache = inputs_of(model, "none")["input_ids"], DynamicCache()
+    model(input_ids=ids[:, :5], past_key_values=cache)
+    other = copy.deepcopy(cache)
+    logits = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    masked = model(input_ids=ids[:, 5:], past_key_values=other, attention_mask=torch.ones(2, 9)).logits
+    torch.testing.assert_close(logits, masked)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mvp"])
+def test_a_plain_cache_serves_beside_an_encoder(model_type: str) -> None:
+    settings = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True}
+    config = transformers.GPT2Config(**settings)
+    model = prepared(
+        transformers.GPT2LMHeadModel(config).eval() if model_type == "gpt2" else tiny_model("causal", "mvp")
+    )
+    ids = inputs_of(model, "none")["input_ids"]
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    whole = model(input_ids=ids, encoder_hidden_states=states).logits
+    cache = DynamicCache()
+    first = model(input_ids=ids[:, :5], encoder_hidden_states=states, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    returned = first.past_key_values
+    second = model(input_ids=ids[:, 5:7], encoder_hidden_states=states, past_key_values=returned)
+    third = model(input_ids=ids[:, 7:], encoder_hidden_states=states, past_key_values=cache)
+    logits = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -446,7 +502,10 @@ def test_a_model_without_a_cache_is_refused() -> None:
             {"past_key_values": ((torch.zeros(2, 4, 1, 8),) * 2,) * 2},
             "(past_key_values|cache): expected a transformers.Cache",
         ),
-        ({"attention_mask": {"full_attention": None}}, "attention_mask: expected a tensor of two or four dimensions"),
+        (
+            {"attention_mask": {"sliding_attention": None}},
+            "attention_mask: expected a tensor of two or four dimensions",
+        ),
     ],
 )
 def test_calls_that_cannot_be_understood_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 from transformers.utils.generic import ModelOutput
 
 from prefix_kernels.integrations.transformers.hooks.cached_masks import for_both_sides, with_prefix_columns
@@ -80,13 +80,20 @@ class CachedStackHook:
         self._move_positions(kwargs, selection, tokens, past, prefixes.length)
         mask = kwargs.get("attention_mask")
         if self.both_sides and mask is None:
-            mask = torch.ones(batch, length, dtype=torch.int64, device=tokens.device)
+            mask = torch.ones(batch, int(past) + length, dtype=torch.int64, device=tokens.device)
         if self.has_window and isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all():
             warnings.warn(
                 "padding on the left of the sequence takes room in the sliding windows, because it lies between the "
                 "prefix in the cache and the tokens (attention='cache'); pad on the right for exact results",
                 stacklevel=2,
             )
+        if self.has_window and isinstance(cache, StaticCache) and not (mask is None or getattr(mask, "ndim", 0) == 2):
+            raise ValueError(
+                "past_key_values: expected a cache that grows, because layers have sliding windows and the prefix lies "
+                f"in the key/value cache (attention='cache'), got a {type(cache).__name__} with masks made for it"
+            )
+        if isinstance(mask, dict) and set(mask) == {"full_attention"}:
+            mask = mask["full_attention"]  # a stack takes this as the mask of all its layers
         mask = with_prefix_columns(mask, prefixes, batch, int(past) + length)
         kwargs["attention_mask"] = for_both_sides(mask, next(stack.parameters()).dtype) if self.both_sides else mask
         kwargs[self.cache_name] = with_prefix(
@@ -121,8 +128,10 @@ class CachedStackHook:
                 )
             return None  # an entry would be kept twice, the second time during the backward pass
         config = module_config(stack)
-        if has_encoder and given is None:
-            return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        if has_encoder and not isinstance(given, EncoderDecoderCache):
+            # A model would do this itself to a plain cache, and then hand out the prefix inside.
+            own = DynamicCache(config=config) if given is None else given
+            return EncoderDecoderCache(own, DynamicCache(config=config))
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
         return DynamicCache(config=config) if given is None and wanted and not self.both_sides else given
@@ -167,7 +176,9 @@ def hide_prefix(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             plain = without_prefix(cache)
             if isinstance(output, ModelOutput):
                 return type(output)(**{name: plain if value is cache else value for name, value in output.items()})
-            return tuple(plain if value is cache else value for value in output)
+            # A model leaves out of a tuple what is None.
+            values = (plain if value is cache else value for value in output)
+            return tuple(value for value in values if value is not None)
     return output
 
 
