@@ -78,14 +78,29 @@ class CachedStackHook:
         cache = self._cache(stack, given[0] if given else None, kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         self._move_positions(kwargs, selection, tokens, past, prefixes.length)
-        mask = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = self._mask(
+            stack, kwargs.get("attention_mask"), cache, prefixes, batch, past + length
+        )
+        kwargs[self.cache_name] = with_prefix(
+            cache, prefixes=prefixes, sites=self.sites, names=self.names, recorded=self.source.context.recorded
+        )
+        return (), kwargs
+
+    def _mask(
+        self, stack: nn.Module, mask: Any, cache: Cache | None, prefixes: RowPrefixes, batch: int, length: int | Tensor
+    ) -> Tensor | None:
+        """Return ``mask``, of a sequence of ``length`` tokens with those in ``cache``, with columns for the prefix.
+
+        Raises:
+            ValueError: it is a mask that was made for a cache in which the prefix has no place.
+        """
         if self.both_sides and mask is None:
-            mask = torch.ones(batch, int(past) + length, dtype=torch.int64, device=tokens.device)
+            mask = torch.ones(batch, int(length), dtype=torch.int64, device=next(stack.parameters()).device)
         if self.has_window and isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all():
             warnings.warn(
                 "padding on the left of the sequence takes room in the sliding windows, because it lies between the "
                 "prefix in the cache and the tokens (attention='cache'); pad on the right for exact results",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.has_window and isinstance(cache, StaticCache) and not (mask is None or getattr(mask, "ndim", 0) == 2):
             raise ValueError(
@@ -94,12 +109,8 @@ class CachedStackHook:
             )
         if isinstance(mask, dict) and set(mask) == {"full_attention"}:
             mask = mask["full_attention"]  # a stack takes this as the mask of all its layers
-        mask = with_prefix_columns(mask, prefixes, batch, int(past) + length)
-        kwargs["attention_mask"] = for_both_sides(mask, next(stack.parameters()).dtype) if self.both_sides else mask
-        kwargs[self.cache_name] = with_prefix(
-            cache, prefixes=prefixes, sites=self.sites, names=self.names, recorded=self.source.context.recorded
-        )
-        return (), kwargs
+        mask = with_prefix_columns(mask, prefixes, batch, int(length))
+        return for_both_sides(mask, next(stack.parameters()).dtype) if self.both_sides else mask
 
     def _prefixes(self, stack: nn.Module, selection: PrefixSelection | None, batch: int) -> RowPrefixes:
         if self.source.context.recorded is not None:
