@@ -133,7 +133,8 @@ def _counts(model: PreTrainedModel, media: Inputs, name: str) -> tuple[int, ...]
                 made = features(**{key: value for key, value in media.items() if key in takes})
         except Exception:
             return _COUNTS
-        return (_rows(getattr(made, "pooler_output", made)) // ROWS,)
+        pooled = getattr(made, "pooler_output", None)
+        return (_rows(getattr(made, "last_hidden_state", made) if pooled is None else pooled) // ROWS,)
     return _COUNTS
 
 

@@ -40,6 +40,8 @@ def concatenated(model: PreTrainedModel, prefixes: Mapping[nn.Module, Pairs]) ->
             attention_mask = None if attention_mask is None else F.pad(attention_mask, (length, 0))
             if kwargs.get("position_bias") is not None:
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
+        if kwargs.get("scaling") is None:
+            kwargs["scaling"] = query.shape[-1] ** -0.5  # the default of attention functions
         own = sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
 
