@@ -1,5 +1,6 @@
 """The float32 and float64 CUDA kernels in the emulator against the oracle: every option, every edge, every gradient."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -75,13 +76,13 @@ def test_no_races_or_stray_accesses(option, seed):
     check(call, function=partial(emulated_prefix_attention, mode="check", seed=seed))
 
 
-@pytest.fixture
-def several_rows_per_warp():
+@contextmanager
+def several_rows_per_warp(mode):
     """Grids so small that a warp takes rows of all heads and batch rows, one after another."""
-    for mode in ("fast", "check"):
-        load(mode).device(80, 4, max_grid_yz=1)
-    yield
-    for mode in ("fast", "check"):
+    load(mode).device(80, 4, max_grid_yz=1)
+    try:
+        yield
+    finally:
         load(mode).device(80, 4)
 
 
@@ -97,16 +98,18 @@ SEVERAL_ROWS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", SEVERAL_ROWS)
-def test_several_rows_per_warp(option, dtype, several_rows_per_warp):
+def test_several_rows_per_warp(option, dtype):
     shape = dict(q_heads=4, kv_heads=2, q_len=9, k_len=40, head_dim=20, dtype=dtype)
-    check(make_call(**shape, **SEVERAL_ROWS[option]), function=emulated_prefix_attention)
+    with several_rows_per_warp("fast"):
+        check(make_call(**shape, **SEVERAL_ROWS[option]), function=emulated_prefix_attention)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("option", SEVERAL_ROWS)
-def test_no_races_between_the_rows_of_a_warp(option, seed, several_rows_per_warp):
+def test_no_races_between_the_rows_of_a_warp(option, seed):
     call = make_call(q_heads=4, kv_heads=2, q_len=9, k_len=40, head_dim=20, **SEVERAL_ROWS[option])
-    check(call, function=partial(emulated_prefix_attention, mode="check", seed=seed))
+    with several_rows_per_warp("check"):
+        check(call, function=partial(emulated_prefix_attention, mode="check", seed=seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
