@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import prefix_kernels
-from benchmarks.compatibility.media_inputs import NoMedia, audio_inputs, image_inputs, padded, speech_inputs
+from benchmarks.compatibility.media_inputs import BAD_INPUT, NoMedia, audio_inputs, image_inputs, padded, speech_inputs
 from benchmarks.compatibility.model_types import tiny_model
 from benchmarks.compatibility.own_attention import Pairs, concatenated, with_cache
 from benchmarks.compatibility.own_cache import holding
@@ -153,7 +153,7 @@ def _cases(base: PreTrainedModel, kind: str) -> tuple[dict[str, dict[str, Tensor
         with torch.no_grad():
             base(**inputs_of(base, "none"))
         cases |= {padding: inputs_of(base, padding) for padding in _paddings(base)}
-    except Exception:
+    except BAD_INPUT:
         if not cases:
             raise
     return cases, media
@@ -168,7 +168,7 @@ def _with_shorter_sound(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dic
         try:
             with torch.no_grad():
                 base(**inputs, attention_mask=mask)
-        except Exception:
+        except BAD_INPUT:
             continue
         return {"sound, right": inputs | {"attention_mask": mask}}
     return {}

@@ -23,6 +23,8 @@ _COUNTS = (0, 1, 2, 4, 8, 9, 16, 18)
 _MEDIA = ("pixel_values", "flattened_patches", "input_features", "input_values")
 
 Inputs = dict[str, Tensor]
+# Errors that Transformers raises for inputs which a model does not take.
+BAD_INPUT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class NoMedia(ValueError):
@@ -74,7 +76,7 @@ def _first(model: PreTrainedModel, candidates: Iterator[Inputs]) -> Inputs:
             if _depends_on_media(model, inputs):
                 return inputs
             reason = reason or "its logits do not depend on them"
-        except Exception as error:
+        except BAD_INPUT as error:
             reason = reason or " ".join(f"{type(error).__name__}: {error}".split())
     reason = reason or "its forward takes none"
     raise NoMedia(f"{type(model).__name__}: expected inputs of images or sound that it takes, got none: {reason}")
@@ -131,7 +133,7 @@ def _counts(model: PreTrainedModel, media: Inputs, name: str) -> tuple[int, ...]
             takes = inspect.signature(features).parameters
             with torch.no_grad():
                 made = features(**{key: value for key, value in media.items() if key in takes})
-        except Exception:
+        except BAD_INPUT:
             return _COUNTS
         pooled = getattr(made, "pooler_output", None)
         return (_rows(getattr(made, "last_hidden_state", made) if pooled is None else pooled) // ROWS,)

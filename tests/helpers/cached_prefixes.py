@@ -1,4 +1,4 @@
-"""What the tests of prefixes in the key/value cache share."""
+"""A model with its prefix in the key/value cache, and the oracle that its tests compare it with."""
 
 from __future__ import annotations
 

@@ -89,6 +89,8 @@ def test_activation_checkpointing_changes_nothing(model_type: str) -> None:
     assert out.past_key_values is None
     out.logits.square().sum().backward()
     torch.testing.assert_close(model.prefix_encoder.table.grad, expected)
+    with pytest.warns(UserWarning, match="gradient checkpointing uses no cache, so the given one is left out"):
+        model(**inputs, past_key_values=transformers.DynamicCache())
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="gradient checkpointing: expected use_reentrant=False"):
         model(**inputs)

@@ -49,6 +49,7 @@ class CachedStackHook:
         self.source = source
         stack = find_caching_stack(model)
         self.cache_name, self.parameter_names = stack.cache_name, stack.parameter_names
+        self.takes_positions = stack.takes_positions
         names = {module: name for name, module in model.named_modules()}
         self.sites = {layer_index(site.module): index for index, site in enumerate(layout.sites)}
         self.names = {
@@ -137,6 +138,12 @@ class CachedStackHook:
                     f"gradient checkpointing: expected {expected}, because the prefix lies in the key/value cache "
                     "(attention='cache') and its gradient would be lost"
                 )
+            if given is not None:
+                # Transformers says so of the layers that leave out a cache by themselves.
+                warnings.warn(
+                    f"{self.cache_name}: gradient checkpointing uses no cache, so the given one is left out",
+                    stacklevel=3,
+                )
             return None  # an entry would be kept twice, the second time during the backward pass
         config = module_config(stack)
         if has_encoder and not isinstance(given, EncoderDecoderCache):
@@ -155,7 +162,7 @@ class CachedStackHook:
         Raises:
             ValueError: there are not so many, or rows would begin at different ones and the stack cannot be told.
         """
-        count, takes_positions = tokens.shape[1], "position_ids" in self.parameter_names
+        count = tokens.shape[1]
         if selection is None:
             largest = self.source.shift
             shift: int | Tensor = largest
@@ -170,7 +177,7 @@ class CachedStackHook:
             )
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + shift
-        elif takes_positions and not is_length:
+        elif self.takes_positions and not is_length:
             kwargs["position_ids"] = torch.arange(count, device=tokens.device)[None] + past + shift
         elif not is_length and self.num_positions is not None:
             raise ValueError(
