@@ -124,7 +124,7 @@ def _with_text(
 
 
 def _counts(model: PreTrainedModel, media: Inputs, name: str) -> tuple[int, ...]:
-    """How many tokens stand for one image or piece of sound."""
+    """Return the numbers of tokens that may stand for one image or piece of sound."""
     for module in (model, model.base_model):
         features = getattr(module, name, None)
         if features is None:

@@ -25,7 +25,7 @@ from prefix_kernels.integrations.transformers import (
 
 AUTO_CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
-# Of each of two projections in each layer: A and B, for DoRA its magnitudes too.
+# The number of parameters for each of two projections in each layer: A and B, for DoRA its magnitudes too.
 COUNTS = {"lora": 4 * LAYERS, "dora": 6 * LAYERS}
 
 

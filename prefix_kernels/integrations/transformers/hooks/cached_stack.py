@@ -35,7 +35,7 @@ from prefix_kernels.integrations.transformers.structure.prefix_layout import Pre
 from prefix_kernels.integrations.transformers.structure.source import masks_both_sides
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
-# Of Transformers' layers: True lets them use a cache although their activations are checkpointed.
+# An attribute of Transformers' layers: True lets them use a cache although their activations are checkpointed.
 KEEPS_CACHE = "_can_checkpoint_with_cache"
 
 
