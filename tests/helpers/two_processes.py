@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def _worker(rank: int, function: Callable[..., None], rendezvous: str, arguments
         function(*arguments)
     finally:
         dist.destroy_process_group()
+    # Not through the interpreter's own exit: gloo's threads may still hold tensors, and one that is freed while Python
+    # shuts down aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_on_two_processes(function: Callable[..., None], folder: Path, *arguments: object) -> None:
