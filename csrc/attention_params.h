@@ -65,6 +65,9 @@ struct AttentionParams {
   // Sum over the row of exp(score - lse), laid out like lse; null: not asked for. It is 1 but for a mask that moves all
   // scores so far that lse rounds the logarithm of the sum away.
   void* row_mass = nullptr;
+  // out and lse hold attention over other keys, from which the softmax goes on; an infinite lse marks a row that saw
+  // none. Without dropout and row_mass only.
+  bool extends = false;
   MaskOperand mask;
 
   const int64_t* prefix_ids = nullptr;     // [batch, prefix_slots] contiguous; -1 is none; null: see prefix_of_row

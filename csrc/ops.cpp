@@ -39,6 +39,29 @@ Results forward_on(const at::Tensor& query, const at::Tensor& key, const at::Ten
                    window_includes_prefix, softcap});
 }
 
+// The checks of the forward pass alone, for a call that another library computes in part.
+void check_on_any(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const OptionalTensor& prefix_key, const OptionalTensor& prefix_value, const OptionalTensor& attn_mask,
+                  const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
+                  const OptionalTensor& query_offsets, const OptionalTensor& dropout_seed, double dropout_p,
+                  bool is_causal, std::optional<double> scale, std::optional<int64_t> query_offset, int64_t window_left,
+                  int64_t window_right, bool window_includes_prefix, double softcap) {
+  const OptionalTensor some_key = key, some_value = value;
+  check_forward({query, some_key, some_value, prefix_key, prefix_value, attn_mask, prefix_ids, prefix_lens,
+                 query_offsets, dropout_seed, dropout_p, is_causal, scale, query_offset, window_left, window_right,
+                 window_includes_prefix, softcap});
+}
+
+template <auto kExtend>
+void extend_on(const at::Tensor& query, at::Tensor out, at::Tensor lse, const at::Tensor& prefix_key,
+               const at::Tensor& prefix_value, const OptionalTensor& prefix_ids, const OptionalTensor& prefix_lens,
+               std::optional<double> scale) {
+  const OptionalTensor none, some_key = prefix_key, some_value = prefix_value;
+  kExtend({query, none, none, some_key, some_value, none, prefix_ids, prefix_lens, none, none, 0.0, false, scale,
+           std::nullopt, -1, -1, false, 0.0},
+          out, lse);
+}
+
 template <auto kBackward>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_on(
     const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query, const OptionalTensor& key,
@@ -71,6 +94,13 @@ PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
       "Tensor? prefix_value, Tensor? out, Tensor lse, " PREFIX_KERNELS_OPTIONS
       ", SymInt key_len, bool[5] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dprefix_key, "
       "Tensor dprefix_value)");
+  m.def(
+      "extend_(Tensor query, Tensor(a!) out, Tensor(b!) lse, Tensor prefix_key, Tensor prefix_value, Tensor? "
+      "prefix_ids, Tensor? prefix_lens, float? scale) -> ()");
+  m.def(
+      "check(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, " PREFIX_KERNELS_OPTIONS
+      ") -> ()",
+      &check_on_any);
 #if !defined(PREFIX_KERNELS_EMULATED)
   m.def("cpu_isa() -> str", &cpu::isa);
 #endif
@@ -84,6 +114,7 @@ PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
 #else
 PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
   m.impl("forward", &forward_on<&cpu::forward>);
+  m.impl("extend_", &extend_on<&cpu::extend>);
   m.impl("backward", &backward_on<&cpu::backward>);
 }
 #endif

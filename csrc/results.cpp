@@ -35,6 +35,12 @@ Results empty_results(const at::Tensor& query, AttentionParams& p) {
   return {out, lse, row_mass};
 }
 
+void set_extended(const at::Tensor& out, const at::Tensor& lse, AttentionParams& p) {
+  p.out = make_operand(out);
+  p.lse = lse.mutable_data_ptr();
+  p.extends = true;
+}
+
 Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b) {
   const at::Tensor* inputs[kNumGradients] = {
       &args.query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,

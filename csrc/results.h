@@ -17,6 +17,9 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // The results and p's view of them.
 Results empty_results(const at::Tensor& query, AttentionParams& p);
 
+// p's view of attention over other keys, to which the call adds its own.
+void set_extended(const at::Tensor& out, const at::Tensor& lse, AttentionParams& p);
+
 // dquery, dkey, dvalue, dprefix_key, dprefix_value; [0] where a gradient is not asked for.
 using Gradients = std::array<at::Tensor, kNumGradients>;
 

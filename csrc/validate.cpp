@@ -200,6 +200,14 @@ int64_t kv_heads_of(const AttentionArguments& args) {
   return args.prefix_key.has_value() ? args.prefix_key->size(-3) : args.query.size(1);
 }
 
+void check_lse(const at::Tensor& query, const at::Tensor& lse) {
+  const auto sizes = query.sizes().slice(0, 3);
+  const auto type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(lse.sizes() == sizes && lse.scalar_type() == type, "lse: expected shape ", sizes, " and dtype ",
+                    type, ", got ", lse.sizes(), " and ", lse.scalar_type());
+  check_device("lse", lse, query);
+}
+
 // The head dim of dout is that of value and out, of which the backward pass may have neither.
 void check_dout(const AttentionArguments& args, const at::Tensor& dout) {
   const at::Tensor& query = args.query;
@@ -314,6 +322,29 @@ void check_forward(const AttentionArguments& args) {
   if (args.attn_mask.has_value()) check_mask(args, *args.attn_mask, args.key->size(2), prefix_columns_of(args));
 }
 
+void check_extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse) {
+  const at::Tensor& query = args.query;
+  check_query(query);
+  TORCH_CHECK_VALUE(args.prefix_key->dim() >= 3, "prefix_key: expected [Hkv, P, D] or [N, Hkv, P, D], got ",
+                    args.prefix_key->sizes());
+  const int64_t kv_heads = args.prefix_key->size(-3);
+  TORCH_CHECK_VALUE(kv_heads >= 1 && query.size(1) % kv_heads == 0,
+                    "prefix_key: expected a number of heads that divides query's ", query.size(1), ", got ", kv_heads);
+  TORCH_CHECK_VALUE(out.dim() == 4 && out.sizes().slice(0, 3) == query.sizes().slice(0, 3),
+                    "out: expected [B, Hq, Sq, Dv] like query ", query.sizes(), ", got ", out.sizes());
+  check_head_dim("out", out);
+  TORCH_CHECK_TYPE(out.scalar_type() == query.scalar_type(), "out: expected ", query.scalar_type(), ", got ",
+                   out.scalar_type());
+  check_device("out", out, query);
+  TORCH_CHECK_VALUE(out.size(3) == 1 || out.stride(3) == 1, "out: expected stride 1 in the last dimension, got ",
+                    out.strides());
+  check_lse(query, lse);
+  TORCH_CHECK_VALUE(lse.is_contiguous(), "lse: expected a contiguous tensor, got strides ", lse.strides());
+  check_prefix(args, kv_heads, out.size(3));
+  check_prefix_selection(args);
+  check_scalars(args);
+}
+
 void check_backward(const AttentionArguments& args, const at::Tensor& dout, const OptionalTensor& dlse,
                     const OptionalTensor& out, const at::Tensor& lse, int64_t key_len,
                     std::array<bool, kNumGradients> needs) {
@@ -345,11 +376,8 @@ void check_backward(const AttentionArguments& args, const at::Tensor& dout, cons
                      out->scalar_type());
     check_device("out", *out, query);
   }
+  check_lse(query, lse);
   const auto lse_sizes = query.sizes().slice(0, 3);
-  const auto lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(lse.sizes() == lse_sizes && lse.scalar_type() == lse_type, "lse: expected shape ", lse_sizes,
-                    " and dtype ", lse_type, ", got ", lse.sizes(), " and ", lse.scalar_type());
-  check_device("lse", lse, query);
   if (dlse.has_value()) {
     TORCH_CHECK_VALUE(dlse->sizes() == lse_sizes, "dlse: expected shape ", lse_sizes, ", got ", dlse->sizes());
     check_device("dlse", *dlse, query);

@@ -35,6 +35,9 @@ struct AttentionArguments {
 // Checks the arguments of the forward pass and throws what a user should read.
 void check_forward(const AttentionArguments& args);
 
+// Checks the arguments of a call that adds the prefixes to attention over other keys.
+void check_extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse);
+
 // Checks the arguments of the backward pass: those of the forward pass anew, as saved-tensor hooks may have changed
 // them, and that none is missing for the gradients asked for.
 void check_backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,

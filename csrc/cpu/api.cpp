@@ -105,6 +105,16 @@ Results forward(const AttentionArguments& args) {
   return results;
 }
 
+void extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse) {
+  check_extend(args, out, lse);
+  AttentionParams p = make_params(args, 0, out.size(3));
+  HostIntegers integers;
+  integers.attach(args, p);
+  set_extended(out, lse, p);
+  const CpuKernels& kernels = chosen_isa().kernels;
+  (is_double(args.query) ? kernels.forward_double : kernels.forward_float)(p, at::get_num_threads(), run_workers);
+}
+
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
                    std::array<bool, kNumGradients> needs) {

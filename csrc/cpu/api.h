@@ -17,6 +17,9 @@ std::string isa();
 
 Results forward(const AttentionArguments& args);
 
+// Adds the prefixes to `out` and `lse`, which hold attention of the same queries over other keys.
+void extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse);
+
 // The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,

@@ -19,10 +19,10 @@ static_assert(2 * kMaxDecodeQueries<float> <= kBlockQ, "a state's memory holds b
 static_assert(kDecodeTile <= kBlockK && kDecodeTile % kLanes<float> == 0, "a tile's scratch memory, whole vectors");
 
 // Tells if DecodeBlock computes the blocks of a call. Dropout excludes it: its bits are laid out for queries in the
-// lanes.
+// lanes; so does a call that extends another, whose sums are loaded there.
 template <class T>
 bool decodes(const AttentionParams& p, const BlockPartition& partition) {
-  return partition.rows <= kMaxDecodeQueries<T> && p.dropout_threshold == 0;
+  return partition.rows <= kMaxDecodeQueries<T> && p.dropout_threshold == 0 && !p.extends;
 }
 
 // A block of at most half a vector of queries.

@@ -81,7 +81,7 @@ void run_task(const ForwardJob<T>& job, const ForwardTask& task, const ForwardTa
       block.finish();
     }
   } else {
-    for (int i = 0; i < task.blocks; ++i) begin_block<T>(states[i]);
+    for (int i = 0; i < task.blocks; ++i) begin_block<T>(states[i], task.split == 0);
     for_each_segment(plan, task, [&](const Segment& segment, KeyRange rows) {
       forward_segment<T>(p, segment, rows, task.blocks, scratch, [&](Prefetcher& prefetcher) {
         if (!segment.is_prefix() && next != nullptr) prefetch_task(plan, *next, prefetcher);

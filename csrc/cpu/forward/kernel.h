@@ -8,6 +8,8 @@
 // Queries stand in the SIMD lanes, so the maxima and sums are vertical and keys and values need no packing.
 #pragma once
 
+#include <cmath>
+
 #include "../common/gemm.h"
 #include "../common/workspace.h"
 #include "softmax.h"
@@ -94,14 +96,33 @@ void forward_step(const ForwardState<T>& state, const Segment& segment, int64_t 
   }
 }
 
-// Loads the queries of a block and clears its sums.
+// Loads the sums of a block from attention over other keys.
 template <class T>
-void begin_block(const ForwardState<T>& state) {
+void resume_block(const ForwardState<T>& state) {
+  const QueryBlock& block = state.block;
+  const AttentionParams& p = *block.params;
+  pack_queries<T>(p.out, block, p.value_dim, T(1), state.out);
+  for (int l = 0; l < block.count; ++l) {
+    const T lse = static_cast<const T*>(p.lse)[(block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l)];
+    if (std::isinf(lse)) {
+      for (int64_t d = 0; d < p.value_dim; ++d) state.out[d * kBlockQ + l] = 0;
+    } else {
+      state.reference[l] = lse;
+      state.sum[l] = 1;
+    }
+  }
+}
+
+// Loads the queries of a block and clears its sums, or takes them up where the call extends an earlier one: in the
+// first part of its columns.
+template <class T>
+void begin_block(const ForwardState<T>& state, bool first_part) {
   const AttentionParams& p = *state.block.params;
   pack_queries<T>(p.query, state.block, p.head_dim, query_factor<T>(p), state.query);
   fill_zero(state.out, p.value_dim * kBlockQ);
   for (int l = 0; l < kBlockQ; ++l) state.reference[l] = -std::numeric_limits<T>::infinity();
   fill_zero(state.sum, kBlockQ);
+  if (p.extends && first_part) resume_block<T>(state);
 }
 
 // Writes out, lse and row_mass of a block.

@@ -1,0 +1,91 @@
+"""``extend_``: the prefixes added to attention over the sequence that is there already."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import Call, assert_matches, make_call, run
+from torch import Tensor
+
+from prefix_kernels import prefix_attention
+from prefix_kernels.reference import prefix_attention_reference
+
+extend_ = torch.ops.prefix_kernels.extend_
+
+# Grouped heads, several blocks, few queries, columns that are split between threads, a value head dim of its own.
+SIZES = {
+    "grouped": {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 9, "k_len": 11, "prefix_len": 5},
+    "blocks": {"batch": 1, "q_heads": 8, "q_len": 130, "k_len": 70, "prefix_len": 20, "layout": "transposed"},
+    "decoding": {"batch": 2, "q_heads": 4, "q_len": 1, "k_len": 33, "prefix_len": 70},
+    "split": {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 3, "k_len": 5, "prefix_len": 3000},
+    "values": {"q_heads": 3, "q_len": 20, "head_dim": 24, "value_dim": 9},
+    "no prefix rows": {"prefix_len": 0},
+    "scaled": {"scale": -0.7},
+    "bank": {
+        "batch": 4,
+        "num_prefixes": 3,
+        "prefix_ids": torch.tensor([[2, 0], [-1, 1], [-1, -1], [1, 1]]),
+        "prefix_lens": torch.tensor([5, 0, 3]),
+    },
+}
+DTYPES = {torch.float64: None, torch.float32: None, torch.bfloat16: torch.float32, torch.float16: torch.float16}
+
+
+def extended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    return_lse: bool = True,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    scale = options.get("scale")
+    out, lse = prefix_attention(query, key, value, scale=scale, return_lse=True)
+    extend_(query, out, lse, prefix_key, prefix_value, options.get("prefix_ids"), options.get("prefix_lens"), scale)
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_the_result_is_that_of_one_call(name: str, dtype: torch.dtype) -> None:
+    call = make_call(**SIZES[name], dtype=dtype, prefix_dtype=DTYPES[dtype])
+    exact = run(call, prefix_attention_reference, torch.float64, needs=())
+    eager = run(call, prefix_attention_reference, torch.float32, needs=())
+    assert_matches(run(call, extended, needs=()), exact, eager, call)
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+@pytest.mark.parametrize("prefix_len", [3, 0])
+def test_rows_that_saw_nothing_before_hold_nothing(infinity: float, prefix_len: int) -> None:
+    call = make_call(q_len=40, prefix_len=prefix_len)
+    query, key, value, *prefix = call.inputs.values()
+    out, lse = prefix_attention(query, key, value, return_lse=True)
+    out[:, 1, 3:30], lse[:, 1, 3:30] = math.nan, infinity
+    extend_(query, out, lse, *prefix, None, None, None)
+    expected = prefix_attention(query, key[:, :, :0], value[:, :, :0], *prefix, return_lse=True)
+    torch.testing.assert_close(out[:, 1, 3:30], expected[0][:, 1, 3:30])
+    torch.testing.assert_close(lse[:, 1, 3:30], expected[1][:, 1, 3:30])
+
+
+def refused(call: Call, error: type[Exception], match: str, **changes: Tensor) -> None:
+    query, key, value, prefix_key, prefix_value = call.inputs.values()
+    out, lse = prefix_attention(query, key, value, return_lse=True)
+    arguments = {"query": query, "out": out, "lse": lse, "prefix_key": prefix_key, "prefix_value": prefix_value}
+    with pytest.raises(error, match=match):
+        extend_(**arguments | changes, prefix_ids=None, prefix_lens=None, scale=None)
+
+
+def test_tensors_that_do_not_belong_together_are_refused() -> None:
+    call = make_call(batch=2, q_heads=2, q_len=17, head_dim=16)
+    zeros = torch.zeros
+    refused(call, ValueError, r"out: expected \[B, Hq, Sq, Dv\] like query", out=zeros(2, 2, 16, 16))
+    refused(call, TypeError, "out: expected Float, got Double", out=zeros(2, 2, 17, 16, dtype=torch.float64))
+    refused(call, ValueError, "out: expected stride 1", out=zeros(2, 2, 16, 17).transpose(2, 3))
+    refused(call, ValueError, r"lse: expected shape \[2, 2, 17\]", lse=zeros(2, 2, 16))
+    refused(call, ValueError, "lse: expected a contiguous tensor", lse=zeros(2, 17, 2).transpose(1, 2))
+    refused(call, ValueError, r"prefix_key: expected \[Hkv, P, D\]", prefix_key=zeros(5, 16))
+    refused(call, ValueError, "prefix_key: expected a number of heads that divides", prefix_key=zeros(3, 5, 16))
+    refused(call, ValueError, "prefix_value: expected", prefix_value=zeros(2, 5, 15))
