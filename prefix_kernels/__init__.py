@@ -5,6 +5,7 @@ from prefix_kernels._library import load as _load
 _load()  # before anything imports torch: it says in one sentence what is wrong with the installation
 
 from prefix_kernels._version import __version__  # noqa: E402
+from prefix_kernels.backends.setting import attention_backend  # noqa: E402
 from prefix_kernels.checkpoint import (  # noqa: E402
     load_prefix,
     mark_only_prefix_as_trainable,
@@ -12,7 +13,7 @@ from prefix_kernels.checkpoint import (  # noqa: E402
     read_prefix_metadata,
     save_prefix,
 )
-from prefix_kernels.functional import prefix_attention  # noqa: E402
+from prefix_kernels.functional import explain, prefix_attention  # noqa: E402
 from prefix_kernels.merge import merge_attention  # noqa: E402
 from prefix_kernels.nn import (  # noqa: E402
     PrefixEncoder,
@@ -27,6 +28,8 @@ __all__ = [
     "PrefixMultiheadAttention",
     "PrefixTuningAttention",
     "__version__",
+    "attention_backend",
+    "explain",
     "load_prefix",
     "mark_only_prefix_as_trainable",
     "merge_attention",

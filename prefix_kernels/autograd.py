@@ -107,7 +107,8 @@ def gradients_from_saved(
     return tuple(gradients)
 
 
-def _refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> NoReturn:
+def refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> NoReturn:
+    """Raise NotImplementedError: there is no formula for the derivative of the backward pass."""
     raise NotImplementedError(
         "prefix_attention: double backward is not implemented; compute higher-order gradients with "
         "prefix_kernels.reference.prefix_attention_reference"
@@ -115,7 +116,7 @@ def _refuse_double_backward(ctx: Any, *_gradients: Tensor | None) -> NoReturn:
 
 
 torch.library.register_autograd("prefix_kernels::forward", gradients_from_saved, setup_context=save_for_backward)
-torch.library.register_autograd("prefix_kernels::backward", _refuse_double_backward)
+torch.library.register_autograd("prefix_kernels::backward", refuse_double_backward)
 
 
 def under_transform() -> bool:
@@ -180,7 +181,7 @@ class _Backward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
-    backward = staticmethod(_refuse_double_backward)
+    backward = staticmethod(refuse_double_backward)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:

@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefix_kernels import autograd, ops
+from prefix_kernels.backends import split
+from prefix_kernels.backends.call import Call
+from prefix_kernels.backends.choice import BackendChoice, choice_of, choose, is_always_fused
+from prefix_kernels.backends.setting import Backend, resolved_backend
 
 # The largest head dim, of queries and keys or of values, that the kernels take: kMaxHeadDim of csrc/attention_params.h.
 MAX_HEAD_DIM = 256
@@ -74,6 +78,7 @@ def prefix_attention(
     return_lse: Literal[False] = False,
     window_includes_prefix: bool = False,
     dropout_seed: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...
 
 
@@ -97,6 +102,7 @@ def prefix_attention(
     return_lse: Literal[True],
     window_includes_prefix: bool = False,
     dropout_seed: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -120,6 +126,7 @@ def prefix_attention(
     return_lse: bool,
     window_includes_prefix: bool = False,
     dropout_seed: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -142,6 +149,7 @@ def prefix_attention(
     return_lse: bool = False,
     window_includes_prefix: bool = False,
     dropout_seed: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over ``[prefix ; sequence]`` keys and values, without the concatenation.
 
@@ -197,6 +205,8 @@ def prefix_attention(
         window_includes_prefix: the left window counts prefix keys as the positions before the sequence, so that the
             prefix slides out of sight.
         dropout_seed: int64 ``[1]``, which fixes the dropped elements. Default: drawn from torch's default generator.
+        backend: ``"auto"``, ``"fused"``, ``"split"`` or ``"benchmark"``, see :class:`prefix_kernels.attention_backend`,
+            whose setting is the default.
 
     Returns:
         ``out`` ``[B, Hq, Sq, Dv]`` in the query's dtype, laid out in memory as ``[B, Sq, Hq, Dv]``, and with
@@ -204,7 +214,7 @@ def prefix_attention(
         row that sees no key has ``out = 0`` and ``lse = -inf``.
 
     Raises:
-        ValueError: a shape, stride, layout, device or number is not as described.
+        ValueError: a shape, stride, layout, device or number is not as described, or ``backend="split"`` cannot serve.
         TypeError: a type or dtype is not as described.
         IndexError: a value of ``prefix_ids`` or ``prefix_lens`` is out of range, on a CPU; a GPU prints it and traps.
 
@@ -232,14 +242,16 @@ def prefix_attention(
             return_lse=return_lse,
             window_includes_prefix=window_includes_prefix,
             dropout_seed=dropout_seed,
+            backend=backend,
         )
+    asked = resolved_backend(backend)
     _check_number("dropout_p", dropout_p)
     _check_number("softcap", softcap)
     if scale is not None:
         _check_number("scale", scale)
     if query_offset is not None and not isinstance(query_offset, Tensor):
         _check_number("query_offset", query_offset, integer=True)
-    window_left, window_right = _window(window_size)
+    window = _window(window_size)
     query_offsets = query_offset if isinstance(query_offset, Tensor) else None
     tensors = {
         "prefix_key": prefix_key,
@@ -255,6 +267,14 @@ def prefix_attention(
             tensors["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
         if forward_ad._current_level >= 0:
             _refuse_tangents(query, key, value, prefix_key, prefix_value, attn_mask)
+        if not is_always_fused(asked, query):
+            prefixes = prefix_key, prefix_value
+            options = (*prefixes, attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, window)
+            call = Call(query, key, value, *options, query_offset, softcap)
+            if choose(call, asked, prefix_attention) == "split":
+                causal, required = call.sees_up_to_itself, asked == "split"
+                out, lse = split.forward(query, key, value, *prefixes, prefix_ids, prefix_lens, causal, scale, required)
+                return (out, lse) if return_lse else out
         forward = autograd.forward_under_transform if autograd.under_transform() else ops.forward
         out, lse, _ = forward(
             query,
@@ -265,8 +285,7 @@ def prefix_attention(
             is_causal,
             scale,
             None if query_offsets is not None else query_offset,
-            window_left,
-            window_right,
+            *window,
             window_includes_prefix,
             softcap,
         )
@@ -275,3 +294,35 @@ def prefix_attention(
         _check_tensors({"query": query, "key": key, "value": value}, tensors)
         raise
     return (out, lse) if return_lse else out
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    query_offset: int | Tensor | None = None,
+    softcap: float = 0.0,
+    backend: Backend | None = None,
+    **_others: object,
+) -> BackendChoice:
+    """Say which backend would compute a call of :func:`prefix_attention` with these arguments, and why.
+
+    Nothing is computed. ``print`` of the result is one line, such as ``fused: attn_mask: expected None; sequence by
+    prefix_kernels, prefix by prefix_kernels``: what keeps PyTorch's kernels from serving is named.
+
+    Raises:
+        ValueError: ``backend="split"``, and it cannot serve; or another name.
+    """
+    options = (attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, _window(window_size))
+    call = Call(query, key, value, prefix_key, prefix_value, *options, query_offset, softcap)
+    return choice_of(call, resolved_backend(backend))

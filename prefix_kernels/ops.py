@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
 
 
-def _empty_gradient(like: Tensor | None, head_dim: int) -> Tensor:
+def empty_gradient(like: Tensor | None, head_dim: int) -> Tensor:
+    """A gradient, not yet written, laid out as ``csrc/results.cpp`` does: as its input where the kernels can."""
     assert like is not None, "neither the tensor whose gradient is asked for nor one of its shape was kept"
     if like.shape[-1] != head_dim:
         return like.new_empty(*like.shape[:-1], head_dim)
@@ -72,7 +73,7 @@ def _backward_fake(
     head_dim, value_dim = query.shape[-1], dout.shape[-1]
     head_dims = (head_dim, head_dim, value_dim, head_dim, value_dim)
     return tuple(
-        _empty_gradient(like, dim) if need else query.new_empty(0)
+        empty_gradient(like, dim) if need else query.new_empty(0)
         for like, dim, need in zip(likes, head_dims, needs, strict=True)
     )
 
@@ -86,21 +87,32 @@ def cast_as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    """Casts query, key and value as autocast does for attention; the prefix is read in its own dtype."""
+_autocast_library = torch.library.Library("prefix_kernels", "IMPL")
+
+
+def register_autocast(name: str) -> None:
+    """Cast query, key and value as autocast does for attention; the prefix is read in its own dtype.
+
+    Args:
+        name: that of an operator of ``prefix_kernels`` whose first three arguments they are.
+    """
+    operator = getattr(torch.ops.prefix_kernels, name)
+    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _register_autocast(name, operator, device_type, dispatch_key)
+
+
+def _register_autocast(name: str, operator: Callable[..., Any], device_type: str, dispatch_key: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
-    def forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+    def with_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return forward(*(cast_as_autocast(x, dtype) for x in (query, key, value)), *rest)
+            return operator(*(cast_as_autocast(x, dtype) for x in (query, key, value)), *rest)
 
-    _autocast_library.impl("forward", forward_autocast, dispatch_key)
+    _autocast_library.impl(name, with_autocast, dispatch_key)
 
 
-_autocast_library = torch.library.Library("prefix_kernels", "IMPL")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("forward")
 
 
 def _columns(key_len: int, prefix_key_shape: _Shape | None, prefix_ids_shape: _Shape | None) -> tuple[int, int]:
@@ -112,7 +124,7 @@ def _columns(key_len: int, prefix_key_shape: _Shape | None, prefix_ids_shape: _S
 
 
 @register_flop_formula(torch.ops.prefix_kernels.forward)
-def _forward_flops(
+def forward_flops(
     query: _Shape,
     key: _Shape,
     value: _Shape,
@@ -123,12 +135,13 @@ def _forward_flops(
     *_: object,
     **__: object,
 ) -> int:
+    """Floating-point operations of the forward pass, from the shapes of its tensors."""
     batch, heads, q_len, head_dim = query
     return 2 * batch * heads * q_len * (head_dim + value[3]) * sum(_columns(key[2], prefix_key, prefix_ids))
 
 
 @register_flop_formula(torch.ops.prefix_kernels.backward)
-def _backward_flops(
+def backward_flops(
     dout: _Shape,
     dlse: _Shape | None,
     query: _Shape,
@@ -143,6 +156,7 @@ def _backward_flops(
     *rest: Any,
     **__: object,
 ) -> int:
+    """Floating-point operations of the backward pass; the last of ``rest`` are ``key_len`` and ``needs``."""
     batch, heads, q_len, head_dim = query
     key_len: int
     needs: Sequence[bool]

@@ -41,6 +41,25 @@ def test_fake_results_on_cuda_are_those_of_the_cpu(sample, layout):
         assert properties(tuple(map(like_on_cuda, operator_arguments(call))), needs) == real
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_fake_results_of_the_split_on_cuda_are_those_of_the_cpu(layout):
+    call = sample_call("full", layout=layout, with_dlse=False)
+    inputs, options = operator_arguments(call)[:5], (None, None, False, None)
+
+    def both(tensors):
+        out, lse = torch.ops.prefix_kernels.split_forward(*tensors, *options, True)
+        gradients = torch.ops.prefix_kernels.split_backward(
+            torch.empty_like(out), None, *tensors, out, lse, *options, tensors[1].shape[2], [True] * 5
+        )
+        assert {x.device for x in (out, lse, *gradients)} == {tensors[0].device}
+        return [(x.shape, x.stride(), x.dtype) for x in (out, lse, *gradients)]
+
+    real = both(inputs)
+    with FakeTensorMode():
+        assert both([like_on_cuda(x) for x in inputs]) == real
+        assert prefix_attention(*map(like_on_cuda, inputs)).device.type == "cuda"  # auto, without a GPU to ask
+
+
 @pytest.mark.parametrize("name", INPUT_NAMES[1:])
 def test_an_input_on_another_device_is_refused(name):
     call = sample_call("full")
