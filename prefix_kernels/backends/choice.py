@@ -13,10 +13,8 @@ from prefix_kernels.backends import timing
 from prefix_kernels.backends.call import Call, why_not_split
 from prefix_kernels.backends.libraries import library_for
 from prefix_kernels.backends.setting import Backend
-from prefix_kernels.backends.split import is_folded
+from prefix_kernels.backends.split import is_folded, log
 from prefix_kernels.backends.table import CPU_ALWAYS_FUSED, CPU_MEASURED, Shape, prefers_split
-
-log = logging.getLogger("prefix_kernels.backends")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ class Library:
         forward_name, backward_name: its operators in ``torch.ops.aten``.
         forward: ``(query, key, value, is_causal, scale) -> (out, lse [B, Hq, Sq])``.
         backward: ``(dout, query, key, value, out, lse, is_causal, scale) -> (dquery, dkey, dvalue)``; ``out`` and
-            ``lse`` may be those of attention over more keys, the gradients are then exact for the keys given.
+            ``lse``, which is contiguous, may be those of attention over more keys: the gradients are then exact for the
+            keys given.
     """
 
     name: str
@@ -112,11 +113,6 @@ def _flash_forward(
     return out, lse
 
 
-def _no_random_state(query: Tensor) -> tuple[Tensor, Tensor]:
-    """The seed and offset of a call without dropout, which reads neither."""
-    return query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int64)
-
-
 def _flash_backward(
     dout: Tensor,
     query: Tensor,
@@ -128,43 +124,49 @@ def _flash_backward(
     scale: float | None,
 ) -> _Gradients:
     lengths = query.shape[2], key.shape[2]
+    unread = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state of dropout
     gradients: _Gradients = _operator("_scaled_dot_product_flash_attention_backward")(
-        *(dout, query, key, value, out, lse, None, None, *lengths, 0.0, is_causal),
-        *_no_random_state(query),
-        scale=scale,
+        *(dout, query, key, value, out, lse, None, None, *lengths, 0.0, is_causal, unread, unread), scale=scale
     )
     return gradients
 
 
-def _cudnn_forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _operator("_scaled_dot_product_cudnn_attention")(
-        query, key, value, None, True, 0.0, is_causal, False, scale=scale
-    )
-    return out, lse.flatten(2)  # [B, Hq, Sq, 1]
+class _Cudnn:
+    """cuDNN's kernel. Its logsumexp is ``[B, H, S]`` or ``[B, H, S, 1]`` by the version of PyTorch, backward too."""
+
+    lse_columns: tuple[int, ...] = (1,)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _operator("_scaled_dot_product_cudnn_attention")(
+            query, key, value, None, True, 0.0, is_causal, False, scale=scale
+        )
+        self.lse_columns = lse.shape[3:]
+        return out, lse.reshape(lse.shape[:3])
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        is_causal: bool,
+        scale: float | None,
+    ) -> _Gradients:
+        unread = torch.zeros((), dtype=torch.int64, device=query.device)  # the random state of dropout
+        lengths = query.shape[2], key.shape[2]
+        gradients: _Gradients = _operator("_scaled_dot_product_cudnn_attention_backward")(
+            *(dout, query, key, value, out, lse.reshape(lse.shape + self.lse_columns), unread, unread),
+            *(None, None, None, *lengths, 0.0, is_causal),
+            scale=scale,
+        )
+        return gradients
 
 
-def _cudnn_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float | None,
-) -> _Gradients:
-    lengths = query.shape[2], key.shape[2]
-    gradients: _Gradients = _operator("_scaled_dot_product_cudnn_attention_backward")(
-        *(dout, query, key, value, out, lse.unsqueeze(-1)),
-        *_no_random_state(query),
-        *(None, None, None, *lengths, 0.0, is_causal),
-        scale=scale,
-    )
-    return gradients
-
-
+_cudnn = _Cudnn()
 FLASH_CPU = Library(
     "PyTorch's flash attention for CPUs",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -183,8 +185,8 @@ CUDNN = Library(
     "cuDNN's attention",
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_cudnn_attention_backward",
-    _cudnn_forward,
-    _cudnn_backward,
+    _cudnn.forward,
+    _cudnn.backward,
 )
 _LIBRARIES = {
     ("cpu", SDPBackend.FLASH_ATTENTION): FLASH_CPU,

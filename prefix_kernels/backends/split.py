@@ -8,6 +8,7 @@ query add up.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from prefix_kernels import autograd, ops
 from prefix_kernels.backends.libraries import Library, library_for
 from prefix_kernels.merge import merge_attention
+
+log = logging.getLogger("prefix_kernels.backends")
 
 # The least length of a prefix of all rows at which PyTorch's kernel attends to it too.
 FOLDED_PREFIX_LEN = 512
@@ -104,6 +107,7 @@ def _forward(
     if isinstance(library, str):
         if required:
             raise ValueError(f"backend: 'split' cannot serve this call: {library}")
+        log.debug("prefix_attention: fused after all: %s", library)
         out, lse, _ = ops.forward(query, key, value, prefix_key, prefix_value, *options)
         return out, lse
     out, lse = library.forward(query, key, value, is_causal, scale)

@@ -1,11 +1,13 @@
 """The operator on a GPU: the oracle's results, and what only a GPU has: streams, graphs, large grids, large tensors."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import INPUT_NAMES, Call, assert_repeats, check, lay_out, make_call, repeat_batch, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefix_kernels import prefix_attention
 
@@ -58,6 +60,27 @@ def gpu_call(option: str = "plain", layout: str = "aligned", **shape) -> Call:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option(option, dtype):
     check(gpu_call(option, dtype=dtype))
+
+
+SPLIT = {
+    "plain": {},
+    "causal": {"k_len": 70},
+    "composed bank": {},
+    "float32 prefix": {},
+    "no prefix": {},
+    "long": {"prefix_len": 600},  # folded
+}
+LIBRARIES = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("option", SPLIT)
+def test_pytorch_on_the_sequence_and_ours_on_the_prefix(option, head_dim, library, dtype):
+    call = gpu_call(option, "transposed", head_dim=head_dim, dtype=dtype, with_dlse=False, **SPLIT[option])
+    with sdpa_kernel(LIBRARIES[library]):
+        check(call, function=functools.partial(prefix_attention, backend="split"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.common.baselines import SdpaKernel, causal_mask, concatenate, merged_sdpa
 from benchmarks.common.cells import Cell
 from benchmarks.common.contenders import Contender
+from prefix_kernels import prefix_attention
 
 
 def _mask(cell: Cell, device: str) -> Tensor | None:
@@ -135,6 +136,10 @@ def _merged(kernel: SdpaKernel, cell: Cell, device: str) -> Contender:
     return functools.partial(merged_sdpa, is_causal=cell.has_diagonal, kernel=kernel)
 
 
+def _split(cell: Cell, device: str) -> Contender:
+    return functools.partial(prefix_attention, is_causal=cell.is_causal, backend="split")
+
+
 # Makers of each baseline's function for a cell on a device; making or calling it may raise.
 BASELINES: dict[str, Callable[[Cell, str], Contender]] = {
     "cat_flash": _cat_flash,
@@ -143,4 +148,5 @@ BASELINES: dict[str, Callable[[Cell, str], Contender]] = {
     "cat_flex": _cat_flex,
     "merged_flash": functools.partial(_merged, _FLASH),
     "merged_cudnn": functools.partial(_merged, _CUDNN),
+    "split": _split,
 }

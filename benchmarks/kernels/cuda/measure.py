@@ -1,14 +1,16 @@
 """Measurement of our kernels and every baseline on a GPU, over the cells of ``plan.py``.
 
-A row of the CSV is written as soon as its cell is measured, so that a run that is cut off leaves what it has. ``best``
-is the fastest baseline, ``best_ratio`` its time over ours; fractions are of the matrix product and the copy that this
-GPU was measured to reach in the same run. A baseline that refuses a cell, or computes something else than ours, is left
-out of its row and named with the reason.
+``ours`` is the backend ``"fused"`` of ``prefix_attention``; its backend ``"split"`` is one of the others. A row of the
+CSV is written as soon as its cell is measured, so that a run that is cut off leaves what it has. ``best`` is the
+fastest baseline, ``best_ratio`` its time over ours; fractions are of the matrix product and the copy that this GPU was
+measured to reach in the same run. A baseline that refuses a cell, or computes something else than ours, is left out of
+its row and named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import time
 from pathlib import Path
@@ -35,7 +37,8 @@ def prepare_all(cell: Cell, device: str, flex: bool = False) -> tuple[dict[str, 
     torch.manual_seed(0)
     inputs = make_inputs(cell, device)
     dout = make_dout(inputs[0])
-    ours = prepare(cell, lambda *tensors: prefix_attention(*tensors, is_causal=cell.is_causal), inputs, dout)
+    fused = functools.partial(prefix_attention, is_causal=cell.is_causal, backend="fused")
+    ours = prepare(cell, fused, inputs, dout)
     expected = ours()
     calls, refused = {"ours": ours}, {}
     for name, make in BASELINES.items():
