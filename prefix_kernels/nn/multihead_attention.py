@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefix_kernels.backends.setting import Backend, resolved_backend
 from prefix_kernels.functional import MAX_HEAD_DIM, prefix_attention
 
 _INITIAL_PREFIX_STD = 0.02
@@ -36,14 +37,16 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             :class:`torch.nn.MultiheadAttention`.
         num_prefix_tokens: ``P``, the prefix length.
+        backend: as in :func:`prefix_kernels.prefix_attention`.
 
     Attributes:
         prefix_key, prefix_value: parameters ``[num_heads, P, head_dim]``, drawn from N(0, 0.02^2); None if ``P`` is 0.
 
     Raises:
-        ValueError: ``num_prefix_tokens`` is negative, or a head has more than 256 features.
+        ValueError: ``num_prefix_tokens`` is negative, a head has more than 256 features, or ``backend`` is none.
     """
 
+    backend: Backend | None = None  # of modules that were made without one
     prefix_key: nn.Parameter | None
     prefix_value: nn.Parameter | None
 
@@ -62,7 +65,9 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         num_prefix_tokens: int = 0,
+        backend: Backend | None = None,
     ) -> None:
+        resolved_backend(backend)
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
         super().__init__(
@@ -70,6 +75,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
         )
         check_head_dim("embed_dim", embed_dim, num_heads)
         self._add_prefix(num_prefix_tokens, device, dtype)
+        self.backend = backend
 
     def _add_prefix(self, num_prefix_tokens: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self.num_prefix_tokens = num_prefix_tokens
@@ -201,6 +207,7 @@ class PrefixMultiheadAttention(nn.MultiheadAttention):
             trust_hint,
             query_offset=0 if trust_hint else None,
             return_lse=need_weights,
+            backend=self.backend,
         )
         out, lse = result if isinstance(result, tuple) else (result, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from prefix_kernels.backends.setting import Backend, resolved_backend
 from prefix_kernels.functional import prefix_attention
 from prefix_kernels.nn.multihead_attention import PrefixMultiheadAttention, check_head_dim, merge_masks, split_heads
 
@@ -32,14 +33,17 @@ class PrefixTuningAttention(nn.Module):
         batch_first: input and output are ``[B, S, d_model]`` instead of ``[S, B, d_model]``.
         freeze_projections: leave the prefix as the only trainable parameter. Load pretrained weights into ``q_proj``,
             ``k_proj``, ``v_proj`` and ``out_proj`` (each a :class:`torch.nn.Linear`).
+        backend: as in :func:`prefix_kernels.prefix_attention`.
 
     Attributes:
         prefix: parameter ``[P, d_model]``, drawn from N(0, 1), the scale of a normalised input.
 
     Raises:
         ValueError: ``n_heads`` does not divide ``d_model``, a head has more than 256 features, ``prefix_len`` is
-            negative, ``dropout`` is no probability.
+            negative, ``dropout`` is no probability, ``backend`` no backend.
     """
+
+    backend: Backend | None = None  # of modules that were pickled without one
 
     def __init__(
         self,
@@ -52,8 +56,12 @@ class PrefixTuningAttention(nn.Module):
         freeze_projections: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
+        resolved_backend(backend)
+        self.backend = backend
         if n_heads < 1 or d_model < 1 or d_model % n_heads:
             raise ValueError(f"n_heads: expected a divisor of d_model={d_model}, got {n_heads}")
         check_head_dim("d_model", d_model, n_heads)
@@ -123,7 +131,8 @@ class PrefixTuningAttention(nn.Module):
         )
         mask = merge_masks(attn_mask, key_padding_mask, q, k)
         dropout_p = self.dropout if self.training else 0.0
-        out = prefix_attention(q, k, v, prefix_key, prefix_value, mask, dropout_p, is_causal)
+        prefixes = prefix_key, prefix_value
+        out = prefix_attention(q, k, v, *prefixes, mask, dropout_p, is_causal, backend=self.backend)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         projected: Tensor = self.out_proj(out.flatten(2))
         return projected

@@ -75,6 +75,20 @@ def test_everything_that_is_built_on_the_operator_follows_the_setting() -> None:
     assert spy.call_count == 1
 
 
+def test_a_module_may_have_a_backend_of_its_own() -> None:
+    x = torch.randn(5, 2, 16)
+    for layer in (
+        prefix_kernels.PrefixTuningAttention(16, 2, prefix_len=3, backend="split"),
+        prefix_kernels.PrefixMultiheadAttention(16, 2, num_prefix_tokens=3, backend="split"),
+    ):
+        inputs = (x,) if isinstance(layer, prefix_kernels.PrefixTuningAttention) else (x, x, x, None, False)
+        with calls_of_split() as spy:
+            layer(*inputs)
+        assert spy.call_count == 1
+        with pytest.raises(ValueError, match="backend: expected one of"):
+            type(layer)(16, 2, backend="none")
+
+
 def test_a_compiled_function_follows_the_setting() -> None:
     graphs: list[str] = []
 
