@@ -18,8 +18,9 @@ from prefix_kernels import prefix_attention
 # work, else 64; the others to the kernels of one warp per row.
 HALF, FULL = [torch.float16, torch.bfloat16], [torch.float32, torch.float64]
 FEW, MANY = 1, 1000
-# Bank rows of no, one or two prefixes, some of them empty.
+# Batch rows of two prefixes and of one that is empty.
 BANK: dict[str, Any] = {
+    "prefix_len": 20,
     "num_prefixes": 3,
     "prefix_ids": torch.tensor([[2, 0], [-1, 1]]),
     "prefix_lens": torch.tensor([20, 0, 13]),
@@ -80,7 +81,7 @@ def test_values_with_a_head_dim_of_their_own(head_dim: int, value_dim: int, dtyp
 def test_heads_that_share_keys_share_a_tile(group: int, q_len: int) -> None:
     heads = {"q_heads": 2 * group, "kv_heads": 2, "q_len": q_len, "k_len": 30, "head_dim": 64}
     check_extended(**heads, prefix_len=20)
-    check_extended(**heads, prefix_len=20, **BANK)
+    check_extended(**heads, **BANK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -22,9 +22,16 @@ EXTEND = [
         "lse",
         EXTENDS,
     ),
+    forward(
+        "lse divided by a scale so small that it overflows",
+        "sm80/forward/launch.cuh",
+        "p.extends ? 1e-30 : 0.0",
+        "0.0",
+        "forward of a tiny scale that extends",
+    ),
     forward("out of a row that saw nothing", RESUME, "      if (is_infinite(lse)) continue;\n", "", EXTENDS),
     forward("lse of rows beyond the last", RESUME, "      if (row > rows.last) continue;\n", "", EXTENDS),
-    forward("out of rows beyond the last", RESUME, "valid ? warp_row + i : 0;", "warp_row + i;", EXTENDS),
+    forward("out of rows beyond the last", RESUME, "warp_row + i <= rows.last;", "true;", EXTENDS),
     forward("out of other warps' rows", RESUME, "valid ? warp_row + i : 0;", "valid ? i : 0;", EXTENDS),
     forward(
         "out read before other lanes' copies", RESUME, "  ptx::cp_async_wait<0>();\n  __syncwarp();\n", "", EXTENDS

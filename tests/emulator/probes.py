@@ -46,7 +46,12 @@ EXTENDING = {
 SMALL_GRIDS = {"float32 of several rows per warp"}
 
 # Probes of extend_: the kernels add the prefixes to what the CPU found of the sequence.
-IN_TWO_STEPS = {"forward that extends", "forward of wide values that extends", "float32 that extends"}
+IN_TWO_STEPS = {
+    "forward that extends",
+    "forward of a tiny scale that extends",
+    "forward of wide values that extends",
+    "float32 that extends",
+}
 
 
 def _half(needs: tuple[str, ...] = (), **options: object) -> tuple[Call, tuple[str, ...]]:
@@ -115,6 +120,7 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "backward of odd rows": lambda: _half(ALL, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
     "forward of wide values": lambda: _half(**WIDE_VALUES, q_len=33),
     "forward that extends": lambda: _half(**EXTENDING, q_len=70, prefix_len=20),
+    "forward of a tiny scale that extends": lambda: _half(q_len=40, k_len=20, scale=1e-40),
     "forward of wide values that extends": lambda: _half(**WIDE_VALUES, q_len=33),
     "float32 that extends": lambda: (make_call(**EXTENDING, q_len=20, prefix_len=20, layout="aligned"), ()),
     "decode of wide values": lambda: _half(**WIDE_VALUES, q_len=2),
