@@ -109,6 +109,7 @@ PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
 #if defined(PREFIX_KERNELS_EMULATED)
 PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
   m.impl("forward", &forward_on<&cuda::forward>);
+  m.impl("extend_", &extend_on<&cuda::extend>);
   m.impl("backward", &backward_on<&cuda::backward>);
 }
 #else
@@ -122,6 +123,7 @@ PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
 #if defined(PREFIX_KERNELS_WITH_CUDA)
 PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CUDA, m) {
   m.impl("forward", &forward_on<&cuda::forward>);
+  m.impl("extend_", &extend_on<&cuda::extend>);
   m.impl("backward", &backward_on<&cuda::backward>);
 }
 #endif

@@ -72,6 +72,21 @@ Results forward(const AttentionArguments& args) {
   return results;
 }
 
+void extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse) {
+  check_extend(args, out, lse);
+  AttentionParams p = make_params(args, 0, out.size(3));
+  check_limits(p);
+  Device device(args.query);
+  set_extended(out, lse, p);
+  if (p.batch == 0 || p.q_len == 0) return;
+  DeviceIntegers integers;
+  integers.attach(args, p, device);
+  allow_reading_inputs(args, device);
+  device.allow_updating(out, "out");
+  device.allow_updating(lse, "lse");
+  dispatch_forward(p, device.context());
+}
+
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
                    std::array<bool, kNumGradients> needs) {

@@ -13,6 +13,9 @@ namespace prefix_kernels::cuda {
 
 Results forward(const AttentionArguments& args);
 
+// Adds attention over the prefixes to the out and lse of attention over other keys, in place.
+void extend(const AttentionArguments& args, const at::Tensor& out, const at::Tensor& lse);
+
 // The asked-for gradients, in the order query, key, value, prefix_key, prefix_value.
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,

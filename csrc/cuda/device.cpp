@@ -47,5 +47,6 @@ void* Device::allocate(void* owner, size_t bytes) {
 
 void Device::allow_reading(const at::Tensor&, const char*) const {}
 void Device::allow_writing(const at::Tensor&, const char*) const {}
+void Device::allow_updating(const at::Tensor&, const char*) const {}
 
 }  // namespace prefix_kernels::cuda

@@ -21,9 +21,11 @@ class Device {
   // The device and its current stream; valid as long as this object is.
   const Context& context() const { return context_; }
 
-  // Registers a tensor's memory with the emulator's checks, for kernels to read or write; on a GPU they do nothing.
+  // Registers a tensor's memory with the emulator's checks, for kernels to read, to write, or to read and write over;
+  // on a GPU they do nothing.
   void allow_reading(const at::Tensor& tensor, const char* name) const;
   void allow_writing(const at::Tensor& tensor, const char* name) const;
+  void allow_updating(const at::Tensor& tensor, const char* name) const;
 
  private:
   struct Guard;

@@ -25,9 +25,9 @@ void with_head_dim(int64_t head_dim, Call call) {
 
 // Tells if the decode kernel, which splits the keys over blocks, serves a call of few queries. It does if the rows of a
 // key head, (query, head of the group) pairs, are few; if their tiles are fewer than the multiprocessors; or if most of
-// the columns are prefixes that rows of the batch share.
+// the columns are prefixes that rows of the batch share. It cannot start from results over other keys.
 bool uses_decode_kernel(const AttentionParams& p, const Context& context) {
-  if (p.q_len > sm80::kMaxDecodeQueries) return false;
+  if (p.extends || p.q_len > sm80::kMaxDecodeQueries) return false;
   constexpr int64_t kFewRows = 16;
   constexpr int64_t kTileRows = 64;  // rows of the forward kernels' smallest tile
   const int64_t rows = p.q_len * (p.q_heads / p.kv_heads);

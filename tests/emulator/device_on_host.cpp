@@ -70,4 +70,8 @@ void Device::allow_writing(const at::Tensor& tensor, const char* name) const {
   emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, true, false);
 }
 
+void Device::allow_updating(const at::Tensor& tensor, const char* name) const {
+  emulator::register_global(tensor.const_data_ptr(), extent_in_bytes(tensor), name, true, true);
+}
+
 }  // namespace prefix_kernels::cuda

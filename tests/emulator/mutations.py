@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 import emulated
 import torch
+from extended import extended
 from helpers import check
 from mutation import Mutation
 from planted_bugs import MUTATIONS
-from probes import PROBES, SMALL_GRIDS
+from probes import IN_TWO_STEPS, PROBES, SMALL_GRIDS
 
 SEEDS = (1, 2)
 TIME_LIMIT_S = 120
@@ -81,8 +82,12 @@ def _run_probes(library: Path | None, names: tuple[str, ...]) -> Iterator[str]:
         for name in names:
             call, needs = PROBES[name]()
             emulated.load("check").device(80, 4, max_grid_yz=1 if name in SMALL_GRIDS else 65535)
+            if name in IN_TWO_STEPS:
+                function = partial(extended, extend_=partial(emulated.emulated_extend_, mode="check", seed=seed))
+            else:
+                function = partial(emulated.emulated_prefix_attention, mode="check", seed=seed)
             try:
-                check(call, needs=needs, function=partial(emulated.emulated_prefix_attention, mode="check", seed=seed))
+                check(call, needs=needs, function=function)
             except AssertionError as error:
                 yield f"{name}, seed {seed}: wrong result: {error}"
             except Exception as error:

@@ -16,6 +16,7 @@ from mutation import (
     forward,
     padding,
 )
+from planted_extend import EXTEND
 from planted_value_dims import HEAD_DIMS
 
 KEY_BARRIER = (
@@ -389,4 +390,4 @@ ARITHMETIC = [
     ),
 ]
 
-MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS]
+MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND]

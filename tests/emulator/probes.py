@@ -31,8 +31,27 @@ def _shown() -> torch.Tensor:
 # Values wider than queries and keys, beside all of which lies NaN.
 WIDE_VALUES = {"q_heads": 2, "kv_heads": 1, "k_len": 40, "prefix_len": 20, "head_dim": 24, "value_dim": 64}
 
+# The first ten queries see nothing of the sequence, and the last row of the batch nothing else.
+EXTENDING = {
+    "q_heads": 2,
+    "kv_heads": 1,
+    "k_len": 20,
+    "is_causal": True,
+    "query_offset": -10,
+    "num_prefixes": 2,
+    "prefix_ids": torch.tensor([1, -1]),
+}
+
 # Probes on a GPU whose grids are so small that a warp of the float32 kernels takes rows of all heads and batch rows.
 SMALL_GRIDS = {"float32 of several rows per warp"}
+
+# Probes of extend_: the kernels add the prefixes to what the CPU found of the sequence.
+IN_TWO_STEPS = {
+    "forward that extends",
+    "forward of a tiny scale that extends",
+    "forward of wide values that extends",
+    "float32 that extends",
+}
 
 
 def _half(needs: tuple[str, ...] = (), **options: object) -> tuple[Call, tuple[str, ...]]:
@@ -100,6 +119,10 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "backward of a few columns": lambda: _half(ALL, batch=2, q_heads=2, q_len=17, k_len=9, prefix_len=5),
     "backward of odd rows": lambda: _half(ALL, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
     "forward of wide values": lambda: _half(**WIDE_VALUES, q_len=33),
+    "forward that extends": lambda: _half(**EXTENDING, q_len=70, prefix_len=20),
+    "forward of a tiny scale that extends": lambda: _half(q_len=40, k_len=20, scale=1e-40),
+    "forward of wide values that extends": lambda: _half(**WIDE_VALUES, q_len=33),
+    "float32 that extends": lambda: (make_call(**EXTENDING, q_len=20, prefix_len=20, layout="aligned"), ()),
     "decode of wide values": lambda: _half(**WIDE_VALUES, q_len=2),
     "backward of wide values": lambda: _half(ALL, **WIDE_VALUES, q_len=33),
     "float32 of wide values": lambda: (make_call(**WIDE_VALUES, q_len=20, layout="aligned"), ALL),

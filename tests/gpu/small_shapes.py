@@ -35,6 +35,11 @@ def main(device: str = "cuda") -> None:
         ]
         out = prefix_attention(*leaves, **options)
         out.backward(torch.ones_like(out))
+        query, key, value, *prefix = (leaf.detach() for leaf in leaves)
+        out, lse = prefix_attention(query, key, value, return_lse=True)
+        torch.ops.prefix_kernels.extend_(
+            query, out, lse, *prefix, options.get("prefix_ids"), options.get("prefix_lens"), None
+        )
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -3,9 +3,11 @@
 import functools
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from extended import extended
 from helpers import INPUT_NAMES, Call, assert_repeats, check, lay_out, make_call, repeat_batch, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -87,6 +89,21 @@ def test_pytorch_on_the_sequence_and_ours_on_the_prefix(option, head_dim, librar
 @pytest.mark.parametrize("head_dim", [1, 32, 40, 64, 80, 96, 100, 128, 192, 255, 256])
 def test_every_head_dim(head_dim, dtype):
     check(gpu_call("causal", head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("out_layout", ["aligned", "poisoned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", [{"is_causal": True, "query_offset": -9}, {"scale": -0.3}], ids=str)
+def test_prefixes_are_added_to_attention_that_is_there(options, head_dim, dtype, out_layout):
+    call = gpu_call(head_dim=head_dim, dtype=dtype, with_dlse=False, **options)
+    check(call, needs=(), function=partial(extended, out_layout=out_layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["plain", "composed bank", "float32 prefix", "wide values", "prefix alone", "long"])
+def test_prefixes_of_every_kind_are_added(option, dtype):
+    check(gpu_call(option, dtype=dtype, with_dlse=False), needs=(), function=extended)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "poisoned"])

@@ -1,8 +1,9 @@
 """The CUDA kernels on a machine without a GPU: ``csrc/cuda`` compiled for the emulator of ``tests/emulator``.
 
 The same kernels, and the same host code that chooses and launches them, are compiled by g++ into a shared library that
-registers ``prefix_kernels_emulated::forward`` and ``backward`` (fast mode) or ``prefix_kernels_checked::...`` (check
-mode) for CPU tensors. Objects are kept in ``build/emulated`` and made anew when a file they were made from has changed.
+registers ``prefix_kernels_emulated::forward``, ``extend_`` and ``backward`` (fast mode) or
+``prefix_kernels_checked::...`` (check mode) for CPU tensors. Objects are kept in ``build/emulated`` and made anew when
+a file they were made from has changed.
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ class Library:
     """The operators of one mode, and the emulator behind them."""
 
     forward: Any
+    extend_: Any
     backward: Any
     emulator: ctypes.CDLL
 
@@ -262,7 +264,7 @@ def load_library(path: Path, mode: str) -> Library:
         functools.partial(autograd.gradients_from_saved, operator=namespace.backward),
         setup_context=autograd.save_for_backward,
     )
-    return Library(namespace.forward, namespace.backward, ctypes.CDLL(str(path)))
+    return Library(namespace.forward, namespace.extend_, namespace.backward, ctypes.CDLL(str(path)))
 
 
 def emulated_prefix_attention(
@@ -278,3 +280,13 @@ def emulated_prefix_attention(
     library.seed(seed)
     with mock.patch.object(functional, "ops", SimpleNamespace(forward=library.forward)):
         return functional.prefix_attention(*arguments, **options)
+
+
+def emulated_extend_(*arguments: Any, mode: str = "fast", seed: int = 0) -> None:
+    """`torch.ops.prefix_kernels.extend_` of CPU tensors by the CUDA kernels.
+
+    ``mode`` and ``seed`` are those of `emulated_prefix_attention`.
+    """
+    library = load(mode)
+    library.seed(seed)
+    library.extend_(*arguments)

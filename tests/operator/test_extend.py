@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from extended import DTYPES, SIZES, extended
 from helpers import Call, assert_matches, make_call, run
 from torch import Tensor
 
@@ -13,39 +14,6 @@ from prefix_kernels import prefix_attention
 from prefix_kernels.reference import prefix_attention_reference
 
 extend_ = torch.ops.prefix_kernels.extend_
-
-# Grouped heads, several blocks, few queries, columns that are split between threads, a value head dim of its own.
-SIZES = {
-    "grouped": {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 9, "k_len": 11, "prefix_len": 5},
-    "blocks": {"batch": 1, "q_heads": 8, "q_len": 130, "k_len": 70, "prefix_len": 20, "layout": "transposed"},
-    "decoding": {"batch": 2, "q_heads": 4, "q_len": 1, "k_len": 33, "prefix_len": 70},
-    "split": {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 3, "k_len": 5, "prefix_len": 3000},
-    "values": {"q_heads": 3, "q_len": 20, "head_dim": 24, "value_dim": 9},
-    "no prefix rows": {"prefix_len": 0},
-    "scaled": {"scale": -0.7},
-    "bank": {
-        "batch": 4,
-        "num_prefixes": 3,
-        "prefix_ids": torch.tensor([[2, 0], [-1, 1], [-1, -1], [1, 1]]),
-        "prefix_lens": torch.tensor([5, 0, 3]),
-    },
-}
-DTYPES = {torch.float64: None, torch.float32: None, torch.bfloat16: torch.float32, torch.float16: torch.float16}
-
-
-def extended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    return_lse: bool = True,
-    **options: object,
-) -> tuple[Tensor, Tensor]:
-    scale = options.get("scale")
-    out, lse = prefix_attention(query, key, value, scale=scale, return_lse=True)
-    extend_(query, out, lse, prefix_key, prefix_value, options.get("prefix_ids"), options.get("prefix_lens"), scale)
-    return out, lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -92,6 +92,12 @@ inline float2 unpack2(uint32_t both) {
 
 #endif
 
+// Tells if x is infinity of either sign; not a number is not.
+template <typename T>
+__device__ __forceinline__ bool is_infinite(T x) {
+  return x == T(INFINITY) || x == -T(INFINITY);
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(double x) { return static_cast<float>(x); }
 

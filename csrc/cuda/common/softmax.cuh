@@ -52,6 +52,13 @@ class OnlineSoftmax {
     }
   }
 
+  // Starts row half_row * 8 + lane / 4 of block m from an output normalised over other columns, whose lse is `maximum`
+  // in the units of the scores.
+  __device__ __forceinline__ void resume(int m, int half_row, float maximum, int lane) {
+    maximum_[m][half_row] = maximum;
+    sum_[m][half_row] = lane % 4 == 0 ? 1.0f : 0.0f;
+  }
+
   // Turns scores into probabilities relative to the maximum so far, and rescales `out` to that maximum. `factor` takes
   // scores to base 2.
   template <int kColumns, int kOut>

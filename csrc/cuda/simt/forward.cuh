@@ -20,6 +20,16 @@ struct ForwardRows {
   Factors<T> factors;
 };
 
+// Takes up a row of attention over other keys; one that saw nothing keeps its empty sums.
+template <class T>
+__device__ void resume(const AttentionParams& p, const Query& q, T& max, T& sum, T (&out)[kPerLane]) {
+  const T lse = static_cast<const T*>(p.lse)[lse_index(p, q)];
+  if (is_infinite(lse)) return;
+  max = lse;
+  sum = 1;
+  load_row(out, p.out, row_offset(p.out, q.batch, q.head, q.index), static_cast<int>(p.value_dim));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(const ForwardRows<T> arguments) {
   const AttentionParams& p = arguments.p;
@@ -31,9 +41,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks) forward_kernel(
     const Query q{batch, head, index};
     const int64_t kv_head = kv_head_of(p, head);
     copy_row(query_row, p.query, row_offset(p.query, q.batch, q.head, q.index), head_dim);
+    T max = -INFINITY, sum = 0, out[kPerLane] = {};
+    if (p.extends) resume(p, q, max, sum, out);
     __syncwarp();
 
-    T max = -INFINITY, sum = 0, out[kPerLane] = {};
     for_each_segment(p, q, [&](const Segment& segment) {
       const Operand &key = segment.key(p), &value = segment.value(p);
       for (int64_t first = segment.begin; first < segment.end; first += kWarpSize) {

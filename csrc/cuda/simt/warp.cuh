@@ -100,6 +100,18 @@ __device__ void add_weighted_rows(T (&sums)[kPerLane], const T* weights, int cou
             [&](const auto* data) { add_weighted_rows(sums, weights, count, data + offset, x.row_stride, head_dim); });
 }
 
+// Reads the elements that the lanes hold from a row of an operand.
+template <class T>
+__device__ void load_row(T (&elements)[kPerLane], const Operand& x, int64_t offset, int head_dim) {
+  with_type(x.data, x.dtype, [&](const auto* data) {
+#pragma unroll
+    for (int c = 0; c < kPerLane; ++c) {
+      const int d = lane() + c * kWarpSize;
+      if (d < head_dim) elements[c] = static_cast<T>(widen(data[offset + d]));
+    }
+  });
+}
+
 // Writes the elements that the lanes hold, times a factor, as a row of an operand.
 template <class T>
 __device__ void store_row(const T (&sums)[kPerLane], T factor, const Operand& x, int64_t offset, int head_dim) {

@@ -12,8 +12,7 @@
 // Scores stay in registers: a thread's accumulators of S, packed to 16 bits, are its operand of P V'.
 #pragma once
 
-#include "../../common/softmax.cuh"
-#include "params.cuh"
+#include "resume.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
@@ -115,6 +114,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
   OnlineSoftmax<kRowBlocks, Traits::kGeneral> softmax;
   float out[kRowBlocks][2 * kBlocksOfHead][4];
   set_all(out, 0.0f);
+  if (p.extends) resume_rows<Traits>(params, rows, warp, lane, softmax, out);
 
   // Turn -1 only copies, so that every copy has one place in the code.
 #pragma unroll 1

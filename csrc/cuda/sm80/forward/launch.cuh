@@ -52,7 +52,9 @@ void forward(const AttentionParams& p, const Context& context) {
   params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.value_dim);
   params.aligned_out = has_aligned_chunks(p.out, p.value_dim);
 
-  const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > 0);
+  // The plain kernel divides the lse that it extends by scale, which must not overflow.
+  const double least_scale = p.extends ? 1e-30 : 0.0;
+  const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > least_scale);
   if (general) {
     launch_forward<T, kHeadDim, true>(params, context);
   } else {
