@@ -264,20 +264,22 @@ MEMORY = [
     ),
     decode(
         "every block of an entry takes its first rows",
-        "block % params.blocks_per_entry * kRows",
+        "block % params.blocks_per_entry * Traits::kRows",
         "block % params.blocks_per_entry * 0",
         "decode of many heads",
+        file="sm80/decode/part.cuh",
     ),
     decode(
         "rows of every tile merged from the first tile's warps",
         "first_warp = number_of_row / kCell;",
         "first_warp = 0;",
         "decode of a shared prefix",
+        file="sm80/decode/warp_results.cuh",
     ),
     decode(
         "tiles of rows that do not divide the warps",
-        "tiles * kCell < row_count) tiles *= 2;",
-        "tiles * kCell < row_count) tiles += 1;",
+        "tiles * kCell < part.row_count) tiles *= 2;",
+        "tiles * kCell < part.row_count) tiles += 1;",
         "decode of a shared prefix",
     ),
     decode(
@@ -293,7 +295,7 @@ MEMORY = [
         file="sm80/decode/merge.cuh",
     ),
     decode(
-        "all parts write one partial result", "slots * params.prefix_parts) + part;", "slots * params.prefix_parts);"
+        "all parts write one partial result", "before + part.part;", "before;", file="sm80/decode/warp_results.cuh"
     ),
     backward(
         "two splits write one partial sum",
@@ -342,9 +344,10 @@ ARITHMETIC = [
     ),
     decode(
         "a prefix's rows converted from the first of its part on",
-        "source, first, part_end, lane",
-        "source, part_begin, part_end, lane",
+        "source, first, part.end, lane",
+        "source, part.begin, part.end, lane",
         "decode of a float32 prefix",
+        file="sm80/decode/ring.cuh",
     ),
     backward(
         "the least float times log2(e)",

@@ -28,9 +28,10 @@ HEAD_DIMS = [
     ),
     decode(
         "values copied by the keys' head dim",
-        "params.aligned_value, static_cast<int>(p.value_dim))",
-        "params.aligned_value, head_dim)",
+        "copy_cell(stage(warp, i) + kValues, values, static_cast<int>(p.value_dim)",
+        "copy_cell(stage(warp, i) + kValues, values, static_cast<int>(p.head_dim)",
         "decode of wide values",
+        file="sm80/decode/ring.cuh",
     ),
     decode(
         "out stored by the queries' head dim",
