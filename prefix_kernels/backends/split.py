@@ -40,6 +40,7 @@ _library.define(
     f"split_backward({_GRADIENT_ARGUMENTS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dprefix_key, "
     "Tensor dprefix_value)"
 )
+extend_ = torch.ops.prefix_kernels.extend_
 forward = torch.ops.prefix_kernels.split_forward
 backward = torch.ops.prefix_kernels.split_backward
 
@@ -120,7 +121,7 @@ def _forward(
         out, lse = merge_attention([out, _unfolded(prefix_out, batch)], [lse, _unfolded(prefix_lse, batch)])
         return _in_our_layout(out), lse.contiguous()
     out, lse = _in_our_layout(out), lse.contiguous()
-    torch.ops.prefix_kernels.extend_(query, out, lse, prefix_key, prefix_value, prefix_ids, prefix_lens, scale)
+    extend_(query, out, lse, prefix_key, prefix_value, prefix_ids, prefix_lens, scale)
     return out, lse
 
 

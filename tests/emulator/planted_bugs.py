@@ -294,9 +294,7 @@ MEMORY = [
         "",
         file="sm80/decode/merge.cuh",
     ),
-    decode(
-        "all parts write one partial result", "before + part.part;", "before;", file="sm80/decode/warp_results.cuh"
-    ),
+    decode("all parts write one partial result", "before + part.part;", "before;", file="sm80/decode/warp_results.cuh"),
     backward(
         "two splits write one partial sum",
         COLUMNS,
