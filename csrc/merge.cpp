@@ -6,16 +6,17 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <numeric>
+#include <utility>
 
+#include "results.h"
 #include "validate.h"
 
 namespace prefix_kernels {
 namespace {
 
 constexpr int kRowDims = 3;  // dimensions that count rows: batch, heads and rows of MergeParams
-
-at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
 
 // Outermost dimensions folded into one where there are more than `most` in all.
 at::Tensor fold_outer(const at::Tensor& x, int64_t most) { return x.dim() > most ? x.flatten(0, x.dim() - most) : x; }
@@ -39,8 +40,8 @@ class RowOrder {
   explicit RowOrder(const at::Tensor& like) {
     std::iota(order_.begin(), order_.end(), 0);
     const Numbers strides = padded(like.strides(), like.dim() - 1, 0), sizes = padded(like.sizes(), like.dim() - 1, 1);
-    // The stride of a dimension of size 1 means nothing.
-    const auto key = [&](int i) { return sizes[i] == 1 ? 0 : strides[i]; };
+    // The stride of a dimension of size 1 means nothing: it goes outside, where it costs no kernel anything.
+    const auto key = [&](int i) { return sizes[i] == 1 ? std::numeric_limits<int64_t>::max() : strides[i]; };
     std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return key(a) > key(b); });
     for (int i = 0; i < kRowDims; ++i) sizes_[i] = sizes[order_[i]];
   }
@@ -179,10 +180,12 @@ MergeBackwardCall::MergeBackwardCall(const at::Tensor& given_dout, const std::op
       gradients.push_back(at::empty({0}, given_dout.options()));
     } else if (is_dout) {
       gradients.push_back(empty_rows(given_dout));
-      params.douts[i] = order.operand(to_rows(gradients.back()));
+      params.douts_layout = order.operand(to_rows(gradients.back()));
+      std::swap(params.douts[i], params.douts_layout.data);
     } else {
       gradients.push_back(at::empty(given_lses[0].sizes(), given_dout.options().dtype(type)));
-      params.dlses[i - parts] = order.numbers(to_numbers(gradients.back(), type));
+      params.dlses_layout = order.numbers(to_numbers(gradients.back(), type));
+      std::swap(params.dlses[i - parts], params.dlses_layout.data);
     }
   }
 }
@@ -191,7 +194,7 @@ std::vector<at::Tensor> MergeBackwardCall::results() const {
   std::vector<at::Tensor> results = gradients;
   for (size_t i = 0; i < dtypes.size(); ++i) {
     at::Tensor& dlse_of_part = results[dtypes.size() + i];
-    if (params.dlses[i].data != nullptr) dlse_of_part = dlse_of_part.to(dtypes[i]);
+    if (params.dlses[i] != nullptr) dlse_of_part = dlse_of_part.to(dtypes[i]);
   }
   return results;
 }

@@ -40,12 +40,19 @@ struct MergeParams {
 };
 
 struct MergeBackwardParams {
-  MergeParams forward;                // without out and lse; without outs where no dlse is asked for
-  Operand dout;                       // like outs
-  RowNumbers dlse;                    // like lses; data is null for zero
-  Operand douts[kMaxMergedParts];     // like outs; data is null where not asked for
-  RowNumbers dlses[kMaxMergedParts];  // like lses; data is null where not asked for
-  bool needs_dlses = false;           // some dlses are asked for
+  MergeParams forward;  // without out and lse; without outs where no dlse is asked for
+  Operand dout;         // like outs
+  RowNumbers dlse;      // like lses; data is null for zero
+
+  // The gradients; null where not asked for.
+  void* douts[kMaxMergedParts] = {};
+  void* dlses[kMaxMergedParts] = {};
+  Operand douts_layout;      // strides and dtype of all douts, without data
+  RowNumbers dlses_layout;   // strides of all dlses, without data
+  bool needs_dlses = false;  // some dlses are asked for
 };
+
+// A CUDA kernel's parameters may take 4 KB.
+static_assert(sizeof(MergeBackwardParams) <= 4000);
 
 }  // namespace prefix_kernels

@@ -106,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor> merge(at::TensorList outs, at::TensorList lse
   for (const at::Tensor& x : call.lses) device.allow_reading(x, "lses");
   device.allow_writing(call.out, "out");
   device.allow_writing(call.lse, "lse");
-  merge(call.params, device.context());
+  merge_rows(call.params, device.context());
   return call.results();
 }
 
@@ -120,7 +120,7 @@ std::vector<at::Tensor> merge_backward(const at::Tensor& dout, const std::option
   device.allow_reading(call.dout, "dout");
   if (call.dlse.defined()) device.allow_reading(call.dlse, "dlse");
   for (const at::Tensor& x : call.gradients) device.allow_writing(x, "gradients");
-  merge_backward(call.params, device.context());
+  merge_backward_rows(call.params, device.context());
   return call.results();
 }
 

@@ -146,14 +146,14 @@ void merge_backward_row(const MergeBackwardParams& b, const RowPlace& place) {
   const MergeParams& p = b.forward;
   const Shares<T> seen(p, place);
   const Element* dout = row_of<Element>(b.dout, place);
+  const int64_t dout_row = place.in(b.douts_layout), dlse_place = place.in(b.dlses_layout);
   for (int i = 0; i < p.parts; ++i) {
-    if (b.douts[i].data != nullptr) std::fill_n(row_of<Element>(b.douts[i], place), p.value_dim, Element{});
-    if (b.dlses[i].data != nullptr) number_of<T>(b.dlses[i], place) = 0;
+    if (b.douts[i] != nullptr) std::fill_n(static_cast<Element*>(b.douts[i]) + dout_row, p.value_dim, Element{});
+    if (b.dlses[i] != nullptr) static_cast<T*>(b.dlses[i])[dlse_place] = 0;
   }
   for (int i = 0; i < seen.count; ++i) {
-    const Operand& dout_of_part = b.douts[seen.part[i]];
-    if (dout_of_part.data != nullptr)
-      store_scaled(row_of<Element>(dout_of_part, place), dout, seen.share[i], p.value_dim);
+    Element* dout_of_part = static_cast<Element*>(b.douts[seen.part[i]]);
+    if (dout_of_part != nullptr) store_scaled(dout_of_part + dout_row, dout, seen.share[i], p.value_dim);
   }
   if (!b.needs_dlses) return;
   T dots[kMaxMergedParts], mean = 0;
@@ -163,8 +163,8 @@ void merge_backward_row(const MergeBackwardParams& b, const RowPlace& place) {
   }
   const T dlse = b.dlse.data != nullptr ? number_of<T>(b.dlse, place) : T(0);
   for (int i = 0; i < seen.count; ++i) {
-    const RowNumbers& dlse_of_part = b.dlses[seen.part[i]];
-    if (dlse_of_part.data != nullptr) number_of<T>(dlse_of_part, place) = seen.share[i] * (dots[i] - mean + dlse);
+    T* dlse_of_part = static_cast<T*>(b.dlses[seen.part[i]]);
+    if (dlse_of_part != nullptr) dlse_of_part[dlse_place] = seen.share[i] * (dots[i] - mean + dlse);
   }
 }
 
