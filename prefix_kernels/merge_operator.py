@@ -48,7 +48,8 @@ def merge_by_operations(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     shares, lse = _shares(lses, dtype)
     # A row without keys may hold anything, also NaN, which a product with a share of zero would keep.
     parts = (
-        share * out.to(dtype).masked_fill(share == 0, 0.0) for share, out in zip(shares.unsqueeze(-1), outs, strict=True)
+        share * out.to(dtype).masked_fill(share == 0, 0.0)
+        for share, out in zip(shares.unsqueeze(-1), outs, strict=True)
     )
     return torch.stack(list(parts)).sum(0).to(outs[0].dtype), lse
 
