@@ -140,8 +140,10 @@ def _gradients_from_saved(
     lses, outs = ctx.saved_tensors[:parts], ctx.saved_tensors[parts:]
     if dout is None:
         dout = lses[0].new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-    # Gradients of these gradients are recorded, or a batch of gradients arrives.
-    by_operations = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    # Gradients of these gradients are recorded, or a batch of gradients arrives (is_grads_batched=True).
+    by_operations = torch.is_grad_enabled() or any(
+        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (dout, dlse)
+    )
     formula = _merge_backward_by_operations if by_operations else merge_backward
     computed = formula(dout, dlse, outs, lses, ctx.needs)
     gradients = [x if need else None for x, need in zip(computed, ctx.needs, strict=True)]

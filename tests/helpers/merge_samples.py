@@ -32,13 +32,13 @@ def make_parts(
     """Random parts, in which a fifth of the rows sees nothing: NaN, with an infinite lse of either sign.
 
     Args:
-        layout: one of ``lay_out`` for tensors ``[..., Dv]``; with every other than ``contiguous``, lses of ``[B, H, S]``
-            lie in memory as ``[B, S, H]``.
+        layout: one of ``lay_out`` for tensors ``[..., Dv]``; unless it is ``contiguous``, lses ``[B, H, S]`` lie in
+            memory as ``[B, S, H]``.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+    def random(sizes: tuple[int, ...]) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
     def numbers(x: Tensor) -> Tensor:
         x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -49,10 +49,10 @@ def make_parts(
 
     outs, lses = [], []
     for _ in range(parts):
-        out, lse, hidden = random(*shape), 3 * random(*shape[:-1]), random(*shape[:-1])
+        out, lse, hidden = random(shape), 3 * random(shape[:-1]), random(shape[:-1])
         outs.append(rows(out.masked_fill(hidden.abs().unsqueeze(-1) > 1.3, math.nan)))
         lses.append(numbers(lse.masked_fill(hidden > 1.3, math.inf).masked_fill(hidden < -1.3, -math.inf)))
-    return Parts(outs, lses, rows(random(*shape)), numbers(random(*shape[:-1])))
+    return Parts(outs, lses, rows(random(shape)), numbers(random(shape[:-1])))
 
 
 def expected(parts: Parts) -> list[Tensor]:
