@@ -27,7 +27,7 @@ def make_parts(
     shape: tuple[int, ...] = (2, 3, 5, 24),
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> Parts:
     """Random parts, in which a fifth of the rows sees nothing: NaN, with an infinite lse of either sign.
 

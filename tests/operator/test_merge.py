@@ -311,6 +311,20 @@ def test_one_operator_does_it_and_its_work_is_counted() -> None:
     assert counter.get_total_flops() == (2 + 2 * 2) * out.numel()
 
 
+def test_sharded_parts() -> None:
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        inputs = leaves(2)
+        sharded = [distributed.distribute_tensor(x.detach(), mesh, [distributed.Shard(0)]) for x in inputs]
+        for ours, expected in zip(merged(*sharded), merged(*inputs), strict=True):
+            assert isinstance(ours, distributed.DTensor)
+            torch.testing.assert_close(ours.full_tensor(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_autocast_changes_nothing() -> None:
     inputs = leaves(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
