@@ -128,6 +128,12 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(lse, torch.tensor([1e4]) + torch.tensor(2.0).log())
     out, lse = merge_attention(outs, [torch.tensor([-1e4]), torch.tensor([-1e4 - 200])])
     torch.testing.assert_close((out, lse), (outs[0], torch.tensor([-1e4])))
+    # A part whose share is zero after rounding does not matter either.
+    outs[1].fill_(torch.nan)
+    lses = [torch.tensor([-1e4]), torch.tensor([-1e4 - 200])]
+    assert torch.equal(merge_attention(outs, lses)[0], outs[0])
+    gradients = merge_backward(torch.ones(1, 2), torch.ones(1), outs, lses, [True] * 4)
+    assert [x.tolist() for x in gradients] == [[[1.0, 1.0]], [[0.0, 0.0]], [1.0], [0.0]]
 
 
 def leaves(parts: int = 2, **options: object) -> tuple[Tensor, ...]:
