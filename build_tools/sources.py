@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Every file of each list is compiled with its own flags, see `extension.BuildKernelExtension`.
 TORCH_SOURCES = [
+    "csrc/merge.cpp",
     "csrc/module.cpp",
     "csrc/ops.cpp",
     "csrc/results.cpp",
@@ -13,6 +14,7 @@ TORCH_SOURCES = [
 KERNEL_SOURCES = [
     "csrc/cpu/backward/instantiations.cpp",
     "csrc/cpu/forward/instantiations.cpp",
+    "csrc/cpu/merge/instantiations.cpp",
 ]
 # Compilers run side by side: the files that take longest come first.
 CUDA_SOURCES = [
@@ -26,6 +28,7 @@ CUDA_SOURCES = [
         for head_dim in (256, 192, 128, 96, 64, 32)
     ),
     "csrc/cuda/check_range.cu",
+    "csrc/cuda/merge.cu",
     "csrc/cuda/padding.cu",
     *(
         f"csrc/cuda/simt/instantiations/{kernel}_{dtype}.cu"

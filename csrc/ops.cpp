@@ -78,6 +78,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   return std::tuple_cat(gradients);
 }
 
+template <auto kMergeBackward>
+std::vector<at::Tensor> merge_backward_on(const at::Tensor& dout, const OptionalTensor& dlse, at::TensorList outs,
+                                          at::TensorList lses, c10::List<bool> needs) {
+  return kMergeBackward(dout, dlse, outs, lses, std::vector<bool>(needs.begin(), needs.end()));
+}
+
 }  // namespace
 
 #define PREFIX_KERNELS_OPTIONS                                                                                \
@@ -101,6 +107,8 @@ PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
       "check(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, " PREFIX_KERNELS_OPTIONS
       ") -> ()",
       &check_on_any);
+  m.def("merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def("merge_backward(Tensor dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, bool[] needs) -> Tensor[]");
 #if !defined(PREFIX_KERNELS_EMULATED)
   m.def("cpu_isa() -> str", &cpu::isa);
 #endif
@@ -111,12 +119,16 @@ PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
   m.impl("forward", &forward_on<&cuda::forward>);
   m.impl("extend_", &extend_on<&cuda::extend>);
   m.impl("backward", &backward_on<&cuda::backward>);
+  m.impl("merge", &cuda::merge);
+  m.impl("merge_backward", &merge_backward_on<&cuda::merge_backward>);
 }
 #else
 PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
   m.impl("forward", &forward_on<&cpu::forward>);
   m.impl("extend_", &extend_on<&cpu::extend>);
   m.impl("backward", &backward_on<&cpu::backward>);
+  m.impl("merge", &cpu::merge);
+  m.impl("merge_backward", &merge_backward_on<&cpu::merge_backward>);
 }
 #endif
 
@@ -125,6 +137,8 @@ PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CUDA, m) {
   m.impl("forward", &forward_on<&cuda::forward>);
   m.impl("extend_", &extend_on<&cuda::extend>);
   m.impl("backward", &backward_on<&cuda::backward>);
+  m.impl("merge", &cuda::merge);
+  m.impl("merge_backward", &merge_backward_on<&cuda::merge_backward>);
 }
 #endif
 

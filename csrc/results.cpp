@@ -19,9 +19,9 @@ at::Tensor empty_gradient(const at::Tensor& input, int64_t head_dim) {
   return writable ? gradient : at::empty_like(input, {}, at::MemoryFormat::Contiguous);
 }
 
-at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
-
 }  // namespace
+
+at::Tensor with_unit_stride(const at::Tensor& x) { return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x; }
 
 Results empty_results(const at::Tensor& query, AttentionParams& p) {
   const at::ScalarType lse_type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

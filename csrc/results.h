@@ -10,6 +10,9 @@
 
 namespace prefix_kernels {
 
+// The tensor itself, or a copy whose last dimension has stride 1, as kernels read rows.
+at::Tensor with_unit_stride(const at::Tensor& x);
+
 // (out, lse, row_mass), not yet written. out is laid out [B, Sq, Hq, D], so that merging the heads afterwards is free;
 // lse is float, or double for double queries; row_mass is like lse where a mask is added to the scores, else [0].
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

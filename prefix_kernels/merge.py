@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from prefix_kernels import autograd, merge_operator
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,20 +35,26 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         ValueError: no parts, or parts that do not belong together.
     """
     _check_parts(outs, lses)
-    lse_dtype = torch.float64 if any(lse.dtype is torch.float64 for lse in (*lses, outs[0])) else torch.float32
-    scores = torch.stack([lse.to(lse_dtype) for lse in lses])
-    scores = scores.masked_fill(scores == torch.inf, -torch.inf)
-    largest = scores.amax(0).detach()
-    largest = largest.masked_fill(largest == -torch.inf, 0.0)
-    weights = (scores - largest).exp()
-    total = weights.sum(0)
-    sees_any = total > 0
-    total = torch.where(sees_any, total, 1.0)
-    shares = (weights / total).unsqueeze(-1)
-    # A row without keys may hold anything, also NaN, which a product with a share of zero would keep.
-    parts = (share * out.to(lse_dtype).masked_fill(share == 0, 0.0) for share, out in zip(shares, outs, strict=True))
-    lse = torch.where(sees_any, total.log() + largest, -torch.inf)
-    return torch.stack(list(parts)).sum(0).to(outs[0].dtype), lse
+    if not _has_kernel(outs, lses):
+        return merge_operator.merge_by_operations(outs, lses)
+    outs, lses = list(outs), list(lses)
+    while len(outs) > merge_operator.MAX_PARTS:
+        first = slice(merge_operator.MAX_PARTS)
+        out, lse = merge_operator.merge(outs[first], lses[first])
+        outs[first], lses[first] = [out], [lse]
+    merged: tuple[Tensor, Tensor] = merge_operator.merge(outs, lses)
+    return merged
+
+
+def _has_kernel(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
+    """Return False for a call that is left to PyTorch operations."""
+    if outs[0].device.type not in merge_operator.DEVICES or autograd.under_transform():
+        return False
+    tensors = (*outs, *lses)
+    if any(hasattr(x, "device_mesh") for x in tensors):
+        return False
+    # An operator without a formula for forward mode would drop the tangents.
+    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(x).tangent is None for x in tensors)
 
 
 def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
@@ -59,6 +68,8 @@ def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: expected as many as outs, and at least one, got {len(lses)} for {len(outs)} outs")
     first = outs[0]
+    if first.dim() == 0:
+        raise ValueError("outs[0]: expected [..., Dv], got a tensor without dimensions")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if (out.shape, out.dtype, out.device) != (first.shape, first.dtype, first.device):
             raise ValueError(

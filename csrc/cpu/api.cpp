@@ -20,7 +20,8 @@ struct Isa {
 #define PREFIX_KERNELS_TABLE(isa)                                                                  \
   CpuKernels {                                                                                     \
     isa::attention_forward<float>, isa::attention_forward<double>, isa::attention_backward<float>, \
-        isa::attention_backward<double>                                                            \
+        isa::attention_backward<double>, isa::merge_forward<float>, isa::merge_forward<double>,    \
+        isa::merge_backward<float>, isa::merge_backward<double>                                    \
   }
 
 const Isa& chosen_isa() {
@@ -132,6 +133,27 @@ Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const
   const CpuKernels& kernels = chosen_isa().kernels;
   (is_double(query) ? kernels.backward_double : kernels.backward_float)(b, at::get_num_threads(), run_workers);
   return gradients;
+}
+
+std::tuple<at::Tensor, at::Tensor> merge(at::TensorList outs, at::TensorList lses) {
+  const MergeCall call(outs, lses);
+  if (call.is_empty()) return call.results();
+  const CpuKernels& kernels = chosen_isa().kernels;
+  const MergeParams& p = call.params;
+  (p.computes_in_double ? kernels.merge_forward_double : kernels.merge_forward_float)(p, at::get_num_threads(),
+                                                                                      run_workers);
+  return call.results();
+}
+
+std::vector<at::Tensor> merge_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                                       at::TensorList outs, at::TensorList lses, const std::vector<bool>& needs) {
+  const MergeBackwardCall call(dout, dlse, outs, lses, needs);
+  if (call.is_empty()) return call.results();
+  const CpuKernels& kernels = chosen_isa().kernels;
+  const MergeBackwardParams& b = call.params;
+  (b.forward.computes_in_double ? kernels.merge_backward_double : kernels.merge_backward_float)(
+      b, at::get_num_threads(), run_workers);
+  return call.results();
 }
 
 }  // namespace prefix_kernels::cpu

@@ -4,6 +4,7 @@
 #include "check_range.h"
 #include "device.h"
 #include "dispatch.h"
+#include "merge.h"
 #include "size_limits.h"
 
 namespace prefix_kernels::cuda {
@@ -110,6 +111,32 @@ Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const
     if (needs[i]) device.allow_writing(gradients[i], names[i]);
   dispatch_backward(b, device.context());
   return gradients;
+}
+
+std::tuple<at::Tensor, at::Tensor> merge(at::TensorList outs, at::TensorList lses) {
+  const MergeCall call(outs, lses);
+  if (call.is_empty()) return call.results();
+  const Device device(call.out);
+  for (const at::Tensor& x : call.outs) device.allow_reading(x, "outs");
+  for (const at::Tensor& x : call.lses) device.allow_reading(x, "lses");
+  device.allow_writing(call.out, "out");
+  device.allow_writing(call.lse, "lse");
+  merge_rows(call.params, device.context());
+  return call.results();
+}
+
+std::vector<at::Tensor> merge_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                                       at::TensorList outs, at::TensorList lses, const std::vector<bool>& needs) {
+  const MergeBackwardCall call(dout, dlse, outs, lses, needs);
+  if (call.is_empty()) return call.results();
+  const Device device(call.dout);
+  for (const at::Tensor& x : call.outs) device.allow_reading(x, "outs");
+  for (const at::Tensor& x : call.lses) device.allow_reading(x, "lses");
+  device.allow_reading(call.dout, "dout");
+  if (call.dlse.defined()) device.allow_reading(call.dlse, "dlse");
+  for (const at::Tensor& x : call.gradients) device.allow_writing(x, "gradients");
+  merge_backward_rows(call.params, device.context());
+  return call.results();
 }
 
 }  // namespace prefix_kernels::cuda

@@ -2,6 +2,7 @@
 // read than all of it.
 #include "../../csrc/cuda/api.cpp"
 #include "../../csrc/cuda/dispatch.cpp"
+#include "../../csrc/merge.cpp"
 #include "../../csrc/ops.cpp"
 #include "../../csrc/results.cpp"
 #include "../../csrc/validate.cpp"

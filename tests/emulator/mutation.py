@@ -11,6 +11,7 @@ FORWARD = ("forward_float16_64",)
 DECODE = ("decode_float16_64",)
 BACKWARD = ("backward_float16_64",)
 PADDING = ("padding",)
+MERGE = ("merge",)
 FLOAT32 = ("forward_float32", "backward_float32")
 
 
@@ -45,3 +46,7 @@ def float32(name: str, file: str, old: str, new: str, *probes: str) -> Mutation:
 def padding(name: str, old: str, new: str) -> Mutation:
     probes = ("forward of padding", "decode of padding", "backward of padding")
     return Mutation(f"padding: {name}", "padding.cu", old, new, PADDING, probes)
+
+
+def merge(name: str, old: str, new: str) -> Mutation:
+    return Mutation(f"merge: {name}", "merge.cu", old, new, MERGE, ("merge", "merge of odd rows"))

@@ -30,9 +30,10 @@ import emulated
 import torch
 from extended import extended
 from helpers import check
+from merge_samples import check_merge
 from mutation import Mutation
 from planted_bugs import MUTATIONS
-from probes import IN_TWO_STEPS, PROBES, SMALL_GRIDS
+from probes import IN_TWO_STEPS, MERGES, PROBES, SMALL_GRIDS
 
 SEEDS = (1, 2)
 TIME_LIMIT_S = 120
@@ -73,6 +74,20 @@ def _build(mutation: Mutation, folder: Path) -> Path:
     return folder / "mutant.so"
 
 
+def _run_probe(name: str, seed: int) -> None:
+    if name in MERGES:
+        library = emulated.load("check")
+        library.seed(seed)
+        check_merge(MERGES[name](), library.merge, library.merge_backward)
+        return
+    if name in IN_TWO_STEPS:
+        function = partial(extended, extend_=partial(emulated.emulated_extend_, mode="check", seed=seed))
+    else:
+        function = partial(emulated.emulated_prefix_attention, mode="check", seed=seed)
+    call, needs = PROBES[name]()
+    check(call, needs=needs, function=function)
+
+
 def _run_probes(library: Path | None, names: tuple[str, ...]) -> Iterator[str]:
     """What goes wrong in the probes, as it is found."""
     if library is not None:
@@ -80,14 +95,9 @@ def _run_probes(library: Path | None, names: tuple[str, ...]) -> Iterator[str]:
         emulated.load = lambda mode: loaded
     for seed in SEEDS:
         for name in names:
-            call, needs = PROBES[name]()
             emulated.load("check").device(80, 4, max_grid_yz=1 if name in SMALL_GRIDS else 65535)
-            if name in IN_TWO_STEPS:
-                function = partial(extended, extend_=partial(emulated.emulated_extend_, mode="check", seed=seed))
-            else:
-                function = partial(emulated.emulated_prefix_attention, mode="check", seed=seed)
             try:
-                check(call, needs=needs, function=function)
+                _run_probe(name, seed)
             except AssertionError as error:
                 yield f"{name}, seed {seed}: wrong result: {error}"
             except Exception as error:
@@ -133,7 +143,7 @@ def without_any() -> str:
     """What goes wrong in the probes when no bug is planted: nothing, or the mutations prove nothing."""
     emulated.build("check")
     with tempfile.TemporaryDirectory() as folder:
-        return _in_another_process(emulated.build("check"), tuple(PROBES), Path(folder) / "outcome.txt")
+        return _in_another_process(emulated.build("check"), (*PROBES, *MERGES), Path(folder) / "outcome.txt")
 
 
 def main(part: str = "") -> int:

@@ -14,6 +14,7 @@ from mutation import (
     decode,
     float32,
     forward,
+    merge,
     padding,
 )
 from planted_extend import EXTEND
@@ -391,4 +392,24 @@ ARITHMETIC = [
     ),
 ]
 
-MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND]
+MERGING = [
+    merge(
+        "a sum over lanes that one lane alone comes to",
+        "    dot = simt::warp_sum(dot);\n    if (lane() == i) own_dot = dot;\n",
+        "    if (lane() == i) own_dot = simt::warp_sum(dot);\n",
+    ),
+    merge(
+        "rows of a part that sees nothing are read",
+        "if (weight == 0 || d >= p.value_dim) continue;",
+        "if (d >= p.value_dim) continue;",
+    ),
+    merge(
+        "elements behind the row's end are written",
+        "    if (d >= p.value_dim) continue;\n    Elements result;",
+        "    Elements result;",
+    ),
+    merge("an lse of +inf is a number", "      if (score == INFINITY) score = -INFINITY;\n", ""),
+    merge("the gradient of lse without its mean", "(dot - mean + arriving)", "(dot + arriving)"),
+]
+
+MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND, *MERGING]

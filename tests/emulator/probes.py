@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from helpers import Call, make_call
+from merge_samples import Parts, make_parts
 
 ALL = ("query", "key", "value", "prefix_key", "prefix_value")
 
@@ -137,4 +138,10 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         ),
         ALL,
     ),
+}
+
+# Partial attentions to merge, beside whose rows lies NaN.
+MERGES: dict[str, Callable[[], Parts]] = {
+    "merge": lambda: make_parts(3, (2, 2, 3, 24), torch.bfloat16, "aligned"),
+    "merge of odd rows": lambda: make_parts(2, (2, 2, 3, 19), torch.float32, "poisoned"),
 }

@@ -9,9 +9,11 @@ import pytest
 import torch
 from extended import extended
 from helpers import INPUT_NAMES, Call, assert_repeats, check, lay_out, make_call, repeat_batch, run
+from merge_samples import check_merge, make_parts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefix_kernels import prefix_attention
+from prefix_kernels.merge_operator import merge, merge_backward
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
@@ -240,6 +242,23 @@ def test_autocast_casts_the_sequence_and_not_the_prefix():
         result = run(call)
     assert result.out.dtype == torch.float16
     assert result.grads["prefix_key"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {},
+        {"parts": 32, "shape": (1, 2, 3, 8)},
+        {"parts": 3, "shape": (2, 4, 70, 130), "layout": "transposed"},
+        {"shape": (2, 4, 70, 67), "layout": "poisoned"},
+        {"shape": (70000, 3, 2, 2)},
+    ],
+    ids=str,
+)
+def test_partial_attentions_merge(sample, dtype):
+    check_merge(make_parts(**sample, dtype=dtype, device=DEVICE), merge, merge_backward)
 
 
 def test_an_id_out_of_range_is_refused_on_the_device():

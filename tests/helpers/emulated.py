@@ -221,6 +221,8 @@ class Library:
     forward: Any
     extend_: Any
     backward: Any
+    merge: Any
+    merge_backward: Any
     emulator: ctypes.CDLL
 
     def seed(self, seed: int) -> None:
@@ -264,7 +266,8 @@ def load_library(path: Path, mode: str) -> Library:
         functools.partial(autograd.gradients_from_saved, operator=namespace.backward),
         setup_context=autograd.save_for_backward,
     )
-    return Library(namespace.forward, namespace.extend_, namespace.backward, ctypes.CDLL(str(path)))
+    operators = (namespace.forward, namespace.extend_, namespace.backward, namespace.merge, namespace.merge_backward)
+    return Library(*operators, ctypes.CDLL(str(path)))
 
 
 def emulated_prefix_attention(

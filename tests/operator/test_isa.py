@@ -17,6 +17,8 @@ CHECKS = """
 import itertools, sys
 import torch
 from helpers import check, make_call
+from merge_samples import check_merge, make_parts
+from prefix_kernels.merge_operator import merge, merge_backward
 
 isa = torch.ops.prefix_kernels.cpu_isa()
 assert isa == sys.argv[1], isa
@@ -36,6 +38,8 @@ for length in [0, 1, 15, 16, 17, 127, 128, 129]:
     check(make_call(q_len=length, k_len=40, prefix_len=20, head_dim=32))
     check(make_call(q_len=40, k_len=length, prefix_len=20, head_dim=32))
     check(make_call(q_len=40, k_len=40, prefix_len=length, head_dim=32, is_causal=True))
+for dtype, width in itertools.product(dtypes, [1, 33, 64]):
+    check_merge(make_parts(3, (2, 3, 5, width), dtype), merge, merge_backward)
 """
 
 # Two keys with scores 0 and -x: the ratio of their weights is e^-x.

@@ -124,7 +124,7 @@ def test_builds_with_other_results_are_not_timed(builds: list[Kernels]) -> None:
 
 def test_the_script_compares_the_cells_that_are_asked_for(builds: list[Kernels], folder: Path, tmp_path: Path) -> None:
     objects = {path: path.stat().st_mtime_ns for path in folder.glob("*.o")}
-    assert len(objects) == 6, "two kernels and the adapter of two different trees"
+    assert len(objects) == 8, "three kernels and the adapter of two different trees"
     wishes = ["--where", "pass=forward,prefix_backward", "q_len=64", "--one-head", "--seconds", "0.1"]
     options = ["--isa", "portable", "--build-folder", str(folder), "--output", str(tmp_path / "table.csv")]
     done = run_script(SCRIPT, str(CHECKOUT), str(CHECKOUT), *wishes, *options)
