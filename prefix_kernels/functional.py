@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -322,7 +322,18 @@ def explain(
 
     Raises:
         ValueError: ``backend="split"``, and it cannot serve; or another name.
+        TypeError: a tensor or number is none.
     """
-    options = (attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, _window(window_size))
-    call = Call(query, key, value, prefix_key, prefix_value, *options, query_offset, softcap)
+    required = {"query": query, "key": key, "value": value}
+    _check_tensors(required, {"prefix_key": prefix_key, "prefix_value": prefix_value, "attn_mask": attn_mask})
+    _check_number("dropout_p", dropout_p)
+    _check_number("softcap", softcap)
+
+    def local(x: Any) -> Any:
+        """The shard of this process, which is what it computes of a sharded call."""
+        return x.to_local() if hasattr(x, "to_local") else x
+
+    prefixes = local(prefix_key), local(prefix_value)
+    options = (*prefixes, attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, _window(window_size))
+    call = Call(local(query), local(key), local(value), *options, query_offset, softcap)
     return choice_of(call, resolved_backend(backend))

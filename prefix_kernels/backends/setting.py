@@ -57,6 +57,8 @@ class attention_backend:  # noqa: N801  (as torch.set_grad_enabled)
         _default = backend
 
     def __enter__(self) -> attention_backend:
+        global _default
+        _default = self.backend
         return self
 
     def __exit__(

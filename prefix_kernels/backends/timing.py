@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from prefix_kernels.backends.call import Call
 
@@ -37,7 +38,7 @@ def can_time(query: Tensor) -> bool:
     """Tell if running and waiting is possible: not while tracing or capturing a graph."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None or query.is_meta:
+    if isinstance(query, FakeTensor) or query.is_meta:
         return False
     return not (query.is_cuda and torch.cuda.is_current_stream_capturing())
 

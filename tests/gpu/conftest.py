@@ -15,6 +15,10 @@ sys.path.append(str(CHECKOUT))
 
 from helpers import nan_filled  # noqa: E402
 
+from prefix_kernels import attention_backend  # noqa: E402
+
+attention_backend("fused")  # for every test that names no other
+
 
 @pytest.fixture
 def nan_filled_memory() -> Iterator[None]:
