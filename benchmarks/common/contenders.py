@@ -76,8 +76,13 @@ def check_same(results: object, ours: object) -> None:
 
 
 def in_turns(calls: Iterable[str], rounds: int) -> Iterator[list[str]]:
-    """The names of all calls for each round, every round beginning with another one."""
+    """The names of all calls for each round.
+
+    Rounds begin with another one in turn, and every second round goes backwards: no call always follows the same one,
+    which leaves the caches full of its own tensors or of the call's.
+    """
     names = list(calls)
     for turn in range(rounds):
-        first = turn % len(names)
-        yield names[first:] + names[:first]
+        first = turn // 2 % len(names)
+        order = names[first:] + names[:first]
+        yield order[::-1] if turn % 2 else order

@@ -271,6 +271,8 @@ WHOLE = ("cat_ratio", "alternative_ratio", "of_floor")
 TABLES = {
     "float32": partial(speed_table, "attention_cpu_float32", WHOLE),
     "bfloat16": partial(speed_table, "attention_cpu_bfloat16", WHOLE),
+    "backends, float32": partial(speed_table, "backends_cpu_avx2_float32", ("split_ratio", "cat_ratio")),
+    "backends, bfloat16": partial(speed_table, "backends_cpu_avx2_bfloat16", ("split_ratio", "cat_ratio")),
     "Zen 4": partial(speed_table, "attention_cpu_float32_zen4", ("cat_sdpa_ratio",)),
     "training step": training_step_table,
     "instructions": instruction_table,

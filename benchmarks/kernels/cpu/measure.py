@@ -40,7 +40,7 @@ def is_cold(cell: Cell) -> bool:
 
 @dataclass
 class WallTimer:
-    """Milliseconds of calls, interleaved: every round takes each call once, beginning with another one."""
+    """Milliseconds of calls, interleaved: every round takes each call once, in an order of its own."""
 
     before: Callable[[], None] | None = None  # called ahead of every call, in time that is not measured
 

@@ -21,7 +21,7 @@ Timer = Callable[[dict[str, Call], int], dict[str, list[float]]]
 
 @dataclass
 class EventTimer:
-    """Milliseconds of calls, interleaved: every round takes each call once, beginning with another one."""
+    """Milliseconds of calls, interleaved: every round takes each call once, in an order of its own."""
 
     cycles_per_second: float = 2e9  # at least the device's clock rate
     flush: Tensor = field(init=False)
