@@ -27,6 +27,11 @@ class Call(NamedTuple):
     softcap: float
 
     @property
+    def has_four_dimensions(self) -> bool:
+        """Query, key and value have the dimensions that the operator asks for."""
+        return self.query.dim() == self.key.dim() == self.value.dim() == 4
+
+    @property
     def sees_up_to_itself(self) -> bool:
         """Every query sees the keys up to its position, by ``is_causal`` or by a window that says so."""
         return self.is_causal or self.window_size == (-1, 0)
@@ -54,7 +59,7 @@ def why_not_split(call: Call) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "expected no transform of torch.func around it"
     query, key, value, *_ = call
-    if not query.dim() == key.dim() == value.dim() == 4:
+    if not call.has_four_dimensions:
         return None
     if query.shape[-1] != value.shape[-1]:
         return f"value: expected the query's head dim {query.shape[-1]}, got {value.shape[-1]}"

@@ -53,11 +53,17 @@ def choose(call: Call, asked: Backend, attention: Callable[..., Tensor]) -> str:
         ValueError: ``"split"`` is asked for and cannot serve.
     """
     chosen, reason = _choose(call, asked)
-    if asked == "benchmark" and why_not_split(call) is None and timing.can_time(call.query):
+    if asked == "benchmark" and timing.can_time(call.query) and _split_serves(call):
         chosen, reason = _timed(call) or (timing.faster_backend(call, attention), "timed")
     if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
         log.debug("prefix_attention: %s: %s", chosen, reason)
     return chosen
+
+
+def _split_serves(call: Call) -> bool:
+    if why_not_split(call) is not None or not call.has_four_dimensions:
+        return False
+    return not isinstance(library_for(call.query, call.key, call.value, call.sees_up_to_itself, call.scale), str)
 
 
 def _timed(call: Call) -> tuple[str, str] | None:
@@ -75,6 +81,8 @@ def _choose(call: Call, asked: Backend) -> tuple[str, str]:
         return "split", "asked for"
     if why_not is not None:
         return "fused", why_not
+    if not call.has_four_dimensions:
+        return "fused", "left to the checks of the operator"
     batch, heads, query_len, head_dim = call.query.shape
     key_len = call.key.shape[2] / 2 if call.sees_up_to_itself else call.key.shape[2]
     shape = Shape(batch, heads, query_len, key_len, head_dim, call.trains_sequence)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import make_call, run
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prefix_kernels
 from prefix_kernels import attention_backend, explain, prefix_attention
@@ -163,6 +164,20 @@ def test_benchmark_takes_the_fused_kernels_where_split_cannot_serve() -> None:
     with mock.patch.object(timing, "faster_backend", side_effect=AssertionError):
         prefix_attention(*inputs(), softcap=2.0, backend="benchmark")
         torch.compile(prefix_attention, fullgraph=True, backend="eager")(*inputs(), backend="benchmark")
+
+
+@pytest.mark.parametrize("backend", ["benchmark", "split"])
+def test_bad_shapes_get_the_errors_of_the_operator(backend: str) -> None:
+    query, key, value, *prefix = inputs()
+    with pytest.raises(ValueError, match="query: expected 4 dimensions"):
+        prefix_attention(query[0], key, value, *prefix, backend=backend)
+    with pytest.raises(ValueError, match="key: expected"):
+        prefix_attention(query, key[..., :3], value, *prefix, backend=backend)
+
+
+def test_benchmark_times_nothing_that_pytorch_is_told_not_to_use() -> None:
+    with sdpa_kernel([SDPBackend.MATH]), mock.patch.object(timing, "faster_backend", side_effect=AssertionError):
+        prefix_attention(*inputs(), backend="benchmark")
 
 
 def test_the_table_for_cpus() -> None:
