@@ -72,10 +72,17 @@ def _run(call: Call, attention: Callable[..., Tensor], backend: str) -> None:
         name: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for name, x in call._asdict().items()
     }
-    out = attention(**own, backend=backend)
-    if out.requires_grad:
-        asking = [x for x in own.values() if isinstance(x, Tensor) and x.requires_grad]
-        torch.autograd.grad(out, asking, torch.ones_like(out))
+    # Hooks around the call, such as those of activation checkpointing, must not see what is saved here: they would run
+    # the call, and its timing, anew.
+    with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+        out = attention(**own, backend=backend)
+        if out.requires_grad:
+            asking = [x for x in own.values() if isinstance(x, Tensor) and x.requires_grad]
+            torch.autograd.grad(out, asking, torch.ones_like(out))
+
+
+def _unchanged(saved: Tensor) -> Tensor:
+    return saved
 
 
 def faster_backend(call: Call, attention: Callable[..., Tensor]) -> str:

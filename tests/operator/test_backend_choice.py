@@ -14,6 +14,7 @@ import torch
 from helpers import make_call, run
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import prefix_kernels
 from prefix_kernels import attention_backend, explain, prefix_attention
@@ -173,6 +174,19 @@ def test_bad_shapes_get_the_errors_of_the_operator(backend: str) -> None:
         prefix_attention(query[0], key, value, *prefix, backend=backend)
     with pytest.raises(ValueError, match="key: expected"):
         prefix_attention(query, key[..., :3], value, *prefix, backend=backend)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_benchmark_under_activation_checkpointing(use_reentrant: bool) -> None:
+    leaves = [x.detach().requires_grad_() for x in inputs()]
+    benchmark = functools.partial(prefix_attention, backend="benchmark")
+    with mock.patch.object(timing, "faster_backend", wraps=timing.faster_backend) as spy:
+        checkpoint(benchmark, *leaves, use_reentrant=use_reentrant).sum().backward()
+    # Reentrant checkpointing runs the call without gradients first, which is another class.
+    assert spy.call_count == 1 + use_reentrant
+    expected = torch.autograd.grad(prefix_attention(*leaves).sum(), leaves)
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_benchmark_times_nothing_that_pytorch_is_told_not_to_use() -> None:
