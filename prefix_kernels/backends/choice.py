@@ -14,12 +14,12 @@ from prefix_kernels.backends.call import Call, why_not_split
 from prefix_kernels.backends.libraries import library_for
 from prefix_kernels.backends.setting import Backend
 from prefix_kernels.backends.split import is_folded, log
-from prefix_kernels.backends.table import CPU_ALWAYS_FUSED, CPU_MEASURED, Shape, prefers_split
+from prefix_kernels.backends.table import CPU_MEASURED, HAS_AMX, Shape, prefers_split
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What computes a call.
+    """The backend of a call, and the kernels behind it.
 
     Attributes:
         backend: ``"fused"`` or ``"split"``.
@@ -39,7 +39,7 @@ class BackendChoice:
 
 def is_always_fused(asked: Backend, query: Tensor) -> bool:
     """Tell if a call needs no further questions."""
-    return asked == "fused" or (asked == "auto" and CPU_ALWAYS_FUSED and query.device.type == "cpu")
+    return asked == "fused" or (asked == "auto" and not HAS_AMX and query.device.type == "cpu")
 
 
 def choose(call: Call, asked: Backend, attention: Callable[..., Tensor]) -> str:

@@ -40,10 +40,10 @@ class attention_backend:  # noqa: N801  (as torch.set_grad_enabled)
     A backward pass uses the backend of its forward pass.
 
     Args:
-        backend: ``"auto"``, the faster of the two by a table of measurements, and ``"fused"`` where ``"split"`` cannot
-            serve; ``"fused"``, the kernels of this package; ``"split"``, PyTorch's own kernel for the sequence and ours
-            for the prefix, or an error; ``"benchmark"``, the one that was faster when a call of that shape was made
-            first and both were timed.
+        backend: ``"auto"``, the faster of the two by a table, measured or modelled, and ``"fused"`` where ``"split"``
+            cannot serve; ``"fused"``, the kernels of this package; ``"split"``, PyTorch's own kernel for the sequence
+            and ours for the prefix, or an error; ``"benchmark"``, the one that was faster when a call of that shape was
+            made first and both were timed.
 
     Raises:
         ValueError: another name.

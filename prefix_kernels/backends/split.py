@@ -22,7 +22,8 @@ from prefix_kernels.merge import merge_attention
 
 log = logging.getLogger("prefix_kernels.backends")
 
-# The least length of a prefix of all rows at which PyTorch's kernel attends to it too.
+# The least length of a prefix of all rows at which PyTorch's kernel attends to it too: an estimate, not
+# measured.
 FOLDED_PREFIX_LEN = 512
 
 _ARGUMENTS = (

@@ -1,4 +1,4 @@
-"""Which backend ``"auto"`` takes: the rows for each kind of device, and the model of the rows that nobody measured.
+"""The table of the backend ``"auto"``: its rows for each kind of device, and the model of those that nobody measured.
 
 CPU, measured (``benchmarks/results/backends_cpu_*.csv``): the fused kernels are faster than the split in every cell on
 processors with AVX2 and AVX-512, in float32 and bfloat16. Where there is AMX, PyTorch's flash attention multiplies
@@ -51,7 +51,6 @@ LAUNCH = 20e-6
 # A CPU's matrix unit pays from this many keys on.
 AMX_KEY_LEN = 256
 HAS_AMX = torch.cpu._is_amx_tile_supported()
-CPU_ALWAYS_FUSED = not HAS_AMX
 CPU_MEASURED = "measured: the fused kernels are the faster ones on CPUs without AMX"
 
 
@@ -101,7 +100,7 @@ def prefers_split(shape: Shape, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def _prefers_split_on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[bool, str]:
-    if CPU_ALWAYS_FUSED:
+    if not HAS_AMX:
         return False, CPU_MEASURED
     if dtype is not torch.bfloat16:
         return False, f"{CPU_MEASURED}, and AMX does not multiply {dtype}"

@@ -1,4 +1,4 @@
-"""Which backend computes a call: the setting, the table, the timing, and what is said about it."""
+"""The choice of the backend of a call: the setting, the table, the timing, and what is said about it."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_benchmark_times_nothing_that_pytorch_is_told_not_to_use() -> None:
 
 def test_the_table_for_cpus() -> None:
     assert table.prefers_split(BIG, CPU, torch.bfloat16) == (table.HAS_AMX, mock.ANY)
-    with mock.patch.object(table, "CPU_ALWAYS_FUSED", False):
+    with mock.patch.object(table, "HAS_AMX", True):
         assert table.prefers_split(BIG, CPU, torch.bfloat16)[0]
         assert not table.prefers_split(BIG, CPU, torch.float32)[0]
 

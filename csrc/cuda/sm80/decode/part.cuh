@@ -1,4 +1,4 @@
-// What a block of the decode kernel works on: a part of the columns of one prefix or sequence, for rows that need it.
+// The work of one block of the decode kernel: a part of the columns of a prefix or sequence, for the rows that need it.
 #pragma once
 
 #include "entries.cuh"
