@@ -1,6 +1,7 @@
 """Try a prefix in a tiny model of every model type of Transformers, and write what came of it.
 
 python benchmarks/compatibility/families.py          # the CSV and docs/families.md
+python benchmarks/compatibility/families.py --type llama gpt2  # these in all kinds, beside the lines that are there
 python benchmarks/compatibility/families.py --kind causal --type llama gpt2  # prints, writes nothing
 python benchmarks/compatibility/families.py --check  # fails if the page is not that of the CSV
 """
@@ -110,12 +111,21 @@ def _peft_section(trials: list[Trial]) -> list[str]:
                 names = ", ".join(f"`{trial.model_type}`" for trial in chosen)
                 text = f"{kind.capitalize()}. {title}: {names}."
                 lines += ["", textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
-    lines += ["", "PEFT trains, right here, and `accelerate` refuses:", ""]
-    lines += ["| kind | model type | reason |", "|---|---|---|"]
-    for trial in trials:
-        if trial.result == RIGHT and trial.peft in (TRAINS, IN_PART) and trial.accelerated != EQUAL:
-            lines.append(f"| {trial.kind} | `{trial.model_type}` | {_cell(trial.peft_reason)} |")
+    refused = [t for t in trials if t.result == RIGHT and t.peft in (TRAINS, IN_PART) and t.accelerated != EQUAL]
+    if refused:
+        lines += ["", "PEFT trains, right here, and `accelerate` refuses:", ""]
+        lines += ["| kind | model type | reason |", "|---|---|---|"]
+    lines += [f"| {trial.kind} | `{trial.model_type}` | {_cell(trial.peft_reason)} |" for trial in refused]
     return lines
+
+
+def _beside_known(trials: list[Trial]) -> list[Trial]:
+    """Return the lines of the CSV with those of ``trials`` in their places."""
+    known, version = read()
+    if version != transformers.__version__:
+        sys.exit(f"--type: expected Transformers {version}, with which {TABLE} was written, or a trial of all types")
+    new = {(trial.kind, trial.model_type): trial for trial in trials}
+    return [new.get((trial.kind, trial.model_type), trial) for trial in known]
 
 
 def _right(trials: list[Trial], peft: str) -> list[Trial]:
@@ -135,7 +145,7 @@ def page(text: str, trials: list[Trial], version: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, nargs="*", default=[], help="try these and write nothing")
-    parser.add_argument("--type", nargs="*", default=[], help="of them, try these model types")
+    parser.add_argument("--type", nargs="*", default=[], help="try these model types of them")
     parser.add_argument("--check", action="store_true", help="fail if the page does not show the CSV")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -146,14 +156,16 @@ def main() -> None:
         return
     trials = []
     for kind in arguments.kind or KINDS:
-        for model_type in arguments.type or model_types(kind):
+        for model_type in model_types(kind):
+            if arguments.type and model_type not in arguments.type:
+                continue
             trial = try_family(kind, model_type)
             if kind in TASKS and trial.result != NOT_TRIED:
                 trial = trial._replace(**try_peft(kind, model_type)._asdict())
             trials.append(trial)
             print(*trials[-1], flush=True)
     if not arguments.kind:
-        write(trials)
+        write(_beside_known(trials) if arguments.type else trials)
         text = PAGE.read_text(encoding="utf-8")
         PAGE.write_text(page(text, *read()), encoding="utf-8")
     print(Counter(trial.result for trial in trials))

@@ -33,7 +33,7 @@ IMAGES, SOUND, NO_MEDIA = "images", "sound", "-"
 KERNELS, CACHE = "kernels", "cache"
 # Model types whose own cache cannot hold a prefix from outside, and why.
 NO_OWN_CACHE = {
-    "gemma3n_text": "layers that share keys",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "layers that share keys"),
     "minimax": "a cache class of its own",
     "zamba": "an attention that several layers share has no number in the cache",
     "recurrent_gemma": "states that lie in its modules",
@@ -119,7 +119,9 @@ def _check(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tenso
 def _check_cached(base: PreTrainedModel, kind: str, cases: Mapping[str, dict[str, Tensor]]) -> None:
     """Compare with the model's own cache, where the positions of the sequence begin behind the prefix."""
     model = _prepared(base, window_includes_prefix=True)
-    oracle = holding(base, {module: pairs[0] for module, pairs in _pairs_by_module(base, model.prefix_encoder).items()})
+    layout = _layout(model)
+    pairs = layout.pairs(model.prefix_encoder, layout.stacks[0])
+    oracle = holding(base, {site.cache_layer: pairs[number] for number, site in enumerate(layout.sites)})
     with oracle:
         expected = {case: base(**inputs).logits for case, inputs in cases.items()}
         for case, inputs in cases.items():

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks.compatibility.image_tower import register_image_tower
+
 # Kinds of model, by the name of Transformers' mapping from model types to their classes.
 KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -119,8 +121,10 @@ _SETTINGS_OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"n_ctx": 64},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n": {"vision_soft_tokens_per_image": 4},
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hrm_text": {"L_bp_cycles": [3, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _EVERY_HEAD | _MIXED_LAYERS,
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
@@ -148,6 +152,7 @@ def tiny_model(kind: str, model_type: str) -> PreTrainedModel:
         NotTiny: it would have more than ``LARGEST`` parameters.
         Exception: its config class does not take the settings, whatever it raises.
     """
+    register_image_tower()
     config = _tiny_config(CONFIG_MAPPING[model_type], _SETTINGS_OF_TYPE.get(model_type, {}))
     name = _classes(kind)[model_type]
     model_class = getattr(transformers, name if isinstance(name, str) else name[0])

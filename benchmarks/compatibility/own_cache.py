@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from prefix_kernels.integrations.transformers.structure.cached_attention import find_caching_stack, layer_index
+from prefix_kernels.integrations.transformers.structure.cached_attention import find_caching_stack
 
 
 @contextmanager
-def holding(model: PreTrainedModel, prefixes: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def holding(model: PreTrainedModel, prefixes: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """While it is open, calls of the plain ``model`` begin with a cache that holds ``prefixes``, as in PEFT.
 
     Args:
-        prefixes: ``(prefix_key, prefix_value)`` ``[Hkv, P, D]`` by attention module.
+        prefixes: ``(prefix_key, prefix_value)`` ``[Hkv, P, D]`` by layer of the cache.
     """
     stack = find_caching_stack(model)
 
@@ -29,8 +29,8 @@ def holding(model: PreTrainedModel, prefixes: Mapping[nn.Module, tuple[Tensor, T
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         batch, length = tokens.shape[:2]
         cache = DynamicCache(config=module.config)
-        for attention, pair in prefixes.items():
-            cache.update(*(states.expand(batch, -1, -1, -1) for states in pair), layer_index(attention))
+        for layer, pair in sorted(prefixes.items()):
+            cache.update(*(states.expand(batch, -1, -1, -1) for states in pair), layer)
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.int64)

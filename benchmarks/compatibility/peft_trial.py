@@ -98,7 +98,7 @@ def _largest_by_layer(model: PeftModel, grad: Tensor) -> Tensor:
     config = model.peft_config["default"]
     number, is_encoder_decoder = config.num_layers, config.num_transformer_submodules == 2
     largest = grad.view(PREFIX_LEN, number, -1).abs().amax((0, 2))
-    return largest[pairs_of_layers(number, number, is_encoder_decoder=is_encoder_decoder)]
+    return largest[pairs_of_layers(number, range(number), is_encoder_decoder=is_encoder_decoder)]
 
 
 def _weights(logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ Loading and writing PEFT's checkpoints, which does not need PEFT, is in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -60,11 +61,15 @@ from prefix_kernels.integrations.transformers.runtime.call_context import CallCo
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import SITE_ATTRIBUTE
 from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSelection, RowNames
 from prefix_kernels.integrations.transformers.storage.peft_checkpoint import PREFIX_TYPES
-from prefix_kernels.integrations.transformers.storage.peft_table import pairs_of_layers
-from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER, find_sites
-from prefix_kernels.integrations.transformers.structure.key_shape import module_config, refuse_shared_keys
+from prefix_kernels.integrations.transformers.storage.peft_table import layers_of_cache, pairs_of_layers
+from prefix_kernels.integrations.transformers.structure.attention_sites import DECODER
+from prefix_kernels.integrations.transformers.structure.cached_attention import (
+    find_cached_sites,
+    shares_cache_with_images,
+)
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout, PrefixPair
-from prefix_kernels.integrations.transformers.structure.support import refuse_fixed_attention
+from prefix_kernels.integrations.transformers.structure.routes import CACHE, find_layout
 from prefix_kernels.integrations.transformers.structure.tensor_parallel import is_tensor_parallel
 
 __all__ = ["accelerate", "restore"]
@@ -89,7 +94,8 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
 
     Args:
         peft_model: a model with adapters of the type PREFIX_TUNING (with or without ``prefix_projection``) or
-            CARTRIDGE, being trained or loaded, on a model that :func:`get_prefix_model` supports.
+            CARTRIDGE, being trained or loaded, on a model that :func:`get_prefix_model` supports. Where the prefix has
+            to stay in the key/value cache, a warning says why.
 
     Returns:
         ``peft_model``; its class is now a subclass of the one that it had. :func:`restore` gives it back.
@@ -105,24 +111,24 @@ def accelerate(peft_model: PeftModel) -> PeftModel:
         "Cartridges: Lightweight and general-purpose long context representations via self-study".
     """
     model = _supported_model_below(peft_model)
-    # One length stands for those of all adapters, whose tables are PEFT's.
-    config = PrefixTuningConfig(
-        num_virtual_tokens=1,
-        target_attentions=(DECODER,) if model.config.is_encoder_decoder else None,
-        window_includes_prefix=True,
-    )
-    adapters = _Adapters(PrefixLayout(find_sites(model), config))
+    config, layout = _prefixes_of_peft(model)
+    adapters = _Adapters(layout)
     for name in peft_model.peft_config:
         adapters.check(peft_model, name)
     with unchanged_on_error(peft_model):
-        adapters.hooks = install_hooks(model, adapters.layout, config, adapters)
+        _install(peft_model, model, config, adapters)
+    return peft_model
+
+
+def _install(peft_model: PeftModel, model: PreTrainedModel, config: PrefixTuningConfig, adapters: _Adapters) -> None:
+    """Change ``peft_model`` and the ``model`` below it as :func:`accelerate` does."""
+    adapters.hooks = install_hooks(model, adapters.layout, config, adapters)
 
     # `disable_adapter()` leaves PEFT's own methods behind on the object, where they would hide those of the subclass.
     for name in ("forward", "prepare_inputs_for_generation"):
         vars(peft_model).pop(name, None)
     peft_model.__class__ = _ACCELERATED[type(peft_model)]
     setattr(peft_model, _ADAPTERS, adapters)
-    return peft_model
 
 
 def restore(peft_model: PeftModel) -> PeftModel:
@@ -175,7 +181,6 @@ def _supported_model_below(peft_model: PeftModel) -> PreTrainedModel:
     model = peft_model.base_model
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"peft_model.base_model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
-    refuse_fixed_attention(model)
     if is_tensor_parallel(model):
         raise ValueError(
             "peft_model: expected a model whose heads are not divided among processes (tp_plan), got one whose are, "
@@ -187,6 +192,25 @@ def _supported_model_below(peft_model: PeftModel) -> PreTrainedModel:
             "accelerated model"
         )
     return model
+
+
+def _prefixes_of_peft(model: PreTrainedModel) -> tuple[PrefixTuningConfig, PrefixLayout]:
+    """The attentions of ``model`` to which PEFT gives a prefix, and the settings with which the outputs are PEFT's."""
+    # One length stands for those of all adapters, whose tables are PEFT's.
+    config = PrefixTuningConfig(
+        num_virtual_tokens=1,
+        target_attentions=(DECODER,) if model.config.is_encoder_decoder else None,
+        window_includes_prefix=True,
+    )
+    if not shares_cache_with_images(model):
+        return config, find_layout(model, config)
+    warnings.warn(
+        f"{type(model).__name__}: its attentions to images read PEFT's prefix in the key/value cache, also where there "
+        "is no image. So it stays there: every layer concatenates it in every call, as in PEFT",
+        stacklevel=3,
+    )
+    config = dataclasses.replace(config, attention=CACHE)
+    return config, PrefixLayout(find_cached_sites(model, cross_attention=True), config)
 
 
 class _Settings(Protocol):
@@ -234,7 +258,6 @@ class _Adapters:
         config = _settings_of(peft_model, name)
         heads, width = config.num_attention_heads, config.token_dim
         for site in self.layout.sites:
-            refuse_shared_keys(site.module)
             if site.value_head_dim != site.head_dim:
                 raise ValueError(
                     f"adapter {name!r}: expected values of head dim {site.head_dim}, as the keys, because PEFT has one "
@@ -252,12 +275,13 @@ class _Adapters:
                 f"adapter {name!r}: expected num_transformer_submodules={1 + is_encoder_decoder}, which PEFT uses for "
                 f"models like {type(peft_model.base_model).__name__}, got {config.num_transformer_submodules}"
             )
-        if not is_encoder_decoder and config.num_layers != len(self.layout.sites):
+        layers = layers_of_cache(self.layout.sites)
+        if not is_encoder_decoder and config.num_layers <= max(layers):
             raise ValueError(
-                f"adapter {name!r}: expected num_layers={len(self.layout.sites)}, the layers of the model, "
+                f"adapter {name!r}: expected num_layers={max(layers) + 1}, the layers of the model, "
                 f"got {config.num_layers}"
             )
-        pairs_of_layers(config.num_layers, len(self.layout.sites), is_encoder_decoder=is_encoder_decoder)
+        pairs_of_layers(config.num_layers, layers, is_encoder_decoder=is_encoder_decoder)
 
     def running(self) -> PeftModel | None:
         """The model of these adapters, if it runs in this thread with its adapter enabled."""
@@ -308,7 +332,9 @@ class _Adapters:
         layers = table.view(table.shape[0], 2 * config.num_layers, config.num_attention_heads, -1)
         slices = layers.permute(1, 2, 0, 3).unbind(0)
         read = pairs_of_layers(
-            config.num_layers, len(self.layout.sites), is_encoder_decoder=config.num_transformer_submodules == 2
+            config.num_layers,
+            layers_of_cache(self.layout.sites),
+            is_encoder_decoder=config.num_transformer_submodules == 2,
         )
         return {site: (slices[2 * pair], slices[2 * pair + 1]) for site, pair in enumerate(read)}
 

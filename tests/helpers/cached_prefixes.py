@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.compatibility.own_cache import holding
-from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model, prefix_layers
+from prefix_kernels.integrations.transformers import PrefixTuningConfig, get_prefix_model
 
 
 def prepared(base: PreTrainedModel, length: int = 4, **settings: object) -> PreTrainedModel:
@@ -23,8 +23,7 @@ def from_own_cache(base: PreTrainedModel, model: PreTrainedModel, inputs: dict[s
     """Logits of the plain ``base``, given a cache that begins with the prefixes of ``model``."""
     layout = model._prefix_state.tasks.layout
     pairs = layout.pairs(model.prefix_encoder, layout.stacks[0])
-    modules = dict(base.named_modules())
-    with holding(base, {modules[name]: pairs[index] for index, name in enumerate(prefix_layers(model))}):
+    with holding(base, {site.cache_layer: pairs[index] for index, site in enumerate(layout.sites)}):
         return base(**inputs, **more).logits
 
 

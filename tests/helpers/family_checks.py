@@ -101,7 +101,7 @@ def with_peft(family: Family, base: PreTrainedModel, ours: PreTrainedModel) -> p
 def _as_ours(peft_table: Tensor, ours: PreTrainedModel) -> Tensor:
     _, slices, num_heads, head_dim = ours.prefix_encoder.table.shape
     is_encoder_decoder = ours.config.is_encoder_decoder
-    return table_from_peft(peft_table, num_heads, head_dim, slices // 2, is_encoder_decoder=is_encoder_decoder)
+    return table_from_peft(peft_table, num_heads, head_dim, range(slices // 2), is_encoder_decoder=is_encoder_decoder)
 
 
 def check_against_peft(family: Family, padding: str, **settings: object) -> None:

@@ -292,7 +292,7 @@ def with_prefix(base: PreTrainedModel, **settings: object) -> PreTrainedModel:
         (lambda: with_prefix(tiny_bart(), target_attentions=["encoder"]), r"expected \['decoder'\].*got \['encoder'\]"),
         (
             lambda: with_prefix(tiny_t5(num_layers=2), target_attentions=["decoder"]),
-            r"PEFT gives layers \[0, 1\] of this encoder-decoder model one prefix, expected them to be equal",
+            r"PEFT gives layers \[0, 1\] of this model one prefix, expected them to be equal",
         ),
         (lambda: with_prefix(tiny_distilbert()), "DistilBertForSequenceClassification: PEFT cannot run a prefix on it"),
         (

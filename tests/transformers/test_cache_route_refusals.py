@@ -49,7 +49,12 @@ def test_the_choice_is_made_with_a_warning_that_says_what_it_costs() -> None:
         ("bloom", {"position_offset": "none"}, "position_offset: expected 'peft', because .*no position_ids"),
         ("bloom", {"attention": "torch"}, "BloomForCausalLM .*does not go through Transformers' AttentionInterface"),
         ("jamba", {}, "JambaForCausalLM has layers with another state than keys and values"),
-        ("hrm_text", {}, "HrmTextForCausalLM .*is not supported: it calls its stacks several times"),
+        ("hrm_text", {"layers": [0]}, r"layers: expected all layers, because .*got \[0\]"),
+        (
+            "hrm_text",
+            {"attention": "torch"},
+            "HrmTextForCausalLM .*is not supported: it calls its stacks several times",
+        ),
     ],
 )
 def test_settings_that_a_cache_cannot_serve_are_refused(

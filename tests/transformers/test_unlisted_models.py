@@ -120,11 +120,38 @@ def test_the_plain_model_comes_back_whole() -> None:
         assert vars(module).keys() == vars(other).keys(), name
 
 
+def windows_that_only_masks_know() -> PreTrainedModel:
+    base = tiny_model("causal", "phimoe")
+    base.config.layer_types = ["sliding_attention", "full_attention"]
+    return base
+
+
 def test_a_window_that_only_the_mask_knows_cannot_hold_the_prefix() -> None:
     with pytest.raises(
         ValueError, match="window_includes_prefix: expected False, because PhimoeAttention does not say"
     ):
-        prepared(tiny_model("causal", "phimoe"), window_includes_prefix=True)
+        prepared(windows_that_only_masks_know(), window_includes_prefix=True)
+
+
+@pytest.mark.parametrize("window_includes_prefix", [False, True])
+def test_a_window_of_all_layers_is_a_rule_and_no_mask(window_includes_prefix: bool) -> None:
+    base = tiny_model("causal", "phimoe")
+    ids = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+    before = {name: set(vars(module)) for name, module in base.named_modules()}
+    model = prepared(base, window_includes_prefix=window_includes_prefix)
+    seen = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(input_ids=ids)
+    assert seen == [None]
+    assert {site.module.prefix_window for site in attach.find_sites(model)} == {base.config.sliding_window}
+    remove_prefix(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, plain)
 
 
 def test_a_model_that_takes_no_positions_keeps_its_own_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +164,6 @@ def test_a_model_that_takes_no_positions_keeps_its_own_with_a_warning(monkeypatc
     ("kind", "model_type", "message"),
     [
         ("causal", "deepseek_v32", "layers.0.self_attn: expected attention to all visible keys, got one that chooses"),
-        ("causal", "hrm_text", "HrmTextForCausalLM .*is not supported: it calls its stacks several times"),
     ],
 )
 def test_models_that_would_be_wrong_are_refused_with_the_reason(kind: str, model_type: str, message: str) -> None:
@@ -198,7 +224,7 @@ def test_pefts_checkpoints_have_no_values_of_another_head_dim(tmp_path: Path) ->
 
 def test_masks_that_have_to_say_everything_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "_warned_dense", set())
-    model = prepared(tiny_model("causal", "phimoe"))
+    model = prepared(windows_that_only_masks_know())
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match=r"phimoe: its attention pattern .* slower and larger") as caught:
         model(input_ids=ids)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import CallPrefixes, prefixes_of_call
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
+from prefix_kernels.integrations.transformers.structure.windows import WINDOW_ATTRIBUTE
 
 # Arguments that reach an attention function and do not change its result, because something else has applied them
 # already or never will: positions (to query and key), packed lengths (to the mask), caches (to key and value), choices
@@ -103,7 +104,7 @@ def read_call(
         left.pop("dropout", 0.0),
         left.pop("scaling", None),
         left.pop("is_causal", None),
-        left.pop("sliding_window", None),
+        left.pop("sliding_window", getattr(module, WINDOW_ATTRIBUTE, None)),
         left.pop("softcap", None) or 0.0,
         left.pop("s_aux", None),
         left.pop("position_bias", None),

@@ -34,10 +34,15 @@ from prefix_kernels.integrations.transformers.structure.source import (
     hands_on_keywords,
     hands_over_window,
     is_told_a_smaller_window,
+    makes_causal_windows,
     relies_on_causal_mask,
 )
 from prefix_kernels.integrations.transformers.structure.support import refuse_attention_weights
-from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
+from prefix_kernels.integrations.transformers.structure.windows import (
+    WINDOW_ATTRIBUTE,
+    has_sliding_window,
+    window_of_masks,
+)
 
 
 @dataclass(eq=False)
@@ -57,7 +62,7 @@ class PrefixHooks:
         for handle in self.handles:
             handle.remove()
         for module in model.modules():
-            for name in (SITE_ATTRIBUTE, RELAY_ATTRIBUTE, KEEPS_CACHE):
+            for name in (SITE_ATTRIBUTE, RELAY_ATTRIBUTE, WINDOW_ATTRIBUTE, KEEPS_CACHE):
                 if name in vars(module):
                     delattr(module, name)
         if self.attn_implementation is not None:
@@ -99,6 +104,9 @@ def install_hooks(
     for layer, attention in dict.fromkeys((site.layer, site.module) for site in layout.sites):
         if not hands_on_keywords(layer, attention):
             handles.append(register_relay(layer, attention))
+    for site in find_sites(model):
+        if (window := window_of_masks(site.module, site.stack)) is not None:
+            setattr(site.module, WINDOW_ATTRIBUTE, window)
     for index, site in enumerate(layout.sites):
         if not hasattr(site.module, SITE_ATTRIBUTE):
             setattr(site.module, SITE_ATTRIBUTE, index)
@@ -131,10 +139,15 @@ def _needs_dense_masks(model: PreTrainedModel, config: PrefixTuningConfig) -> bo
     """Return True if masks have to say everything, because some attention is not told causality or its window."""
     # Attentions without a prefix go through the same function.
     sites = find_sites(model)
-    unknowing = [site for site in sites if not hands_over_window(site.module)]
-    if unknowing and config.window_includes_prefix and has_sliding_window(model):
+    unknowing = [
+        site
+        for site in sites
+        if not hands_over_window(site.module) and window_of_masks(site.module, site.stack) is None
+    ]
+    sliding = [site for site in unknowing if makes_causal_windows(site.stack)]
+    if sliding and config.window_includes_prefix and has_sliding_window(model):
         raise ValueError(
-            f"window_includes_prefix: expected False, because {type(unknowing[0].module).__name__} does not say how "
+            f"window_includes_prefix: expected False, because {type(sliding[0].module).__name__} does not say how "
             "large its window is, got True"
         )
     decodes = getattr(model.config, "is_decoder", False)

@@ -28,11 +28,12 @@ from prefix_kernels.integrations.transformers.runtime.selection import (
     PrefixSource,
     find_selection,
 )
-from prefix_kernels.integrations.transformers.structure.cached_attention import find_caching_stack, layer_index
+from prefix_kernels.integrations.transformers.structure.attention_sites import is_cross
+from prefix_kernels.integrations.transformers.structure.cached_attention import find_caching_stack
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
 from prefix_kernels.integrations.transformers.structure.key_shape import module_config
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
-from prefix_kernels.integrations.transformers.structure.source import masks_both_sides
+from prefix_kernels.integrations.transformers.structure.source import masks_both_sides, reads_cache
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
 
 # An attribute of Transformers' layers: True lets them use a cache although their activations are checkpointed.
@@ -51,10 +52,11 @@ class CachedStackHook:
         self.cache_name, self.parameter_names = stack.cache_name, stack.parameter_names
         self.takes_positions = stack.takes_positions
         names = {module: name for name, module in model.named_modules()}
-        self.sites = {layer_index(site.module): index for index, site in enumerate(layout.sites)}
-        self.names = {
-            layer_index(site.module): f"{type(model).__name__}: {names[site.module]}" for site in layout.sites
-        }
+        self.sites = {site.cache_layer: index for index, site in enumerate(layout.sites)}
+        self.names = {site.cache_layer: f"{type(model).__name__}: {names[site.module]}" for site in layout.sites}
+        self.readable = [
+            site.cache_layer for site in layout.sites if is_cross(names[site.module]) and reads_cache(site.module)
+        ]
         self.layers = list({id(site.layer): site.layer for site in layout.sites}.values())
         self.both_sides = masks_both_sides(stack.module)
         self.has_window = has_sliding_window(model)
@@ -83,7 +85,12 @@ class CachedStackHook:
             stack, kwargs.get("attention_mask"), cache, prefixes, batch, past + length
         )
         kwargs[self.cache_name] = with_prefix(
-            cache, prefixes=prefixes, sites=self.sites, names=self.names, recorded=self.source.context.recorded
+            cache,
+            prefixes=prefixes,
+            sites=self.sites,
+            names=self.names,
+            recorded=self.source.context.recorded,
+            readable=dict.fromkeys(self.readable, next(stack.parameters()).dtype),
         )
         return (), kwargs
 

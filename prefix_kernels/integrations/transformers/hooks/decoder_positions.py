@@ -7,6 +7,7 @@ is known to the decoder alone, whose hook leaves it to them.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -64,8 +65,15 @@ class DecoderShift:
         return args, kwargs | {PREFIX_NAMES: selection}
 
 
+# The argument of a table of positions for the number of earlier tokens, in newer and in older versions.
+_PAST_NAMES = ("cache_length", "past_key_values_length")
+
+
 class PositionTableShift:
     """Forward pre-hook of a decoder's table of positions: lets them begin behind the prefixes of the rows.
+
+    Tables that are not given ``position_ids`` by name number the positions by themselves, from the length of the cache
+    on, and may have one row for all: see :class:`RowsOfPositions`.
 
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
@@ -81,12 +89,10 @@ class PositionTableShift:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positions = kwargs.get("position_ids")
         if positions is None:
-            raise RuntimeError(
-                f"{type(table).__name__}: expected position_ids as a keyword argument, got none: this version of "
-                "Transformers gives position_offset='peft' no way to move positions; use position_offset='none'"
-            )
-        names = ("cache_length", "past_key_values_length")  # newer and older versions
-        past = args[1] if len(args) > 1 else next((kwargs[name] for name in names if name in kwargs), 0)
+            if isinstance(self.current.shift, Tensor):
+                return args, kwargs  # RowsOfPositions looks them up
+            return (), _moved(table, args, kwargs, self.current.shift)
+        past = args[1] if len(args) > 1 else next((kwargs[name] for name in _PAST_NAMES if name in kwargs), 0)
         usable = None if self.num_positions is None else self.num_positions - self.current.largest
         if usable is not None and isinstance(past, int) and past + positions.shape[-1] > usable:
             raise ValueError(
@@ -95,6 +101,52 @@ class PositionTableShift:
                 "position_offset='none' keeps all"
             )
         return args, kwargs | {"position_ids": positions + self.current.shift}
+
+
+class RowsOfPositions:
+    """Forward hook of a decoder's table of positions that is not given ``position_ids`` by name.
+
+    Where rows begin at different positions, each row is looked up by itself.
+    """
+
+    def __init__(self, decoder: DecoderShift) -> None:
+        self.current = decoder.current
+
+    def __call__(
+        self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        shift = self.current.shift
+        if kwargs.get("position_ids") is not None or not isinstance(shift, Tensor):
+            return None
+        rows = []
+        for row in range(shift.shape[0]):
+            given = _moved(table, args, kwargs, shift[row, 0])
+            for name in ("input_ids", "inputs_embeds"):
+                if given.get(name) is not None:
+                    given[name] = given[name][row : row + 1]
+            rows.append(table.forward(**given))
+        return torch.cat(rows)
+
+
+def _moved(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
+    """The arguments of a call of ``table``, by name, with positions that begin later by ``shift``.
+
+    Raises:
+        RuntimeError: it takes neither positions nor the number of earlier tokens.
+    """
+    names = list(inspect.signature(table.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    past_name = next((name for name in _PAST_NAMES if name in names), None)
+    if given.get("position_ids") is not None:
+        given["position_ids"] = given["position_ids"] + shift
+    elif past_name is not None:
+        given[past_name] = given.get(past_name, 0) + shift
+    else:
+        raise RuntimeError(
+            f"{type(table).__name__}: expected an argument position_ids, {' or '.join(_PAST_NAMES)}, got {names}: this "
+            "version of Transformers gives position_offset='peft' no way to move positions; use position_offset='none'"
+        )
+    return given
 
 
 def without_row_dimension(
@@ -122,4 +174,5 @@ def register_decoder_shift(decoders: Iterable[nn.Module], source: PrefixSource) 
             handles.append(decoder.register_forward_pre_hook(shift, with_kwargs=True, prepend=True))
             handles.append(table.register_forward_pre_hook(PositionTableShift(table, shift), with_kwargs=True))
             handles.append(table.register_forward_hook(without_row_dimension, with_kwargs=True))
+            handles.append(table.register_forward_hook(RowsOfPositions(shift), with_kwargs=True))
     return handles

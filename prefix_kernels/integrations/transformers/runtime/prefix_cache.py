@@ -61,6 +61,15 @@ def rows_of_bank(bank: PrefixBank, ids: Tensor) -> RowPrefixes:
     return RowPrefixes(pairs, length, None if bool(visible.all()) else visible)
 
 
+@dataclass(frozen=True, eq=False)
+class _ReadableLayer:
+    """A layer of a cache whose entries, those of the prefix first, are read without adding any."""
+
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool = True
+
+
 class PrefixCache(Cache):
     """A cache of which a model sees the prefix and then what ``inner`` holds, which never has the prefix itself.
 
@@ -71,6 +80,7 @@ class PrefixCache(Cache):
         sites: the indices of the attentions among the sites, by the number of their layer in the cache.
         names: the names of the attentions in error messages, likewise.
         recorded: gets the keys and values ``[B, Hkv, Sk, D]`` by site; None: they are not asked for.
+        readable: the dtypes of what a model may read in layers without adding entries, by the layers' numbers.
     """
 
     def __init__(
@@ -80,17 +90,30 @@ class PrefixCache(Cache):
         sites: Mapping[int, int],
         names: Mapping[int, str],
         recorded: dict[int, PrefixPair] | None = None,
+        readable: Mapping[int, torch.dtype] | None = None,
     ) -> None:
         self.inner = inner
         self.prefixes = prefixes
         self.sites = sites
         self.names = names
         self.recorded = recorded
+        self.readable = {} if readable is None else readable
 
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]
-        """The layers of ``inner``."""
-        return [] if self.inner is None else self.inner.layers
+        """The layers of ``inner``; those that may be read begin with the prefix."""
+        layers: list[Any] = [] if self.inner is None else self.inner.layers
+        if self.prefixes.length == 0 or not self.readable:
+            return layers
+        layers = layers + [None] * (max(self.readable) + 1 - len(layers))
+        return [self._readable(i, layer) if i in self.readable else layer for i, layer in enumerate(layers)]
+
+    def _readable(self, layer_idx: int, layer: Any) -> _ReadableLayer:
+        key, value = self.prefixes.pairs[self.sites[layer_idx]]
+        if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
+            return _ReadableLayer(key.to(self.readable[layer_idx]), value.to(self.readable[layer_idx]))
+        keys = self._joined("keys", layer_idx, key, layer.keys)
+        return _ReadableLayer(keys, self._joined("values", layer_idx, value, layer.values))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

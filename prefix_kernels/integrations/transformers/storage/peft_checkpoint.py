@@ -26,7 +26,11 @@ from transformers.models.auto import modeling_auto
 from prefix_kernels import fsdp
 from prefix_kernels._files import LARGEST_SIZE, blaming, check_is_file, open_safetensors, parse_json, replacing
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
-from prefix_kernels.integrations.transformers.storage.peft_table import table_from_peft, table_to_peft
+from prefix_kernels.integrations.transformers.storage.peft_table import (
+    layers_of_cache,
+    table_from_peft,
+    table_to_peft,
+)
 from prefix_kernels.integrations.transformers.structure.attention_sites import (
     CROSS,
     DECODER,
@@ -34,8 +38,8 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
     SELF,
     AttentionSite,
 )
+from prefix_kernels.integrations.transformers.structure.cached_attention import shares_cache_with_images
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
-from prefix_kernels.integrations.transformers.structure.key_shape import refuse_shared_keys
 from prefix_kernels.integrations.transformers.structure.prepared import encoder_of
 from prefix_kernels.integrations.transformers.structure.routes import find_layout, prefix_sites
 from prefix_kernels.integrations.transformers.structure.support import check_transformers_model
@@ -119,11 +123,12 @@ def read_peft_checkpoint(path: str | os.PathLike[str], model: PreTrainedModel) -
         )
     sites = _sites_of_peft(model)
     heads, head_dim = sites[0].num_kv_heads, sites[0].head_dim
-    width = 2 * len(sites) * heads * head_dim
+    num_pairs = _num_pairs(model, sites)
+    width = 2 * num_pairs * heads * head_dim
     if prompt.dim() != 2 or prompt.shape[1] != width and not is_encoder_decoder:
         raise ValueError(
             f"{path}: {_TABLE}: expected [P, {width}] (a key and a value of {heads} heads of {head_dim} for each of "
-            f"{len(sites)} layers), got {list(prompt.shape)}"
+            f"{num_pairs} layers), got {list(prompt.shape)}"
         )
     length = settings["num_virtual_tokens"]
     if length not in (None, prompt.shape[0]):
@@ -131,7 +136,8 @@ def read_peft_checkpoint(path: str | os.PathLike[str], model: PreTrainedModel) -
             f"{path}: {CONFIG_FILE}: num_virtual_tokens: expected {prompt.shape[0]}, the rows of {_TABLE}, got {length}"
         )
     with blaming(path):
-        table = table_from_peft(prompt, heads, head_dim, len(sites), is_encoder_decoder=is_encoder_decoder)
+        layers = layers_of_cache(sites)
+        table = table_from_peft(prompt, heads, head_dim, layers, is_encoder_decoder=is_encoder_decoder)
     state, modules_to_save = _read_heads(path, tensors, model, settings["modules_to_save"] or ())
     with blaming(path):
         config = PrefixTuningConfig(
@@ -187,10 +193,10 @@ def save_peft_checkpoint(
         raise ValueError(f"num_frozen_tokens: expected 0 to {length}, got {num_frozen_tokens}")
 
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    num_pairs = model.config.num_hidden_layers if is_encoder_decoder else len(sites)
+    num_pairs = model.config.num_hidden_layers if is_encoder_decoder else _num_pairs(model, sites)
     # PEFT has one stack alone, whose prefixes are of one shape and lie in one table.
     table = cast(PrefixEncoder, encoder_of(model)).full_table().detach()
-    tensors = {_TABLE: table_to_peft(table, num_pairs, is_encoder_decoder=is_encoder_decoder)}
+    tensors = {_TABLE: table_to_peft(table, num_pairs, layers_of_cache(sites), is_encoder_decoder=is_encoder_decoder)}
     trained = [name for name, module in model.named_modules() if getattr(module, "trained_with_prefix", False)]
     modules_to_save = list(dict.fromkeys([*trained, *_HEADS_OF_TASK[task_type]]))
     for name, module in model.named_modules():
@@ -302,6 +308,11 @@ def _sites_of_peft(model: PreTrainedModel) -> list[AttentionSite]:
     """The attentions to which PEFT gives a prefix."""
     is_encoder_decoder = model.config.is_encoder_decoder
     role, known = (DECODER, {ENCODER, DECODER, CROSS}) if is_encoder_decoder else (SELF, {SELF})
+    if shares_cache_with_images(model):
+        raise ValueError(
+            f"{type(model).__name__}: expected prefixes in attentions to text alone, which PEFT also gives to those to "
+            "images, as they share a key/value cache (accelerate runs such an adapter)"
+        )
     sites = prefix_sites(model)
     if unknown := sorted({site.role for site in sites} - known):
         raise ValueError(
@@ -314,12 +325,16 @@ def _sites_of_peft(model: PreTrainedModel) -> list[AttentionSite]:
             f"{type(model).__name__}: expected values of head dim {uneven.head_dim}, as the keys, because PEFT has one "
             f"for both, got {uneven.value_head_dim}"
         )
-    for site in sites:
-        refuse_shared_keys(site.module)
     shapes = {(site.num_kv_heads, site.head_dim) for site in sites}
     if len(shapes) > 1:
         raise ValueError(f"{type(model).__name__}: expected key/value heads of one shape, got {sorted(shapes)}")
     return sites
+
+
+def _num_pairs(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> int:
+    """PEFT's ``num_layers`` for a model of one stack: all layers of its config, those without attention too."""
+    layers: int = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    return max(layers, *(layer + 1 for layer in layers_of_cache(sites)))
 
 
 def _refuse_what_peft_lacks(model: PreTrainedModel, config: PrefixTuningConfig) -> list[AttentionSite]:

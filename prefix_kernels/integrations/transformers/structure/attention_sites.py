@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.integrations.transformers.structure.caches import cache_layer
 from prefix_kernels.integrations.transformers.structure.key_shape import key_shape, module_config
 from prefix_kernels.integrations.transformers.structure.source import asks_for_attention
 from prefix_kernels.integrations.transformers.structure.support import advice_for
@@ -37,6 +38,7 @@ class AttentionSite:
         value_head_dim: ``Dv``.
         call: which of the calls of ``layer`` in a forward pass it is, from 0 on.
         calls: how often ``stack`` calls ``layer`` in a forward pass: more than once where layers share weights.
+        cache_layer: the number of the cache's layer that has its keys; None: it names none.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class AttentionSite:
     value_head_dim: int
     call: int = 0
     calls: int = 1
+    cache_layer: int | None = None
 
 
 def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
@@ -76,7 +79,8 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
         if role == SELF:
             _refuse_other_input(model, backbone, stack, name)
         shape = key_shape(module, f"{type(model).__name__}: {name}")
-        sites.append(AttentionSite(module, layer, stack, role, 0, *shape))
+        layer_number = cache_layer(module, found.values())
+        sites.append(AttentionSite(module, layer, stack, role, 0, *shape, cache_layer=layer_number))
     depths: Counter[str] = Counter()
     numbered = []
     for site in _in_order_of_calls(sites):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,15 +17,11 @@ from prefix_kernels.integrations.transformers.structure.attention_sites import (
     is_cross,
     language_model,
 )
-from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES
-from prefix_kernels.integrations.transformers.structure.key_shape import read_key_shape
+from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES, layer_index
+from prefix_kernels.integrations.transformers.structure.key_shape import module_config, read_key_shape
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixLayout
-from prefix_kernels.integrations.transformers.structure.source import updates_cache
-from prefix_kernels.integrations.transformers.structure.support import REFUSED_TYPES
+from prefix_kernels.integrations.transformers.structure.source import reads_cache, updates_cache
 from prefix_kernels.integrations.transformers.structure.windows import has_sliding_window
-
-# Model types whose cache can hold no prefix.
-UNCACHABLE_TYPES = ("hrm_text",)
 
 # Names of the decoder in an encoder-decoder model.
 _DECODERS = ("decoder", "text_decoder")
@@ -73,37 +69,56 @@ def find_caching_stack(model: PreTrainedModel) -> CachingStack:
     return CachingStack(module, _cache_names(module)[0], names)
 
 
-def find_cached_sites(model: PreTrainedModel) -> list[AttentionSite]:
+def shares_cache_with_images(model: PreTrainedModel) -> bool:
+    """Return True if ``model`` has attentions to images that read its cache even where there is no image."""
+    return any(is_cross(name) and reads_cache(module) for name, module in model.named_modules())
+
+
+def find_cached_sites(model: PreTrainedModel, *, cross_attention: bool = False) -> list[AttentionSite]:
     """Return the self-attentions of ``model`` that add their keys and values to its cache, in order of its modules.
+
+    Args:
+        cross_attention: include the attentions to an image that share the cache, whose layers a prefix would fill too.
 
     Raises:
         ValueError: there are none, or the model has a state besides, which a prefix in the cache would not reach.
     """
     name = type(model).__name__
-    if model.config.model_type in UNCACHABLE_TYPES:
-        raise ValueError(f"{name} is not supported: {REFUSED_TYPES[model.config.model_type]}")
     if getattr(model, "_is_stateful", False):
         raise ValueError(f"{name} has layers with another state than keys and values, which its cache holds too")
     stack = find_caching_stack(model).module
     role = DECODER if model.config.is_encoder_decoder else SELF
     sites: list[AttentionSite] = []
     for path, module in stack.named_modules():
-        if updates_cache(module) and layer_index(module) is not None and not is_cross(path):
+        if not updates_cache(module) or layer_index(module) is None:
+            continue
+        if not is_cross(path) or (cross_attention and reads_cache(module)):
             _, layer = enclosing_layer(stack, path)
-            shape = read_key_shape(module)
-            sites.append(AttentionSite(module, layer, stack, role, len(sites), *shape))
+            layers = _layers_of_calls(stack, path, module)
+            for call, number in enumerate(layers):
+                shape = read_key_shape(module)
+                sites.append(AttentionSite(module, layer, stack, role, 0, *shape, call, len(layers), number))
     if not sites:
         raise ValueError(f"{name}: found no attention that adds its keys to a key/value cache")
-    indices = [layer_index(site.module) for site in sites]
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"{name}: expected attentions with a layer of the cache for each, got layers {indices}")
-    return sites
+    if any(site.calls > 1 for site in sites):
+        sites.sort(key=lambda site: site.cache_layer or 0)
+    numbers = [site.cache_layer for site in sites]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name}: expected attentions with a layer of the cache for each, got layers {numbers}")
+    return [replace(site, depth=depth) for depth, site in enumerate(sites)]
 
 
-def layer_index(module: nn.Module) -> int | None:
-    """Return the number of the cache's layer that the attention ``module`` uses, or None if it has none."""
-    indices = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
-    return next((index for index in indices if isinstance(index, int)), None)
+def _layers_of_calls(stack: nn.Module, path: str, module: nn.Module) -> list[int]:
+    """Return the numbers of the cache's layers that the attention ``module`` uses, one for each call of it."""
+    first = layer_index(module)
+    assert first is not None
+    config = module_config(stack)
+    if config.model_type != "hrm_text":
+        return [first]
+    # Each of its cycles calls the low stack so many times, then the high stack once; every call has layers of its own.
+    calls, size = config.L_cycles + 1, config.num_layers_per_stack
+    in_cycle = [config.L_cycles] if path.startswith("H_module") else range(config.L_cycles)
+    return [(cycle * calls + call) * size + first for cycle in range(config.H_cycles) for call in in_cycle]
 
 
 def refuse_uncachable(model: PreTrainedModel, layout: PrefixLayout, config: PrefixTuningConfig) -> None:

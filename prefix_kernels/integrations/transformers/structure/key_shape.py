@@ -34,19 +34,6 @@ def read_key_shape(module: nn.Module) -> tuple[int, int, int]:
     return num_kv_heads, head_dim, _value_head_dim(module, head_dim, num_kv_heads)
 
 
-def refuse_shared_keys(module: nn.Module) -> None:
-    """Raise where ``module`` takes its keys from an earlier layer, in whose cache PEFT's prefix lies for both.
-
-    Raises:
-        ValueError: it does.
-    """
-    if getattr(module, "is_kv_shared_layer", False):
-        raise ValueError(
-            f"{type(module).__name__}: expected layers with keys of their own, got one that takes them from an earlier "
-            "layer: PEFT has one prefix for both, get_prefix_model one for each"
-        )
-
-
 def module_config(module: nn.Module) -> Any:
     """The config of ``module``; which attributes it has depends on the model type."""
     return module.config

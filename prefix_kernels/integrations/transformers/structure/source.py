@@ -31,6 +31,13 @@ def updates_cache(module: nn.Module) -> bool:
     return bool(re.search(r"\.update\(\s*key", _source(type(module).forward)))
 
 
+def reads_cache(module: nn.Module) -> bool:
+    """Return True if ``module.forward`` may take keys from a cache of self-attentions without adding any."""
+    source = _source(type(module).forward)
+    reads = bool(re.search(r"\.layers\[self\.layer_idx\]\s*\.keys", source))
+    return reads and "cross_attention_cache" not in source
+
+
 def masks_both_sides(stack: nn.Module) -> bool:
     """Return True if the masks that ``stack.forward`` makes show each token those after it too, by its config."""
     by_config = "create_causal_mask if self.config.is_decoder else create_bidirectional_mask"
@@ -42,6 +49,12 @@ def hands_over_window(module: nn.Module) -> bool:
     if "sliding_window" in _source(type(module).forward):
         return True
     return "sliding_window" not in _module_source(type(module).__module__)
+
+
+def makes_causal_windows(stack: nn.Module) -> bool:
+    """Return True if the file of ``stack`` makes causal masks of sliding windows."""
+    source = _module_source(type(stack).__module__)
+    return "create_sliding_window_causal_mask" in source or "create_masks_for_generate" in source
 
 
 def is_told_a_smaller_window(module: nn.Module, stack: nn.Module) -> bool:
