@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import WORLD, assert_gradients_of_one, own_rows, run_on_two_processes
 
 from prefix_kernels import PrefixEncoder, prefix_attention
@@ -39,26 +41,62 @@ def _calls() -> dict[str, Call]:
     }
 
 
-def _result(call: Call, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def _calls_of_the_split() -> dict[str, Call]:
+    sizes = {"batch": 4, "q_heads": 4, "kv_heads": 4, "q_len": 9, "k_len": 9, "head_dim": 8, "layout": "contiguous"}
+    ids = torch.tensor([1, -1, 0, 1])
+    return {
+        "one prefix": make_call(**sizes),
+        "causal, a bank": make_call(
+            **sizes, is_causal=True, num_prefixes=2, prefix_ids=ids, prefix_lens=torch.tensor([3, 5])
+        ),
+        "no prefix": make_call(**sizes, prefix_len=None),
+    }
+
+
+class _OperatorNames(TorchDispatchMode):
+    """Keeps the names of the operators that run while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _result(call: Call, inputs: dict[str, Tensor | None], backend: str) -> dict[str, Tensor]:
     leaves = {name: None if x is None else x.detach().requires_grad_() for name, x in inputs.items()}
-    out, lse = prefix_attention(**leaves, **call.options, return_lse=True)
+    with _OperatorNames() as operators:
+        out, lse = prefix_attention(**leaves, **call.options, return_lse=True, backend=backend)
+    assert ("prefix_kernels::split_forward" in operators.names) == (backend == "split")
     dout, dlse = call.dout.to(out.dtype), call.dlse.to(lse.dtype)
     if isinstance(out, DTensor):
         dout, dlse = (distribute_tensor(x, out.device_mesh, out.placements) for x in (dout, dlse))
-    torch.autograd.backward([out, lse], [dout, dlse])
+    # With a gradient of lse, the backward of the split is that of the fused kernels.
+    results, gradients = ([out], [dout]) if backend == "split" else ([out, lse], [dout, dlse])
+    torch.autograd.backward(results, gradients)
     grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
     return {"out": out, "lse": lse} | grads
 
 
 def _check_sharded_calls() -> None:
+    _check_shards(_calls(), "fused")
+
+
+def _check_sharded_calls_of_the_split() -> None:
+    _check_shards(_calls_of_the_split(), "split")
+
+
+def _check_shards(calls: dict[str, Call], backend: str) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
-    for name, call in _calls().items():
-        expected = _result(call, call.inputs)
+    for name, call in calls.items():
+        expected = _result(call, call.inputs, backend)
         for placement in (BATCH, HEADS, Replicate()):
             sharded = {n: x if x is None else distribute_tensor(x, mesh, [Replicate()]) for n, x in call.inputs.items()}
             for n in ("query", "key", "value"):
                 sharded[n] = sharded[n].redistribute(placements=[placement])
-            got = _result(call, sharded)
+            got = _result(call, sharded, backend)
             assert got["out"].placements == got["lse"].placements == (placement,)
             assert got["out"].stride() == expected["out"].stride()
             for n, x in expected.items():
@@ -69,10 +107,14 @@ def test_an_operator_call_on_shards_gives_the_result_of_the_whole(tmp_path: Path
     run_on_two_processes(_check_sharded_calls, tmp_path)
 
 
+def test_the_split_on_shards_gives_the_result_of_the_whole(tmp_path: Path) -> None:
+    run_on_two_processes(_check_sharded_calls_of_the_split, tmp_path)
+
+
 def _check_mixed_and_refused() -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     call = _calls()["one prefix"]
-    expected = _result(call, call.inputs)
+    expected = _result(call, call.inputs, "fused")
     # A plain parameter counts as held whole by everyone.
     prefixes = [call.inputs[name].clone().requires_grad_() for name in ("prefix_key", "prefix_value")]
     query, key, value = (distribute_tensor(call.inputs[name], mesh, [HEADS]) for name in INPUT_NAMES[:3])
