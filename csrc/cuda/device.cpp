@@ -5,6 +5,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
+#include <mutex>
+
 #include "architectures.h"
 
 namespace prefix_kernels::cuda {
@@ -16,6 +19,27 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// The part of Context that a GPU never changes. The driver is asked once for each GPU: small calls take no longer than
+// its answers.
+struct Capabilities {
+  int architecture, sm_count, shared_bytes;
+};
+
+Capabilities capabilities_of(const c10::Device& device) {
+  static std::mutex mutex;
+  static std::map<int, Capabilities> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device.index());
+  if (found != known.end()) return found->second;
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device.index());
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device.index());
+  check_architecture(PREFIX_KERNELS_CUDA_ARCHITECTURES, major, minor, device.str());
+  const Capabilities capabilities{10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device.index()),
+                                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index())};
+  known.emplace(device.index(), capabilities);
+  return capabilities;
+}
+
 }  // namespace
 
 struct Device::Guard {
@@ -24,16 +48,10 @@ struct Device::Guard {
 };
 
 Device::Device(const at::Tensor& tensor) : guard_(std::make_unique<Guard>(tensor.device())), like_(tensor) {
-  const int device = tensor.get_device();
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  check_architecture(PREFIX_KERNELS_CUDA_ARCHITECTURES, major, minor, tensor.device().str());
-  context_ = {10 * major + minor,
-              attribute(cudaDevAttrMultiProcessorCount, device),
-              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-              c10::cuda::getCurrentCUDAStream(device).stream(),
-              &Device::allocate,
-              this};
+  const Capabilities gpu = capabilities_of(tensor.device());
+  context_ = {gpu.architecture,  gpu.sm_count,
+              gpu.shared_bytes,  c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream(),
+              &Device::allocate, this};
 }
 
 Device::~Device() = default;
