@@ -7,6 +7,7 @@ TORCH_SOURCES = [
     "csrc/merge.cpp",
     "csrc/module.cpp",
     "csrc/ops.cpp",
+    "csrc/packed.cpp",
     "csrc/results.cpp",
     "csrc/validate.cpp",
     "csrc/cpu/api.cpp",

@@ -70,6 +70,15 @@ struct AttentionParams {
   bool extends = false;
   MaskOperand mask;
 
+  // Packed sequences: operands are [rows of all sequences, heads, dim], so that batch_stride is 0; batch is the number
+  // of sequences, q_len and k_len their greatest lengths, and lse is [q_heads, packed_queries]. Null: each has all of
+  // q_len and k_len.
+  const int64_t* query_starts = nullptr;   // [batch + 1]
+  const int64_t* key_starts = nullptr;     // [batch + 1]
+  const int64_t* prefix_starts = nullptr;  // [num_prefixes + 1]: a packed bank, whose valid rows are prefix_lens
+  int64_t packed_queries = 0;
+  int64_t packed_keys = 0;
+
   const int64_t* prefix_ids = nullptr;     // [batch, prefix_slots] contiguous; -1 is none; null: see prefix_of_row
   const int64_t* prefix_lens = nullptr;    // [num_prefixes], valid rows of each; null: all prefix_len
   const int64_t* query_offsets = nullptr;  // [batch]; null: query_offset for all

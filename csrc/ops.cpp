@@ -78,6 +78,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   return std::tuple_cat(gradients);
 }
 
+// The options of the packed operators, in the order of their schema.
+#define PREFIX_KERNELS_PACKED_PARAMETERS                                                                        \
+  const at::Tensor &cu_seqlens_q, const at::Tensor &cu_seqlens_k, const OptionalTensor &cu_prefix_lens,         \
+      const OptionalTensor &prefix_ids, const OptionalTensor &prefix_lens, const OptionalTensor &query_offsets, \
+      const OptionalTensor &dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,         \
+      bool is_causal, std::optional<double> scale, int64_t window_left, int64_t window_right,                   \
+      bool window_includes_prefix, double softcap
+#define PREFIX_KERNELS_PACKED_VALUES                                                                              \
+  cu_seqlens_q, cu_seqlens_k, cu_prefix_lens, prefix_ids, prefix_lens, query_offsets, dropout_seed, max_seqlen_q, \
+      max_seqlen_k, dropout_p, is_causal, scale, window_left, window_right, window_includes_prefix, softcap
+
+template <auto kForward>
+std::tuple<at::Tensor, at::Tensor> packed_forward_on(const at::Tensor& query, const at::Tensor& key,
+                                                     const at::Tensor& value, const OptionalTensor& prefix_key,
+                                                     const OptionalTensor& prefix_value,
+                                                     PREFIX_KERNELS_PACKED_PARAMETERS) {
+  const OptionalTensor some_key = key, some_value = value;
+  return kForward({query, some_key, some_value, prefix_key, prefix_value, PREFIX_KERNELS_PACKED_VALUES});
+}
+
+template <auto kBackward>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_backward_on(
+    const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& query, const OptionalTensor& key,
+    const OptionalTensor& value, const OptionalTensor& prefix_key, const OptionalTensor& prefix_value,
+    const OptionalTensor& out, const at::Tensor& lse, PREFIX_KERNELS_PACKED_PARAMETERS, int64_t key_rows,
+    std::array<bool, kNumGradients> needs) {
+  return std::tuple_cat(kBackward({query, key, value, prefix_key, prefix_value, PREFIX_KERNELS_PACKED_VALUES}, dout,
+                                  dlse, out, lse, key_rows, needs));
+}
+
 template <auto kMergeBackward>
 std::vector<at::Tensor> merge_backward_on(const at::Tensor& dout, const OptionalTensor& dlse, at::TensorList outs,
                                           at::TensorList lses, c10::List<bool> needs) {
@@ -90,6 +120,12 @@ std::vector<at::Tensor> merge_backward_on(const at::Tensor& dout, const Optional
   "Tensor? attn_mask, Tensor? prefix_ids, Tensor? prefix_lens, Tensor? query_offsets, Tensor? dropout_seed, " \
   "float dropout_p, bool is_causal, float? scale, SymInt? query_offset, int window_left, int window_right, "  \
   "bool window_includes_prefix, float softcap"
+
+#define PREFIX_KERNELS_PACKED_OPTIONS                                                                               \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? cu_prefix_lens, Tensor? prefix_ids, Tensor? prefix_lens, "     \
+  "Tensor? query_offsets, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "                         \
+  "float dropout_p, bool is_causal, float? scale, int window_left, int window_right, bool window_includes_prefix, " \
+  "float softcap"
 
 PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
   m.def(
@@ -111,6 +147,14 @@ PREFIX_KERNELS_DEFINE(PREFIX_KERNELS_LIBRARY, m) {
   m.def("merge_backward(Tensor dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, bool[] needs) -> Tensor[]");
 #if !defined(PREFIX_KERNELS_EMULATED)
   m.def("cpu_isa() -> str", &cpu::isa);
+  m.def(
+      "packed_forward(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? "
+      "prefix_value, " PREFIX_KERNELS_PACKED_OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "packed_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor? key, Tensor? value, Tensor? prefix_key, "
+      "Tensor? prefix_value, Tensor? out, Tensor lse, " PREFIX_KERNELS_PACKED_OPTIONS
+      ", SymInt key_rows, bool[5] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dprefix_key, "
+      "Tensor dprefix_value)");
 #endif
 }
 
@@ -127,6 +171,8 @@ PREFIX_KERNELS_IMPLEMENT(PREFIX_KERNELS_LIBRARY, CPU, m) {
   m.impl("forward", &forward_on<&cpu::forward>);
   m.impl("extend_", &extend_on<&cpu::extend>);
   m.impl("backward", &backward_on<&cpu::backward>);
+  m.impl("packed_forward", &packed_forward_on<&cpu::packed_forward>);
+  m.impl("packed_backward", &packed_backward_on<&cpu::packed_backward>);
   m.impl("merge", &cpu::merge);
   m.impl("merge_backward", &merge_backward_on<&cpu::merge_backward>);
 }

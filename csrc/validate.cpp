@@ -24,6 +24,8 @@ void check_floating(const char* name, const at::Tensor& x) {
                    x.scalar_type());
 }
 
+}  // namespace
+
 void check_operand(const char* name, const at::Tensor& x, const at::Tensor& query) {
   check_device(name, x, query);
   check_floating(name, x);
@@ -37,6 +39,8 @@ void check_integers(const char* name, const at::Tensor& x, const at::Tensor& que
   TORCH_CHECK_TYPE(x.scalar_type() == at::kInt || x.scalar_type() == at::kLong, name, ": expected int32 or int64, got ",
                    x.scalar_type());
 }
+
+namespace {
 
 void check_head_dim(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.size(3) >= 1 && x.size(3) <= kMaxHeadDim, name, ": expected a head dim from 1 to ", kMaxHeadDim,

@@ -32,6 +32,12 @@ struct AttentionArguments {
   double softcap;
 };
 
+// Checks the device, dtype, layout and last stride of a tensor that the kernels read.
+void check_operand(const char* name, const at::Tensor& x, const at::Tensor& query);
+
+// Checks the device and dtype of a tensor of integers.
+void check_integers(const char* name, const at::Tensor& x, const at::Tensor& query);
+
 // Checks the arguments of the forward pass and throws what a user should read.
 void check_forward(const AttentionArguments& args);
 

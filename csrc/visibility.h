@@ -35,17 +35,35 @@ PREFIX_KERNELS_HOST_DEVICE int64_t valid_prefix_length(const AttentionParams& p,
   return p.prefix_lens != nullptr ? p.prefix_lens[n] : p.prefix_len;
 }
 
+// The queries and keys of batch row b.
+PREFIX_KERNELS_HOST_DEVICE int64_t row_queries(const AttentionParams& p, int64_t b) {
+  return p.query_starts != nullptr ? p.query_starts[b + 1] - p.query_starts[b] : p.q_len;
+}
+
+PREFIX_KERNELS_HOST_DEVICE int64_t row_keys(const AttentionParams& p, int64_t b) {
+  return p.key_starts != nullptr ? p.key_starts[b + 1] - p.key_starts[b] : p.k_len;
+}
+
+// The rows of prefix n in memory, of which valid_prefix_length hold a token.
+PREFIX_KERNELS_HOST_DEVICE int64_t prefix_rows(const AttentionParams& p, int64_t n) {
+  return p.prefix_starts != nullptr ? p.prefix_starts[n + 1] - p.prefix_starts[n] : p.prefix_len;
+}
+
 PREFIX_KERNELS_HOST_DEVICE int64_t row_query_offset(const AttentionParams& p, int64_t b) {
   return p.query_offsets != nullptr ? p.query_offsets[b] : p.query_offset;
 }
 
-// The sequence keys [begin, end) that the query at position `position` sees; mask apart.
-PREFIX_KERNELS_HOST_DEVICE KeyRange visible_sequence(const AttentionParams& p, int64_t position) {
-  KeyRange range{0, p.k_len};
+// The sequence keys [begin, end), of k_len, that the query at position `position` sees; mask apart.
+PREFIX_KERNELS_HOST_DEVICE KeyRange visible_sequence(const AttentionParams& p, int64_t position, int64_t k_len) {
+  KeyRange range{0, k_len};
   if (p.is_causal) range.end = clamp_to(position + 1, 0, range.end);
   if (p.window_right >= 0) range.end = clamp_to(position + p.window_right + 1, 0, range.end);
-  if (p.window_left >= 0) range.begin = clamp_to(position - p.window_left, 0, p.k_len);
+  if (p.window_left >= 0) range.begin = clamp_to(position - p.window_left, 0, k_len);
   return range;
+}
+
+PREFIX_KERNELS_HOST_DEVICE KeyRange visible_sequence(const AttentionParams& p, int64_t position) {
+  return visible_sequence(p, position, p.k_len);
 }
 
 // The first visible column among the row's concatenated prefixes, which hold prefix_total columns.

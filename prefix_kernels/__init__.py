@@ -22,6 +22,7 @@ from prefix_kernels.nn import (  # noqa: E402
     replace_multihead_attention,
     restore_multihead_attention,
 )
+from prefix_kernels.varlen import prefix_attention_varlen  # noqa: E402
 
 __all__ = [
     "PrefixEncoder",
@@ -34,6 +35,7 @@ __all__ = [
     "mark_only_prefix_as_trainable",
     "merge_attention",
     "prefix_attention",
+    "prefix_attention_varlen",
     "prefix_state_dict",
     "read_prefix_metadata",
     "replace_multihead_attention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, Literal, overload
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefix_kernels import autograd, ops
+from prefix_kernels.arguments import check_number, check_tensors, window_of
 from prefix_kernels.backends import split
 from prefix_kernels.backends.call import Call
 from prefix_kernels.backends.choice import BackendChoice, choice_of, choose, is_always_fused
@@ -17,39 +17,6 @@ from prefix_kernels.backends.setting import Backend, resolved_backend
 
 # The largest head dim, of queries and keys or of values, that the kernels take: kMaxHeadDim of csrc/attention_params.h.
 MAX_HEAD_DIM = 256
-
-
-def _window(window_size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size: expected (left, right), got {window_size!r}") from None
-    _check_number("window_size", left, integer=True)
-    _check_number("window_size", right, integer=True)
-    return left, right
-
-
-def _check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
-    """Raise for the first argument that the dispatcher finds no kernel for, in words that name it."""
-    for name, x in (required | {name: x for name, x in optional.items() if x is not None}).items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise ValueError(
-                f"{name}: expected a dense tensor, got a nested one; pad it and give attn_mask the padding"
-            )
-        if x.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}; call .to_dense()")
-        if x.is_quantized:
-            raise TypeError(
-                f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}; call .dequantize()"
-            )
-
-
-def _check_number(name: str, x: float | None, *, integer: bool = False) -> None:
-    kinds = (int, numbers.Integral, torch.SymInt) if integer else (float, numbers.Real, torch.SymFloat, torch.SymInt)
-    if not isinstance(x, kinds):
-        raise TypeError(f"{name}: expected {'an integer' if integer else 'a number'}, got {x!r} ({type(x).__name__})")
 
 
 def _refuse_tangents(*inputs: Tensor | None) -> None:
@@ -245,13 +212,13 @@ def prefix_attention(
             backend=backend,
         )
     asked = resolved_backend(backend)
-    _check_number("dropout_p", dropout_p)
-    _check_number("softcap", softcap)
+    check_number("dropout_p", dropout_p)
+    check_number("softcap", softcap)
     if scale is not None:
-        _check_number("scale", scale)
+        check_number("scale", scale)
     if query_offset is not None and not isinstance(query_offset, Tensor):
-        _check_number("query_offset", query_offset, integer=True)
-    window = _window(window_size)
+        check_number("query_offset", query_offset, integer=True)
+    window = window_of(window_size)
     query_offsets = query_offset if isinstance(query_offset, Tensor) else None
     tensors = {
         "prefix_key": prefix_key,
@@ -291,7 +258,7 @@ def prefix_attention(
         )
     except (AttributeError, TypeError, ValueError, RuntimeError):
         # The dispatcher's own words are for those who wrote the operator. Asked beforehand, this would cost every call.
-        _check_tensors({"query": query, "key": key, "value": value}, tensors)
+        check_tensors({"query": query, "key": key, "value": value}, tensors)
         raise
     return (out, lse) if return_lse else out
 
@@ -325,15 +292,15 @@ def explain(
         TypeError: a tensor or number is none.
     """
     required = {"query": query, "key": key, "value": value}
-    _check_tensors(required, {"prefix_key": prefix_key, "prefix_value": prefix_value, "attn_mask": attn_mask})
-    _check_number("dropout_p", dropout_p)
-    _check_number("softcap", softcap)
+    check_tensors(required, {"prefix_key": prefix_key, "prefix_value": prefix_value, "attn_mask": attn_mask})
+    check_number("dropout_p", dropout_p)
+    check_number("softcap", softcap)
 
     def local(x: Any) -> Any:
         """The shard of this process, which is what it computes of a sharded call."""
         return x.to_local() if hasattr(x, "to_local") else x
 
     prefixes = local(prefix_key), local(prefix_value)
-    options = (*prefixes, attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, _window(window_size))
+    options = (*prefixes, attn_mask, dropout_p, is_causal, scale, prefix_ids, prefix_lens, window_of(window_size))
     call = Call(local(query), local(key), local(value), *options, query_offset, softcap)
     return choice_of(call, resolved_backend(backend))

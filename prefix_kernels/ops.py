@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +19,30 @@ NUM_OPTIONS = 13  # that both operators share, the tensors first
 _Shape = Sequence[int]  # stands for a tensor in the arguments of a FLOP formula
 
 
-def _lse_dtype(query: Tensor) -> torch.dtype:
+def lse_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of the logsumexp of such queries."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def check_devices(query: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Check that the tensors, given with their names, are on the device of ``query``.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, x in others:
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
 
 
 @torch.library.register_fake("prefix_kernels::forward")
 def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Shapes and dtypes are checked when the operator runs; a device would be settled by then.
-    for name, x in zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False):
-        if x is not None and x.device != query.device:
-            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
+    check_devices(query, zip((*DIFFERENTIABLE[1:], *TENSOR_OPTIONS), rest, strict=False))
     batch, heads, q_len, _ = query.shape
     value = rest[1]
     out = query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
-    lse = query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query))
+    lse = query.new_empty(batch, heads, q_len, dtype=lse_dtype(query))
     mask = rest[len(DIFFERENTIABLE) - 1]
     is_added = mask is not None and mask.dtype != torch.bool
     return out, lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
@@ -63,19 +73,26 @@ def _backward_fake(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     needs: Sequence[bool] = rest[-1]
-    likes = [
-        query,
-        _either(key, value),
-        _either(value, key),
-        _either(prefix_key, prefix_value),
-        _either(prefix_value, prefix_key),
-    ]
+    likes = likes_of_gradients(query, key, value, prefix_key, prefix_value)
     head_dim, value_dim = query.shape[-1], dout.shape[-1]
     head_dims = (head_dim, head_dim, value_dim, head_dim, value_dim)
     return tuple(
         empty_gradient(like, dim) if need else query.new_empty(0)
         for like, dim, need in zip(likes, head_dims, needs, strict=True)
     )
+
+
+def likes_of_gradients(
+    query: Tensor, key: Tensor | None, value: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None
+) -> list[Tensor | None]:
+    """The tensors whose shapes the gradients have, but for the head dim: each input, or its twin where it was left."""
+    return [
+        query,
+        _either(key, value),
+        _either(value, key),
+        _either(prefix_key, prefix_value),
+        _either(prefix_value, prefix_key),
+    ]
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

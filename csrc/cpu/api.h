@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../merge.h"
+#include "../packed.h"
 #include "../results.h"
 #include "../validate.h"
 
@@ -26,6 +27,12 @@ void extend(const AttentionArguments& args, const at::Tensor& out, const at::Ten
 Gradients backward(const AttentionArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                    const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_len,
                    std::array<bool, kNumGradients> needs);
+
+// The same for packed sequences: out and lse, and the asked-for gradients.
+std::tuple<at::Tensor, at::Tensor> packed_forward(const PackedArguments& args);
+Gradients packed_backward(const PackedArguments& args, const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
+                          const std::optional<at::Tensor>& out, const at::Tensor& lse, int64_t key_rows,
+                          std::array<bool, kNumGradients> needs);
 
 // Attention over all keys from attention over disjoint sets of them: out and lse.
 std::tuple<at::Tensor, at::Tensor> merge(at::TensorList outs, at::TensorList lses);

@@ -33,11 +33,11 @@ struct BackwardJob {
 // Runs a task for one of the ranges that its query blocks fall into.
 template <class T>
 inline void run_pass(BackwardWorker<T>& w, int64_t chunk, const BackwardTask& task) {
-  const KeyRange range = w.plan.blocks(task.split, w.pass);
+  const KeyRange range = w.plan.blocks(task, w.pass);
   w.blocks = range.end - range.begin;
   for (int64_t i = 0; i < w.blocks; ++i) {
     BackwardState<T>& state = w.states[i];
-    new (&state.block) QueryBlock(w.p, w.plan.partition, task.batch, task.kv_head, range.begin + i);
+    new (&state.block) QueryBlock(w.p, task.batch, task.kv_head, range.begin + i);
     state.ready = false;
     if (w.plan.needs.dquery && w.plan.parts > 1)
       state.dquery = w.plan.part_dquery(
@@ -109,13 +109,13 @@ void sum_prefix(const BackwardPlan<T>& plan, int64_t index, const Operand& gradi
   const AttentionParams& p = plan.params.forward;
   const int64_t tiles = ceil_div(p.prefix_len, kBlockK), pair = index / tiles, first = index % tiles * kBlockK;
   const int64_t kv_head = pair / p.num_prefixes, prefix = pair % p.num_prefixes;
-  const Operand head = head_of(gradient, prefix, kv_head);
-  const int64_t length = valid_prefix_length(p, prefix);
+  const Operand head = prefix_head(p, gradient, prefix, kv_head);
+  const int64_t rows = prefix_rows(p, prefix), length = valid_prefix_length(p, prefix);
   int64_t part = 0;  // part that the tile belongs to
   while (part + 1 < plan.parts && plan.part_rows(length, part).end <= first) ++part;
   const int64_t part_begin = plan.part_rows(length, part).begin, chunks = plan.chunks / plan.parts;
   T sum[kMaxHeadDim];
-  for (int64_t r = first; r < first + kBlockK && r < p.prefix_len; ++r) {
+  for (int64_t r = first; r < first + kBlockK && r < rows; ++r) {
     for (int64_t d = 0; d < padded; ++d) sum[d] = 0;
     for (int64_t chunk = part * chunks; chunk < (part + 1) * chunks && r < length; ++chunk) {
       const int64_t tile = plan.prefix_tile(chunk, kv_head, prefix);
@@ -134,9 +134,9 @@ void sum_sequence(const BackwardPlan<T>& plan, int64_t index, const Operand& gra
   const AttentionParams& p = plan.params.forward;
   const int64_t tiles = ceil_div(p.k_len, kBlockK), first = index % tiles * kBlockK;
   const int64_t batch = index / tiles / p.kv_heads, kv_head = index / tiles % p.kv_heads;
-  const Operand head = head_of(gradient, batch, kv_head);
+  const Operand head = sequence_head(p, gradient, batch, kv_head);
   T sum[kMaxHeadDim];
-  for (int64_t r = first; r < first + kBlockK && r < p.k_len; ++r) {
+  for (int64_t r = first; r < first + kBlockK && r < row_keys(p, batch); ++r) {
     for (int64_t d = 0; d < padded; ++d) sum[d] = 0;
     for (int64_t split = 0; split < plan.splits; ++split) {
       const T* row = partial.data() + (plan.sequence_row({kv_head, batch, split, 0}) + r) * padded;
@@ -152,7 +152,9 @@ void sum_queries(const BackwardPlan<T>& plan, int64_t index, T factor) {
   const AttentionParams& p = plan.params.forward;
   const Operand& gradient = plan.params.gradients[kDQuery];
   const int64_t head = index / plan.partition.count, depth = plan.padded_depth;
-  const QueryBlock block(p, plan.partition, head / p.kv_heads, head % p.kv_heads, index % plan.partition.count);
+  const int64_t batch = head / p.kv_heads, number = index % plan.partition.count;
+  if (number >= BlockPartition(p, row_queries(p, batch)).count) return;
+  const QueryBlock block(p, batch, head % p.kv_heads, number);
   T sum[kMaxHeadDim];
   for (int l = 0; l < block.count; ++l) {
     for (int64_t d = 0; d < depth; ++d) sum[d] = 0;

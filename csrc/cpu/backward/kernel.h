@@ -117,11 +117,11 @@ inline void prefetch_following(BackwardWorker<T>& w) {
   const bool same_task = w.pass + 1 < w.plan.passes;
   const BackwardTask* task = same_task ? w.task : w.next;
   if (task == nullptr) return;
-  const int64_t block = w.plan.blocks(task->split, same_task ? w.pass + 1 : 0).begin;
-  prefetch_block(w, QueryBlock(w.p, w.plan.partition, task->batch, task->kv_head, block));
+  const KeyRange blocks = w.plan.blocks(*task, same_task ? w.pass + 1 : 0);
+  if (blocks.begin < blocks.end) prefetch_block(w, QueryBlock(w.p, task->batch, task->kv_head, blocks.begin));
   if (w.plan.needs.visits_sequence())
     prefetch_tile(w, make_segment(w.p, task->batch, task->kv_head, w.p.prefix_slots, 0),
-                  w.plan.part_rows(w.p.k_len, task->part).begin);
+                  w.plan.part_rows(row_keys(w.p, task->batch), task->part).begin);
 }
 
 // Prefetches the data needed after the step of block i with a tile: the next block, if it is not ready; after the last
@@ -157,7 +157,7 @@ inline void begin_block(BackwardWorker<T>& w, BackwardState<T>& state) {
   const T* lse = static_cast<const T*>(w.p.lse);
   const T* dlse = static_cast<const T*>(w.plan.params.dlse);
   for (int l = 0; l < block.count; ++l) {
-    const int64_t row = (block.batch * w.p.q_heads + block.head(l)) * w.p.q_len + block.query(l);
+    const int64_t row = block.lse_index(l);
     state.lse[l] = lse[row] != -std::numeric_limits<T>::infinity() ? lse[row] : std::numeric_limits<T>::infinity();
     if (needs.any_ds() && dlse != nullptr) state.delta[l] -= dlse[row];
   }
@@ -233,8 +233,8 @@ inline T* tile_sums(BackwardWorker<T>& w, const Buffer<T>& prefix, const Buffer<
 template <class T>
 inline void write_rows(BackwardWorker<T>& w, const Operand& gradient, int64_t depth, const BackwardTask& task,
                        int64_t first, int count, T factor, const T* sums, int64_t padded) {
-  const Operand head = head_of(gradient, task.batch, task.kv_head);
-  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.kv_heads * w.p.k_len, depth);
+  const Operand head = sequence_head(w.p, gradient, task.batch, task.kv_head);
+  const bool past_caches = streams<T>(gradient, all_key_rows(w.p), depth);
   for (int r = 0; r < count; ++r)
     write_gradient_row<T>(head, (first + r) * head.row_stride, depth, factor, sums + r * padded, past_caches);
 }
@@ -278,7 +278,7 @@ inline void backward_tile(BackwardWorker<T>& w, int64_t chunk, const BackwardTas
 template <class T>
 inline void finish_blocks(BackwardWorker<T>& w) {
   const Operand& gradient = w.plan.params.gradients[kDQuery];
-  const bool past_caches = streams<T>(gradient, w.p.batch * w.p.q_heads * w.p.q_len, w.p.head_dim);
+  const bool past_caches = streams<T>(gradient, all_query_rows(w.p), w.p.head_dim);
   for (int64_t i = 0; i < w.blocks; ++i)
     for (int l = 0; l < w.states[i].block.count; ++l)
       write_gradient_row<T>(gradient, lane_offset(gradient, w.states[i].block, l), w.p.head_dim,

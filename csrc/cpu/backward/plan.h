@@ -116,8 +116,9 @@ struct BackwardPlan {
     return {bound(part), bound(part + 1)};
   }
   // The query blocks of one pass of a task.
-  KeyRange blocks(int64_t split, int64_t pass) const {
-    const int64_t begin = partition.count * split / splits, count = partition.count * (split + 1) / splits - begin;
+  KeyRange blocks(const BackwardTask& t, int64_t pass) const {
+    const int64_t all = BlockPartition(params.forward, row_queries(params.forward, t.batch)).count;
+    const int64_t begin = all * t.split / splits, count = all * (t.split + 1) / splits - begin;
     return {begin + count * pass / passes, begin + count * (pass + 1) / passes};
   }
   int64_t max_blocks() const { return ceil_div(ceil_div(partition.count, splits), passes); }

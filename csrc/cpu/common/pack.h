@@ -81,7 +81,7 @@ void unpack_lanes(int count, int64_t depth, const T* factor, RowOf row_of, const
 
 // Offset of a lane's row in a [batch, q_heads, q_len, depth] operand, in elements.
 PREFIX_KERNELS_INLINE int64_t lane_offset(const Operand& x, const QueryBlock& block, int lane) {
-  return block.batch * x.batch_stride + block.head(lane) * x.head_stride + block.query(lane) * x.row_stride;
+  return block.batch * x.batch_stride + block.head(lane) * x.head_stride + block.row(lane) * x.row_stride;
 }
 
 template <class U>
@@ -113,7 +113,7 @@ void pack_rows(const Operand& x, int64_t first, int count, int64_t depth, T fact
 template <class T>
 void unpack_queries(const Operand& x, const QueryBlock& block, int64_t depth, const T* factor, const T* src) {
   const AttentionParams& p = *block.params;
-  const bool past_caches = streams<T>(x, p.batch * p.q_heads * p.q_len, depth);
+  const bool past_caches = streams<T>(x, all_query_rows(p), depth);
   dispatch_dtype(x.dtype, [&](auto* tag) {
     using Dst = std::remove_pointer_t<decltype(tag)>;
     const auto row_of = [&](int lane) { return lane_row<Dst>(x, block, lane); };

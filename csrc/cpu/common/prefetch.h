@@ -25,7 +25,7 @@ class Prefetcher {
 
   // Adds the rows of a block's queries, if they belong to one head.
   void add_queries(const Operand& x, const QueryBlock& block, int64_t depth) {
-    if (block.one_head) add_rows(head_of(x, block.batch, block.head(0)), block.query(0), block.count, depth);
+    if (block.one_head) add_rows(head_of(x, block.batch, block.head(0), block.row(0)), 0, block.count, depth);
   }
 
   // Spreads the rows over about this many calls of advance(); over fewer rather than more, since some may not come.

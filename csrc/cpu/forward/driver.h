@@ -34,16 +34,16 @@ void prefetch_task(const ForwardPlan<T>& plan, const ForwardTask& task, Prefetch
   const AttentionParams& p = plan.params;
   for (int i = 0; i < task.blocks; ++i) prefetcher.add_queries(p.query, task.block(plan, i), p.head_dim);
   if (plan.splits > 1) return;
-  const int64_t rows = p.k_len < kBlockK ? p.k_len : kBlockK;
-  prefetcher.add_rows(head_of(p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
-  prefetcher.add_rows(head_of(p.value, task.batch, task.kv_head), 0, rows, p.value_dim);
+  const int64_t rows = clamp_to(row_keys(p, task.batch), 0, kBlockK);
+  prefetcher.add_rows(sequence_head(p, p.key, task.batch, task.kv_head), 0, rows, p.head_dim);
+  prefetcher.add_rows(sequence_head(p, p.value, task.batch, task.kv_head), 0, rows, p.value_dim);
 }
 
 // Calls visit(segment, rows) for the rows of every segment that belong to the task's part.
 template <class T, class Visit>
 void for_each_segment(const ForwardPlan<T>& plan, const ForwardTask& task, Visit visit) {
   const AttentionParams& p = plan.params;
-  const int64_t columns = row_prefix_total(p, task.batch) + p.k_len;
+  const int64_t columns = row_prefix_total(p, task.batch) + row_keys(p, task.batch);
   int64_t start = 0;
   for (int64_t s = 0; s < num_segments(p); ++s) {
     const Segment segment = make_segment(p, task.batch, task.kv_head, s, start);
@@ -166,7 +166,8 @@ void run_forward_merges(void* argument, int) {
   const int64_t per_row = plan.params.kv_heads * plan.partition.count;
   for (int64_t i; (i = job.next_merge.fetch_add(1, std::memory_order_relaxed)) < plan.query_blocks();) {
     const int64_t batch = i / per_row, kv_head = i % per_row / plan.partition.count, block = i % plan.partition.count;
-    new (&scratch.states[0].block) QueryBlock(plan.params, plan.partition, batch, kv_head, block);
+    if (block >= BlockPartition(plan.params, row_queries(plan.params, batch)).count) continue;
+    new (&scratch.states[0].block) QueryBlock(plan.params, batch, kv_head, block);
     merge_partials(job, plan.partial(batch, kv_head, block, 0), state);
     finish_block<T>(state);
   }

@@ -103,7 +103,7 @@ void resume_block(const ForwardState<T>& state) {
   const AttentionParams& p = *block.params;
   pack_queries<T>(p.out, block, p.value_dim, T(1), state.out);
   for (int l = 0; l < block.count; ++l) {
-    const T lse = static_cast<const T*>(p.lse)[(block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l)];
+    const T lse = static_cast<const T*>(p.lse)[block.lse_index(l)];
     if (std::isinf(lse)) {
       for (int64_t d = 0; d < p.value_dim; ++d) state.out[d * kBlockQ + l] = 0;
     } else {
@@ -140,7 +140,7 @@ void finish_block(const ForwardState<T>& state) {
     if (p.row_mass != nullptr) store(mass + l, sum != 0 ? sum * exp<T>(reference - normaliser) : broadcast<T>(1));
   }
   for (int l = 0; l < block.count; ++l) {
-    const int64_t row = (block.batch * p.q_heads + block.head(l)) * p.q_len + block.query(l);
+    const int64_t row = block.lse_index(l);
     static_cast<T*>(p.lse)[row] = lse[l];
     if (p.row_mass != nullptr) static_cast<T*>(p.row_mass)[row] = mass[l];
   }

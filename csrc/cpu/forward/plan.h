@@ -59,12 +59,13 @@ struct ForwardTask {
     kv_head = index / plan.tasks_per_head % plan.params.kv_heads;
     // Under a causal mask the last blocks of a head cost most: they go first.
     first_block = (plan.tasks_per_head - 1 - index % plan.tasks_per_head) * plan.task_blocks;
-    blocks = static_cast<int>(clamp_to(plan.partition.count - first_block, 0, plan.task_blocks));
+    const BlockPartition of_row(plan.params, row_queries(plan.params, batch));
+    blocks = static_cast<int>(clamp_to(of_row.count - first_block, 0, plan.task_blocks));
   }
 
   template <class T>
   QueryBlock block(const ForwardPlan<T>& plan, int i) const {
-    return QueryBlock(plan.params, plan.partition, batch, kv_head, first_block + i);
+    return QueryBlock(plan.params, batch, kv_head, first_block + i);
   }
 };
 
