@@ -91,9 +91,9 @@ def prefix_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each of N packed sequences over ``[prefix ; sequence]``, without the concatenation; on a CPU.
 
-    Sequence n is the rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` of ``query`` and ``cu_seqlens_k[n] :
-    cu_seqlens_k[n + 1]`` of ``key`` and ``value``, and gets what :func:`prefix_kernels.prefix_attention` computes for it
-    alone. A sequence without queries or without keys is allowed.
+    Sequence n is the rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` of ``query`` and ``cu_seqlens_k[n] : cu_seqlens_k[n
+    + 1]`` of ``key`` and ``value``, and gets what :func:`prefix_kernels.prefix_attention` computes for it alone. A
+    sequence without queries or without keys is allowed.
 
     A bank of prefixes may be packed too, and may be live: with ``prefix_key=key``, ``prefix_value=value`` and
     ``cu_prefix_lens=cu_seqlens_k``, sequence n sees its own keys and, whole, those of the sequences that

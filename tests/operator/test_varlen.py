@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from prefix_kernels import prefix_attention_varlen
+from prefix_kernels import prefix_attention, prefix_attention_varlen
 from prefix_kernels.reference import prefix_attention_reference
 
 Q_LENS, K_LENS = [5, 0, 70, 1, 9, 4], [7, 3, 70, 1, 0, 140]
@@ -194,8 +195,6 @@ def test_every_dtype(dtype: torch.dtype, query_len: int) -> None:
 
 
 def test_dropout_drops_what_a_batch_of_equal_lengths_drops() -> None:
-    from prefix_kernels import prefix_attention
-
     lengths, seed = [40, 40, 40], torch.tensor([5])
     x = inputs(lengths, lengths)
     dense = [tensor.unflatten(0, (3, 40)).transpose(1, 2) for tensor in x.values()]
@@ -226,8 +225,9 @@ def test_opcheck() -> None:
 
 def test_compiled_code_serves_other_lengths_without_compiling_again() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(prefix_attention_varlen, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
     for lengths in ([4, 9, 3], [8, 2, 30], [7, 7, 1]):
         x = inputs(lengths, lengths)
         leaves = [tensor.requires_grad_() for tensor in x.values()]
@@ -236,7 +236,8 @@ def test_compiled_code_serves_other_lengths_without_compiling_again() -> None:
         torch.testing.assert_close(out, expected)
         for got, want in zip(gradients([out], leaves), gradients([expected], leaves), strict=True):
             torch.testing.assert_close(got, want)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
