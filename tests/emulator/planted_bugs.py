@@ -7,7 +7,9 @@ from mutation import (
     COLUMNS,
     DECODE,
     FORWARD,
+    FORWARD_EPILOGUE,
     FORWARD_KERNEL,
+    FORWARD_LOAD,
     ROWS,
     Mutation,
     backward,
@@ -30,9 +32,9 @@ BARRIERS = [
     forward("no barrier before values are read", FORWARD_KERNEL, VALUE_BARRIER, "    ptx::cp_async_wait<1>();\n"),
     forward(
         "no __syncwarp before the tile's cells are read",
-        FORWARD_KERNEL,
-        "      __syncwarp();\n      if (Traits::kGeneral && params.shared_mask)",
-        "      if (Traits::kGeneral && params.shared_mask)",
+        "sm80/forward/scores.cuh",
+        "  __syncwarp();\n  return seen;\n",
+        "  return seen;\n",
     ),
     forward(
         "without tiles, no barrier before the queries' copies are written over",
@@ -127,7 +129,7 @@ BARRIERS = [
 COPIES = [
     forward("a wait that leaves the keys on their way", FORWARD_KERNEL, KEY_BARRIER, KEY_BARRIER.replace("<1>", "<2>")),
     forward("no wait for the values", FORWARD_KERNEL, VALUE_BARRIER, VALUE_BARRIER.partition("\n")[2]),
-    forward("the next keys into the buffer in use", FORWARD_KERNEL, "load_keys(j + 1);", "load_keys(j + 2);"),
+    forward("the next keys into the buffer in use", FORWARD_KERNEL, "cells, j + 1, head_dim", "cells, j + 2, head_dim"),
     decode("the next cell into the stage in use", "load(i + kStages - 1);", "load(i + kStages);"),
     backward(
         "columns: the next stage into the one in use",
@@ -177,8 +179,8 @@ EDGES = [
         "min(cell.count, info.end[row]",
         "min(cell.count, info.end[row] - 1",
     ),
-    forward("rows beyond the last are written", FORWARD_KERNEL, "    if (row > rows.last) break;\n", ""),
-    forward("rows beyond the last are read", FORWARD_KERNEL, "row <= rows.last;", "true;"),
+    forward("rows beyond the last are written", FORWARD_EPILOGUE, "    if (row > rows.last) break;\n", ""),
+    forward("rows beyond the last are read", FORWARD_LOAD, "row <= rows.last;", "true;"),
     forward(
         "chunks beyond the head dim are read",
         "common/rows.cuh",

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from mutation import COLUMNS, FORWARD_KERNEL, ROWS, backward, decode, float32, forward
+from mutation import COLUMNS, FORWARD_EPILOGUE, FORWARD_KERNEL, ROWS, backward, decode, float32, forward
 
 HEAD_DIMS = [
     forward(
         "values copied by the keys' head dim",
         FORWARD_KERNEL,
-        "value_tile(j), p, cells, j * kCells, value_dim)",
-        "value_tile(j), p, cells, j * kCells, head_dim)",
+        "cells, j + 1, value_dim",
+        "cells, j + 1, head_dim",
         "forward of wide values",
     ),
     forward(
         "keys copied by the values' head dim",
         FORWARD_KERNEL,
-        "key_tile(j), p, cells, j * kCells, head_dim)",
-        "key_tile(j), p, cells, j * kCells, value_dim)",
+        "cells, j + 1, head_dim",
+        "cells, j + 1, value_dim",
         "forward of wide values",
     ),
     forward(
         "out stored by the queries' head dim",
-        FORWARD_KERNEL,
-        "chunk * kChunk, value_dim,",
-        "chunk * kChunk, head_dim,",
+        FORWARD_EPILOGUE,
+        "static_cast<int>(p.value_dim), params.aligned_out",
+        "static_cast<int>(p.head_dim), params.aligned_out",
         "forward of wide values",
     ),
     decode(

@@ -40,6 +40,10 @@ struct ForwardTraits {
   static constexpr int kColumns = kCells * kCell;
   static constexpr bool kQueryInRegisters = kHeadDim <= 64;
 
+  // Accumulators of a thread.
+  using Scores = float[kRowBlocks][2 * kCells][4];
+  using Out = float[kRowBlocks][2 * kHeadDim / kCell][4];
+
   static constexpr int kQueryBytes = SharedTile<kHeadDim>::bytes(kRows);
   static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(kColumns);
   static constexpr int kPlanBytes = sizeof(WarpPlan<kWarpRows, kCells, kGeneral>);

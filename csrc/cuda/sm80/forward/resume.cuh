@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../common/softmax.cuh"
-#include "params.cuh"
+#include "shared.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
@@ -12,13 +12,13 @@ namespace prefix_kernels::cuda::sm80 {
 template <typename Traits>
 __device__ __forceinline__ void resume_rows(const ForwardParams& params, const BlockRows& rows, int warp, int lane,
                                             OnlineSoftmax<Traits::kRowBlocks, Traits::kGeneral>& softmax,
-                                            float (&out)[Traits::kRowBlocks][2 * Traits::kHeadDim / kCell][4]) {
+                                            typename Traits::Out& out) {
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim, kLanes = kLanesPerRow<kHeadDim>;
   static_assert(Traits::kWarps == 4 && Traits::kWarpRows <= Traits::kColumns, "two tiles of keys and two of values");
   const AttentionParams& p = params.attention;
   const int warp_row = warp * Traits::kWarpRows;
-  T* const tile = reinterpret_cast<T*>(shared_memory() + Traits::kKeyOffset + warp * Traits::kTileStride);
+  T* const tile = ForwardShared<Traits>::tile(warp);
 #pragma unroll 1
   for (int i = lane / kLanes; i < Traits::kWarpRows; i += kWarpSize / kLanes) {
     const bool valid = warp_row + i <= rows.last;

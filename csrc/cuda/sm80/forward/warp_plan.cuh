@@ -20,6 +20,22 @@ struct BlockRows {
   }
 };
 
+// The rows of block `number`. Blocks that share keys follow one another; of a causal head, those with the most columns
+// come first. `row_tiles`: blocks of `block_rows` rows per (batch row, packed heads).
+__device__ __forceinline__ BlockRows rows_of_block(const AttentionParams& p, int pack, int row_tiles, int block_rows,
+                                                   int number) {
+  const int packs = static_cast<int>(p.q_heads) / pack;
+  const int tile_number = number % row_tiles, rest = number / row_tiles;
+  BlockRows rows;
+  rows.batch = rest / packs;
+  rows.pack = pack;
+  rows.first_head = rest % packs * pack;
+  rows.kv_head = rows.first_head / (static_cast<int>(p.q_heads) / static_cast<int>(p.kv_heads));
+  rows.first = (row_tiles - 1 - tile_number) * block_rows;
+  rows.last = min(block_rows, static_cast<int>(p.q_len) * pack - rows.first) - 1;
+  return rows;
+}
+
 // The columns that all rows of a warp see, and those that any of them sees.
 struct WarpView {
   Span seen_by_all{0, 0};     // columns of the sequence
@@ -64,6 +80,24 @@ struct WarpPlan {
   float
       bias[kMasked ? kCells * kCell : 1];  // a mask shared by all rows: the numbers that it adds to the tile's columns
   QueryView views[kRows];
+
+  // Decides for the warp whose rows begin at `warp_row` of the block's.
+  __device__ __forceinline__ void make(const AttentionParams& p, const BlockRows& block_rows, int warp_row, int lane) {
+    const int64_t offset = row_query_offset(p, block_rows.batch);
+    const VisitedCells visited(p, block_rows.batch, block_rows.query(0) + offset,
+                               block_rows.query(block_rows.last) + offset);
+    for (int row = lane; row < kRows; row += kWarpSize) {
+      views[row] = QueryView(p, visited.prefixes, block_rows.query(warp_row + row) + offset);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      const int last = min(kRows - 1, block_rows.last - warp_row);
+      rows = block_rows;
+      cells = visited;
+      view = last >= 0 ? WarpView(visited, views[0], views[last]) : WarpView();
+    }
+    __syncwarp();
+  }
 };
 
 }  // namespace prefix_kernels::cuda::sm80
