@@ -296,6 +296,21 @@ MEMORY = [
         "",
         file="sm80/decode/merge.cuh",
     ),
+    decode("a row beyond those that there is memory for", "if (thread < kRows) {", "if (thread <= kRows) {"),
+    backward(
+        "columns: a tile copied over the end of its memory",
+        "sm80/backward/columns_stage.cuh",
+        """  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+      block.shared.tile(stage, 0)""",
+        """  copy_rows<T, kHeadDim, kBlockM + kCell, kBackwardThreads, true>(
+      block.shared.tile(stage, 0)""",
+    ),
+    backward(
+        "rows: memory for one tile too few",
+        "sm80/backward/rows_shared.cuh",
+        "bytes(Tile::kBlockN), 4>",
+        "bytes(Tile::kBlockN), 3>",
+    ),
     decode("all parts write one partial result", "before + part.part;", "before;", file="sm80/decode/warp_results.cuh"),
     backward(
         "two splits write one partial sum",

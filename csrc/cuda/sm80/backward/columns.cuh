@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   using Tiles = typename Shared::Tiles;
   const AttentionParams& p = params.b.forward;
   const int thread = threadIdx.x;
-  const Shared shared{shared_memory()};
+  const Shared shared{{shared_memory()}};
   shared.declare();
   if (thread == 0) shared.owner() = columns_owner(params, Traits::kBlockN);
   __syncthreads();

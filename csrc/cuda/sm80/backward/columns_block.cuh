@@ -122,8 +122,7 @@ __device__ __forceinline__ void store_gradient(const ColumnsBlock<Traits>& block
   const ColumnsOwner& owner = block.owner;
   const int warp_column = owner.first + warps.resident * Traits::kWarpN;
   if (warps.parts > 1) {
-    shared_buffer(block.shared.memory, kPartsBytes<kHeadDim, kTiles>);
-    add_parts<kHeadDim, kTiles>(sums, warps, reinterpret_cast<float*>(block.shared.memory), block.lane);
+    add_parts<kHeadDim, kTiles>(sums, warps, block.shared.parts(), block.lane);
   }
   if (warps.part > 0) return;
   if (owner.is_prefix && partial != nullptr) {

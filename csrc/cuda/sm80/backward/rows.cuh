@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_rows(const RowsP
   using Block = RowsBlock<T, kHeadDim, kGeneral>;
   using Tile = typename Block::Tile;
   const int thread = threadIdx.x;
-  const typename Block::Shared shared{shared_memory()};
+  const typename Block::Shared shared{{shared_memory()}};
   shared.declare();
   if (thread == 0) shared.owner() = rows_owner(params.b.forward, params.query_tiles, Tile::kBlockM);
   __syncthreads();

@@ -115,8 +115,7 @@ __device__ __forceinline__ void store_rows(const Block& block, typename Block::S
   const RowsParams& params = block.params;
   const WarpLayout warps = block.layout();
   if (warps.parts > 1) {
-    shared_buffer(block.shared.memory, kPartsBytes<kHeadDim, kTiles>);
-    add_parts<kHeadDim, kTiles>(dquery, warps, reinterpret_cast<float*>(block.shared.memory), block.lane);
+    add_parts<kHeadDim, kTiles>(dquery, warps, block.shared.parts(), block.lane);
   }
   if (warps.part > 0) return;
   const Operand& x = params.b.gradients[kDQuery];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/kv_tiles.cuh"
+#include "../../common/shared_layout.cuh"
 #include "rows_params.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
@@ -37,41 +38,37 @@ template <typename T, int kHeadDim, bool kGeneral>
 struct RowsShared {
   using Tile = RowsTile<kHeadDim, kGeneral>;
   using Info = RowInfo<Tile::kBlockM>;
-  static constexpr int kTileBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockN);
-  static constexpr int kTilesBytes = 4 * (kTileBytes + kSharedGap);
-  static constexpr int kInfoBytes = (sizeof(Info) + 127) / 128 * 128;
-  static constexpr int kRowsBytes = SharedTile<kHeadDim>::bytes(Tile::kBlockM);
-  static constexpr int kOwnerOffset = kTilesBytes + kInfoBytes + kSharedGap;
-  static constexpr int kOwnerBytes = 128;
-  static_assert(sizeof(RowsOwner) <= kOwnerBytes);
-  static constexpr int kDOutOffset = kOwnerOffset + kOwnerBytes + kSharedGap;
-  static constexpr int kBytes = kDOutOffset + !Tile::kDOutInRegisters * (kRowsBytes + kSharedGap);
-  static_assert(kTilesBytes >= kPartsBytes<kHeadDim, Tile::kTiles>, "the warps' sums meet where the tiles were");
+
+  struct TilePiece : SharedPiece<T, SharedTile<kHeadDim>::bytes(Tile::kBlockN), 4> {};
+  struct InfoPiece : SharedPiece<Info> {};
+  struct OwnerPiece : SharedPiece<RowsOwner> {};
+  struct DOutPiece : SharedPiece<T, SharedTile<kHeadDim>::bytes(Tile::kBlockM), !Tile::kDOutInRegisters> {};
+  using Layout = SharedLayout<TilePiece, InfoPiece, OwnerPiece, DOutPiece>;
+  static constexpr int kBytes = Layout::kBytes;
   static_assert(kSharedGap > 0 || kBytes <= 99 * 1024, "what a block may have on every GPU from sm_80 on");
 
-  char* memory;
+  Layout layout;
 
+  __device__ __forceinline__ void declare() const { layout.declare(); }
   // A tile of a stage; `which`: 0 the keys, 1 the values.
   __device__ __forceinline__ T* tile(int stage, int which) const {
-    return reinterpret_cast<T*>(memory + (2 * stage + which) * (kTileBytes + kSharedGap));
+    return layout.template at<TilePiece>(2 * stage + which);
   }
-  __device__ __forceinline__ Info& info() const { return *reinterpret_cast<Info*>(memory + kTilesBytes); }
-  __device__ __forceinline__ RowsOwner& owner() const { return *reinterpret_cast<RowsOwner*>(memory + kOwnerOffset); }
+  __device__ __forceinline__ Info& info() const { return *layout.template at<InfoPiece>(); }
+  __device__ __forceinline__ RowsOwner& owner() const { return *layout.template at<OwnerPiece>(); }
   // Memory of rows [part * kBlockN, ...) of the block's queries (0) or dout (1). Rows on their way to the registers use
   // the first stage before it is filled.
   __device__ __forceinline__ T* rows(int which, int part) const {
     if (which == 0 || Tile::kDOutInRegisters) return tile(which, part);
-    return reinterpret_cast<T*>(memory + kDOutOffset) + part * Tile::kBlockN * kHeadDim;
+    return layout.template at<DOutPiece>() + part * Tile::kBlockN * kHeadDim;
   }
   // Row `row` of the block's queries (0) or dout (1).
   __device__ __forceinline__ T* row(int which, int row) const {
     return rows(which, row / Tile::kBlockN) + row % Tile::kBlockN * kHeadDim;
   }
-  __device__ __forceinline__ void declare() const {
-    for (int i = 0; i < 4; ++i) shared_buffer(tile(i / 2, i % 2), kTileBytes);
-    shared_buffer(&info(), kInfoBytes);
-    shared_buffer(&owner(), kOwnerBytes);
-    if (!Tile::kDOutInRegisters) shared_buffer(rows(1, 0), kRowsBytes);
+  // Memory for the sums of warps that share queries, in place of the tiles.
+  __device__ __forceinline__ float* parts() const {
+    return layout.template reuse<TilePiece, float, kPartsBytes<kHeadDim, Tile::kTiles>>();
   }
 };
 
