@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import (
     BACKWARD,
     COLUMNS,
+    COLUMNS_BLOCK,
     DECODE,
     FORWARD,
     FORWARD_EPILOGUE,
@@ -63,7 +64,7 @@ BARRIERS = [
     ),
     backward(
         "warps' sums are added before they are written",
-        "sm80/backward/gemm.cuh",
+        "sm80/backward/warp_layout.cuh",
         "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "    }\n#pragma unroll\n    for (int i = 0; i < kPerLane; ++i) {\n      if (takes)",
         "backward of a few columns",
@@ -134,8 +135,8 @@ COPIES = [
     backward(
         "columns: the next stage into the one in use",
         COLUMNS,
-        "if (more) fetch(next, 1 - stage);",
-        "if (more) fetch(next, stage);",
+        "if (more) fetch_queries(block, next, 1 - stage, arriving);",
+        "if (more) fetch_queries(block, next, stage, arriving);",
     ),
     backward(
         "rows: no wait for a stage",
@@ -145,9 +146,9 @@ COPIES = [
     ),
     backward(
         "columns: the first stage over keys that are still read",
-        COLUMNS,
-        "    if constexpr (kWantsDKey) value.take(own_rows(1), lane);\n    __syncthreads();\n",
-        "    if constexpr (kWantsDKey) value.take(own_rows(1), lane);\n",
+        COLUMNS_BLOCK,
+        "  __syncthreads();  // nobody reads the stages any more\n",
+        "",
         "backward",
         "backward of many rows to one prefix",
     ),
@@ -169,15 +170,15 @@ EDGES = [
     forward("the diagonal one column to the right", "../visibility.h", "position + 1, 0,", "position + 2, 0,"),
     backward(
         "columns: the diagonal one column to the right",
-        COLUMNS,
+        "sm80/backward/columns_step.cuh",
         "column >= info.end[row + query]",
         "column > info.end[row + query]",
     ),
     backward(
         "rows: the diagonal one column to the left",
-        ROWS,
-        "min(cell.count, info.end[row]",
-        "min(cell.count, info.end[row] - 1",
+        "sm80/backward/rows_shared.cuh",
+        "min(cell.count, end[row]",
+        "min(cell.count, end[row] - 1",
     ),
     forward("rows beyond the last are written", FORWARD_EPILOGUE, "    if (row > rows.last) break;\n", ""),
     forward("rows beyond the last are read", FORWARD_LOAD, "row <= rows.last;", "true;"),
@@ -297,10 +298,25 @@ MEMORY = [
         "",
         file="sm80/decode/merge.cuh",
     ),
+    decode("a row beyond those that there is memory for", "if (thread < kRows) {", "if (thread <= kRows) {"),
+    backward(
+        "columns: a tile copied over the end of its memory",
+        "sm80/backward/columns_stage.cuh",
+        """  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+      block.shared.tile(stage, 0)""",
+        """  copy_rows<T, kHeadDim, kBlockM + kCell, kBackwardThreads, true>(
+      block.shared.tile(stage, 0)""",
+    ),
+    backward(
+        "rows: memory for one tile too few",
+        "sm80/backward/rows_shared.cuh",
+        "bytes(Tile::kBlockN), 4>",
+        "bytes(Tile::kBlockN), 3>",
+    ),
     decode("all parts write one partial result", "before + part.part;", "before;", file="sm80/decode/warp_results.cuh"),
     backward(
         "two splits write one partial sum",
-        COLUMNS,
+        COLUMNS_BLOCK,
         "* owner.splits + owner.split;",
         "* owner.splits;",
         "backward of many rows to one prefix",

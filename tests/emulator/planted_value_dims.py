@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import COLUMNS, FORWARD_EPILOGUE, FORWARD_KERNEL, ROWS, backward, decode, float32, forward
+from mutation import COLUMNS_BLOCK, FORWARD_EPILOGUE, FORWARD_KERNEL, backward, decode, float32, forward
 
 HEAD_DIMS = [
     forward(
@@ -42,30 +42,30 @@ HEAD_DIMS = [
     ),
     backward(
         "rows: values copied by the keys' head dim",
-        ROWS,
-        "params.aligned.prefix_value, 1, value_dim)",
-        "params.aligned.prefix_value, 1, head_dim)",
+        "sm80/backward/rows_stage.cuh",
+        "aligned.prefix_value, 1, p.value_dim)",
+        "aligned.prefix_value, 1, p.head_dim)",
         "backward of wide values",
     ),
     backward(
         "columns: queries copied by dout's head dim",
-        COLUMNS,
-        "params.aligned.query), first, q_len, head_dim)",
-        "params.aligned.query), first, q_len, value_dim)",
+        "sm80/backward/columns_stage.cuh",
+        "aligned.query), first, q_len, head_dim)",
+        "aligned.query), first, q_len, value_dim)",
         "backward of wide values",
     ),
     backward(
         "columns: dvalue stored by the keys' head dim",
-        COLUMNS,
-        "kDPrefixValue : kDValue, value_dim,",
-        "kDPrefixValue : kDValue, head_dim,",
+        COLUMNS_BLOCK,
+        "static_cast<int>(p.value_dim), params.partial_dvalue",
+        "static_cast<int>(p.head_dim), params.partial_dvalue",
         "backward of wide values",
     ),
     backward(
         "columns: dkey stored by the values' head dim",
-        COLUMNS,
-        "kDPrefixKey : kDKey, head_dim,",
-        "kDPrefixKey : kDKey, value_dim,",
+        COLUMNS_BLOCK,
+        "kDPrefixKey : kDKey, static_cast<int>(p.head_dim)",
+        "kDPrefixKey : kDKey, static_cast<int>(p.value_dim)",
         "backward of wide values",
     ),
     backward(

@@ -84,12 +84,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   const AttentionParams& p = params.attention;
   const int thread = threadIdx.x % Traits::kThreads, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
-  DecodeRow* const rows = reinterpret_cast<DecodeRow*>(shared_memory() + Traits::kRowsOffset);
-  int* const entries = reinterpret_cast<int*>(shared_memory() + Traits::kSharesOffset);
-  Share* const warp_shares = reinterpret_cast<Share*>(shared_memory() + Traits::kSharesOffset);
-  shared_buffer(shared_memory(), Traits::kRingBytes + Traits::kQueryBytes);
-  shared_buffer(rows, Traits::kRowsBytes);
-  shared_buffer(warp_shares, Traits::kSharesBytes);
+  const typename Traits::Shared shared{shared_memory()};
+  shared.declare();
+  DecodeRow* const rows = shared.template at<typename Traits::RowPiece>();
+  int* const entries = Traits::entries();
+  Share* const warp_shares = shared.template at<typename Traits::SharePiece>();
 
   DecodePart part = part_of_block<Traits>(params, blockIdx.x);
   const int per_block = max(1, kRows / params.rows_per_entry);

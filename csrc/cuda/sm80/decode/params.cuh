@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/scores.cuh"
+#include "../../common/shared_layout.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
@@ -59,25 +60,28 @@ struct DecodeTraits {
   static constexpr int kBlocksPerSM = kHeadDim <= 64 ? (kWide ? 2 : 3) : (kWide ? 1 : 2);
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
 
+  // Cells of keys and values of every warp's ring; queries that do not go into registers (those that do come by way of
+  // the rings' last stages); the block's rows; the warps' shares.
   static constexpr int kCellBytes = SharedTile<kHeadDim>::bytes(kCell);
-  static constexpr int kCellStride = kCellBytes + kSharedGap;
-  static constexpr int kRingBytes = kWarps * kStages * 2 * kCellStride;
-  // Queries that go into registers come by way of the rings' last stages.
-  static constexpr int kQueryOffset = kRingBytes;
-  static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kWarps * kCellStride;
-  static constexpr int kRowsOffset = kQueryOffset + kQueryBytes;
-  static constexpr int kRowsBytes = kRows * sizeof(DecodeRow);
-  // Memory for the entries and later for the warps' shares.
-  static constexpr int kSharesOffset = kRowsOffset + kRowsBytes + kSharedGap;
-  static constexpr int kSharesBytes = kRows * sizeof(Share);
-  static_assert(sizeof(int) <= sizeof(Share), "the entries, at most one a row, fit where the shares go");
-  static constexpr int kSharedBytes = kSharesOffset + kSharesBytes + kSharedGap;
+  struct CellPiece : SharedPiece<T, kCellBytes, kWarps * kStages * 2> {};
+  struct QueryPiece : SharedPiece<T, kCellBytes, kQueryInRegisters ? 0 : kWarps> {};
+  struct RowPiece : SharedPiece<DecodeRow, kRows * sizeof(DecodeRow)> {};
+  struct SharePiece : SharedPiece<Share, kRows * sizeof(Share)> {};
+  using Shared = SharedLayout<CellPiece, QueryPiece, RowPiece, SharePiece>;
+  static constexpr int kSharedBytes = Shared::kBytes;
   static_assert(kSharedGap > 0 || (kWide ? 1 : 2) * (kSharedBytes + 1024) <= 164 * 1024,
                 "sm_80, with its share of each");
   static_assert(kSharedGap > 0 || kWide || kSharedBytes <= 99 * 1024, "8.6 and 8.9 give a block no more");
-  // The warps' results take the place of the cells.
-  static constexpr int kOutBytes = kRows * kHeadDim * sizeof(float);
-  static_assert(kOutBytes <= kRingBytes, "the warps' results fit where the cells were");
+
+  // Bytes of the data that takes the place of a piece: the numbers of the block's entries, at most one a row, that of
+  // the shares; the warps' results, [warp, row of its tile, kHeadDim], that of the cells.
+  static constexpr int kEntriesBytes = kRows * sizeof(int), kResultsBytes = kRows * kHeadDim * sizeof(float);
+  static __device__ __forceinline__ int* entries() {
+    return Shared{shared_memory()}.template reuse<SharePiece, int, kEntriesBytes>();
+  }
+  static __device__ __forceinline__ float* results() {
+    return Shared{shared_memory()}.template reuse<CellPiece, float, kResultsBytes>();
+  }
 };
 
 }  // namespace prefix_kernels::cuda::sm80

@@ -12,11 +12,11 @@ struct DecodeRing {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
   static constexpr int kLanes = kLanesPerRow<kHeadDim>;
-  static constexpr int kValues = Traits::kCellStride / static_cast<int>(sizeof(T));
+  static constexpr int kValues = Traits::CellPiece::kStride / static_cast<int>(sizeof(T));
 
   // Stage i of a warp's ring: a cell of keys, then, kValues elements on, one of values.
   static __device__ __forceinline__ T* stage(int ring, int i) {
-    return reinterpret_cast<T*>(shared_memory() + (ring * kStages + i % kStages) * 2 * Traits::kCellStride);
+    return Traits::Shared::template at<typename Traits::CellPiece>(shared_memory(), (ring * kStages + i % kStages) * 2);
   }
 
   // The first column of the cell in stage i of a ring.
@@ -26,9 +26,8 @@ struct DecodeRing {
 
   // Tile `of` of the block's queries.
   static __device__ __forceinline__ T* query_tile(int of) {
-    return Traits::kQueryInRegisters
-               ? stage(of, kStages - 1)
-               : reinterpret_cast<T*>(shared_memory() + Traits::kQueryOffset + of * Traits::kCellStride);
+    return Traits::kQueryInRegisters ? stage(of, kStages - 1)
+                                     : Traits::Shared::template at<typename Traits::QueryPiece>(shared_memory(), of);
   }
 
   // Starts to copy the queries of all rows; surplus rows of the last tile become zero.

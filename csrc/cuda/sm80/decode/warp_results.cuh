@@ -6,14 +6,11 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// Memory for the results takes the place of the cells: [warp, row of its tile, kHeadDim].
 template <typename Traits>
 struct WarpResults {
   static constexpr int kHeadDim = Traits::kHeadDim, kOut = 2 * kHeadDim / kCell;
 
-  static __device__ __forceinline__ float* out_of(int row) {
-    return reinterpret_cast<float*>(shared_memory()) + row * kHeadDim;
-  }
+  static __device__ __forceinline__ float* out_of(int row) { return Traits::results() + row * kHeadDim; }
 
   // Writes a warp's rows and their shares.
   static __device__ __forceinline__ void keep(const OnlineSoftmax<1, true>& softmax, const float (&out)[1][kOut][4],
