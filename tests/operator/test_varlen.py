@@ -290,3 +290,12 @@ def test_double_backward_is_refused() -> None:
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="prefix_attention_varlen: double backward"):
         torch.autograd.grad(grad.sum(), query)
+
+
+def test_autocast_casts_the_sequences_and_not_the_prefix() -> None:
+    x = {name: tensor.float() for name, tensor in (inputs() | bank("one for all")).items()}
+    leaves = [x[name].requires_grad_() for name in NAMES]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = prefix_attention_varlen(*leaves, starts(Q_LENS), starts(K_LENS))
+    assert out.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in gradients([out], leaves))
