@@ -1,7 +1,6 @@
 #include "packed.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -88,18 +87,6 @@ void check_bank(const PackedArguments& args, int64_t sequences, int64_t kv_heads
                     sequences, " sequences, or prefix_ids that name them, got ", prefixes, " prefixes");
 }
 
-void check_numbers(const PackedArguments& args) {
-  TORCH_CHECK_VALUE(args.dropout_p >= 0 && args.dropout_p <= 1, "dropout_p: expected a probability from 0 to 1, got ",
-                    args.dropout_p);
-  TORCH_CHECK_VALUE(!args.scale.has_value() || std::isfinite(*args.scale), "scale: expected a finite number, got ",
-                    *args.scale);
-  TORCH_CHECK_VALUE(args.softcap == 0 || (args.softcap >= 1e-30 && args.softcap <= 1e30),
-                    "softcap: expected 0 (off) or a number from 1e-30 to 1e30, got ", args.softcap);
-  TORCH_CHECK_VALUE(args.window_left >= -1 && args.window_right >= -1,
-                    "window_size: expected two numbers of keys, or -1 for no limit, got (", args.window_left, ", ",
-                    args.window_right, ")");
-}
-
 }  // namespace
 
 void check_packed(const PackedArguments& args, int64_t value_dim) {
@@ -141,7 +128,7 @@ void check_packed(const PackedArguments& args, int64_t value_dim) {
   if (args.prefix_lens.has_value() && given_prefix(args) != nullptr)
     check_vector("prefix_lens", *args.prefix_lens, query, count_of_prefixes(args));
   if (args.query_offsets.has_value()) check_vector("query_offset", *args.query_offsets, query, sequences);
-  check_numbers(args);
+  check_scalars(args.dropout_p, args.scale, args.softcap, args.window_left, args.window_right);
   if (args.dropout_p > 0) {
     TORCH_CHECK_VALUE(args.dropout_seed.has_value() && args.dropout_seed->numel() == 1,
                       "dropout_seed: expected an int64 tensor [1] with dropout_p=", args.dropout_p);
@@ -230,20 +217,16 @@ std::tuple<at::Tensor, at::Tensor> empty_packed_results(const at::Tensor& query,
 
 Gradients empty_packed_gradients(const PackedArguments& args, std::array<bool, kNumGradients> needs,
                                  BackwardParams& b) {
-  const OptionalTensor query = args.query;
-  const OptionalTensor* inputs[kNumGradients] = {&query, &args.key, &args.value, &args.prefix_key, &args.prefix_value};
-  const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
   Gradients gradients;
   for (int i = 0; i < kNumGradients; ++i) {
     if (!needs[i]) {
       gradients[i] = at::empty({0}, args.query.options());
       continue;
     }
-    const OptionalTensor& like = inputs[i]->has_value() ? *inputs[i] : *inputs[twin[i]];
-    TORCH_CHECK_VALUE(like.has_value(), "packed_backward: a gradient was asked for an input that was not given");
-    auto sizes = like->sizes().vec();
+    const at::Tensor& like = like_of_gradient(args, i);
+    auto sizes = like.sizes().vec();
     sizes.back() = i == kDValue || i == kDPrefixValue ? b.forward.value_dim : b.forward.head_dim;
-    gradients[i] = at::empty(sizes, like->options());
+    gradients[i] = at::empty(sizes, like.options());
     const bool dense_bank = i >= kDPrefixKey && !is_packed_bank(args);
     b.gradients[i] = dense_bank ? make_operand(gradients[i]) : packed_operand(gradients[i]);
     if (b.forward.batch == 0 || b.forward.q_len == 0) gradients[i].zero_();

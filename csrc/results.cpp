@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/util/Exception.h>
 
 namespace prefix_kernels {
 namespace {
@@ -42,22 +41,14 @@ void set_extended(const at::Tensor& out, const at::Tensor& lse, AttentionParams&
 }
 
 Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b) {
-  const at::Tensor* inputs[kNumGradients] = {
-      &args.query, args.key ? &*args.key : nullptr, args.value ? &*args.value : nullptr,
-      args.prefix_key ? &*args.prefix_key : nullptr, args.prefix_value ? &*args.prefix_value : nullptr};
-  // A gradient has the shape and dtype of its input; where the backward pass does not read the input itself, of its
-  // twin but for the head dim.
-  const int twin[kNumGradients] = {kDQuery, kDValue, kDKey, kDPrefixValue, kDPrefixKey};
   Gradients gradients;
   for (int i = 0; i < kNumGradients; ++i) {
     if (!needs[i]) {
       gradients[i] = at::empty({0}, args.query.options());
       continue;
     }
-    const at::Tensor* like = inputs[i] != nullptr ? inputs[i] : inputs[twin[i]];
-    TORCH_CHECK_VALUE(like != nullptr, "backward: a gradient was asked for an input that was not given");
     const bool is_value = i == kDValue || i == kDPrefixValue;
-    gradients[i] = empty_gradient(*like, is_value ? b.forward.value_dim : b.forward.head_dim);
+    gradients[i] = empty_gradient(like_of_gradient(args, i), is_value ? b.forward.value_dim : b.forward.head_dim);
     b.gradients[i] = make_operand(gradients[i]);
     if (b.forward.batch == 0 || b.forward.q_len == 0) gradients[i].zero_();
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <tuple>
@@ -25,6 +26,29 @@ void set_extended(const at::Tensor& out, const at::Tensor& lse, AttentionParams&
 
 // dquery, dkey, dvalue, dprefix_key, dprefix_value; [0] where a gradient is not asked for.
 using Gradients = std::array<at::Tensor, kNumGradients>;
+
+// The tensor whose shape and dtype a gradient has but for the head dim: its input, or the input's twin where the
+// backward pass does not read the input itself.
+template <class Arguments>
+const at::Tensor& like_of_gradient(const Arguments& args, int gradient) {
+  const auto either = [](const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& twin) {
+    TORCH_CHECK_VALUE(input.has_value() || twin.has_value(),
+                      "backward: a gradient was asked for an input that was not given");
+    return input.has_value() ? &*input : &*twin;
+  };
+  switch (gradient) {
+    case kDQuery:
+      return args.query;
+    case kDKey:
+      return *either(args.key, args.value);
+    case kDValue:
+      return *either(args.value, args.key);
+    case kDPrefixKey:
+      return *either(args.prefix_key, args.prefix_value);
+    default:
+      return *either(args.prefix_value, args.prefix_key);
+  }
+}
 
 // The gradients asked for and b's view of them: not yet written, or zero where there is no query.
 Gradients empty_gradients(const AttentionArguments& args, std::array<bool, kNumGradients> needs, BackwardParams& b);

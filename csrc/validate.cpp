@@ -26,6 +26,18 @@ void check_floating(const char* name, const at::Tensor& x) {
 
 }  // namespace
 
+void check_scalars(double dropout_p, std::optional<double> scale, double softcap, int64_t window_left,
+                   int64_t window_right) {
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected a probability from 0 to 1, got ", dropout_p);
+  TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale: expected a finite number, got ", *scale);
+  // Within these bounds neither softcap nor its inverse leaves the range of float32.
+  TORCH_CHECK_VALUE(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30),
+                    "softcap: expected 0 (off) or a number from 1e-30 to 1e30, got ", softcap);
+  TORCH_CHECK_VALUE(window_left >= -1 && window_right >= -1,
+                    "window_size: expected two numbers of keys, or -1 for no limit, got (", window_left, ", ",
+                    window_right, ")");
+}
+
 void check_operand(const char* name, const at::Tensor& x, const at::Tensor& query) {
   check_device(name, x, query);
   check_floating(name, x);
@@ -165,19 +177,6 @@ void check_mask(const AttentionArguments& args, const at::Tensor& mask, int64_t 
 
 int64_t prefix_columns_of(const AttentionArguments& args) {
   return args.prefix_key.has_value() ? prefix_slots(args) * args.prefix_key->size(-2) : 0;
-}
-
-void check_scalars(const AttentionArguments& args) {
-  TORCH_CHECK_VALUE(args.dropout_p >= 0 && args.dropout_p <= 1, "dropout_p: expected a probability from 0 to 1, got ",
-                    args.dropout_p);
-  TORCH_CHECK_VALUE(!args.scale.has_value() || std::isfinite(*args.scale), "scale: expected a finite number, got ",
-                    *args.scale);
-  // Within these bounds neither softcap nor its inverse leaves the range of float32.
-  TORCH_CHECK_VALUE(args.softcap == 0 || (args.softcap >= 1e-30 && args.softcap <= 1e30),
-                    "softcap: expected 0 (off) or a number from 1e-30 to 1e30, got ", args.softcap);
-  TORCH_CHECK_VALUE(args.window_left >= -1 && args.window_right >= -1,
-                    "window_size: expected two numbers of keys, or -1 for no limit, got (", args.window_left, ", ",
-                    args.window_right, ")");
 }
 
 void check_dropout_seed(const AttentionArguments& args) {
@@ -320,7 +319,7 @@ void check_forward(const AttentionArguments& args) {
   }
   check_prefix(args, args.key->size(1), args.value->size(3));
   check_prefix_selection(args);
-  check_scalars(args);
+  check_scalars(args.dropout_p, args.scale, args.softcap, args.window_left, args.window_right);
   check_query_offset(args);
   check_dropout_seed(args);
   if (args.attn_mask.has_value()) check_mask(args, *args.attn_mask, args.key->size(2), prefix_columns_of(args));
@@ -346,7 +345,7 @@ void check_extend(const AttentionArguments& args, const at::Tensor& out, const a
   TORCH_CHECK_VALUE(lse.is_contiguous(), "lse: expected a contiguous tensor, got strides ", lse.strides());
   check_prefix(args, kv_heads, out.size(3));
   check_prefix_selection(args);
-  check_scalars(args);
+  check_scalars(args.dropout_p, args.scale, args.softcap, args.window_left, args.window_right);
 }
 
 void check_backward(const AttentionArguments& args, const at::Tensor& dout, const OptionalTensor& dlse,
@@ -390,7 +389,7 @@ void check_backward(const AttentionArguments& args, const at::Tensor& dout, cons
                         (!args.value.has_value() || args.value->size(2) == key_len),
                     "key_len: expected the length of key and value, got ", key_len);
   check_prefix_selection(args);
-  check_scalars(args);
+  check_scalars(args.dropout_p, args.scale, args.softcap, args.window_left, args.window_right);
   check_query_offset(args);
   check_dropout_seed(args);
   if (args.attn_mask.has_value()) {

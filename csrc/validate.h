@@ -38,6 +38,10 @@ void check_operand(const char* name, const at::Tensor& x, const at::Tensor& quer
 // Checks the device and dtype of a tensor of integers.
 void check_integers(const char* name, const at::Tensor& x, const at::Tensor& query);
 
+// Checks the numbers of a call.
+void check_scalars(double dropout_p, std::optional<double> scale, double softcap, int64_t window_left,
+                   int64_t window_right);
+
 // Checks the arguments of the forward pass and throws what a user should read.
 void check_forward(const AttentionArguments& args);
 

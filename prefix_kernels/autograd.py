@@ -35,18 +35,9 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     query, key, value, prefix_key, prefix_value, *options = inputs
     out, lse, row_mass = output
     needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
-    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
-    visits_sequence = dquery or dkey or dvalue
-    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
-    ds = dquery or dkey or dprefix_key
+    kept, ds = ops.needed_for_backward(needs, query, key, value, prefix_key, prefix_value, out, lse)
     ctx.save_for_backward(
-        query,
-        key if visits_sequence else None,
-        value if dquery or dkey else None,
-        prefix_key if visits_prefix else None,
-        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
-        out if ds else None,
-        lse,
+        *kept,
         row_mass if row_mass.numel() > 0 else None,
         *options[:_NUM_TENSOR_OPTIONS],
     )

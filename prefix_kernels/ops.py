@@ -99,6 +99,37 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a
 
 
+def needed_for_backward(
+    needs: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[tuple[Tensor | None, ...], bool]:
+    """The inputs and results that the backward pass reads for the gradients asked for, None in place of others.
+
+    Returns:
+        Them, in the order given, and whether a gradient of ``lse`` enters.
+    """
+    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
+    visits_sequence = dquery or dkey or dvalue
+    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
+    ds = dquery or dkey or dprefix_key
+    kept = (
+        query,
+        key if visits_sequence else None,
+        value if dquery or dkey else None,
+        prefix_key if visits_prefix else None,
+        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
+        out if ds else None,
+        lse,
+    )
+    return kept, ds
+
+
 def cast_as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert ``x`` to the ``dtype`` of an autocast region, which leaves float64 as it is."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

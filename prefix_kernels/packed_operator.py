@@ -58,20 +58,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     query, key, value, prefix_key, prefix_value, *options = inputs
     out, lse = output
     needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
-    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
-    visits_sequence = dquery or dkey or dvalue
-    visits_prefix = prefix_key is not None and (dquery or dprefix_key or dprefix_value)
-    ds = dquery or dkey or dprefix_key
-    ctx.save_for_backward(
-        query,
-        key if visits_sequence else None,
-        value if dquery or dkey else None,
-        prefix_key if visits_prefix else None,
-        prefix_value if visits_prefix and (dquery or dprefix_key) else None,
-        out if ds else None,
-        lse,
-        *options[: len(_TENSOR_OPTIONS)],
-    )
+    kept, ds = ops.needed_for_backward(needs, query, key, value, prefix_key, prefix_value, out, lse)
+    ctx.save_for_backward(*kept, *options[: len(_TENSOR_OPTIONS)])
     ctx.options = options[len(_TENSOR_OPTIONS) :]
     ctx.key_rows, ctx.value_dim = value.shape[0], value.shape[2]
     ctx.needs, ctx.uses_dlse = needs, ds
