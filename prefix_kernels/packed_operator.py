@@ -43,12 +43,10 @@ def _backward_fake(
     likes = ops.likes_of_gradients(query, key, value, prefix_key, prefix_value)
     head_dim, value_dim = query.shape[-1], dout.shape[-1]
     head_dims = (head_dim, head_dim, value_dim, head_dim, value_dim)
-    gradients = []
-    for like, dim, need in zip(likes, head_dims, needs, strict=True):
-        if need:
-            assert like is not None
-        gradients.append(query.new_empty(0) if like is None or not need else like.new_empty(*like.shape[:-1], dim))
-    return tuple(gradients)
+    return tuple(
+        like.new_empty(*like.shape[:-1], dim) if need and like is not None else query.new_empty(0)
+        for like, dim, need in zip(likes, head_dims, needs, strict=True)
+    )
 
 
 ops.register_autocast("packed_forward")

@@ -41,7 +41,8 @@ INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
 # Kernels that may spill: a pattern of the compiler's name and architecture, and how many bytes at most. With a head dim
 # of 256 the accumulators of one gradient alone are 128 of a thread's 255 registers.
 MAY_SPILL = {
-    r"backward_columns\w*Li256ELb1ELb0ELb0ELb0E\w* for sm_[89]0": 16,
+    r"backward_columns\w*Li256ELb1ELb0ELb0ELb0E\w* for sm_80": 8,
+    r"backward_columns\w*Li256ELb1ELb0ELb0ELb0E\w* for sm_90": 16,
     r"backward_rows\w*Li256ELb1E\w* for sm_90": 4,
 }
 

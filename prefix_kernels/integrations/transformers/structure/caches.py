@@ -18,7 +18,7 @@ def cache_layer(module: nn.Module, others: Iterable[nn.Module]) -> int | None:
         others: the attentions of the same model, from one of which ``module`` may take its keys.
     """
     if getattr(module, "is_kv_shared_layer", False):
-        given = getattr(module, "kv_shared_layer_index", None)  # before Transformers 5.20
+        given = getattr(module, "kv_shared_layer_index", None)  # Transformers 5.18 has it, 5.23 has not
         stored = [layer_index(other) for other in others if _stores_keys_for(other, module)]
         return given if isinstance(given, int) else next(iter(stored), None)
     return layer_index(module)
