@@ -353,7 +353,8 @@ def test_autocast_takes_a_float32_prefix() -> None:
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
-    model = prepared(tiny_model("llama", AutoModelForCausalLM))
+    """The baseline takes them as a mask; attention="prefix_kernels" has test_transformers_packed.py."""
+    model = prepared(tiny_model("llama", AutoModelForCausalLM), attention="torch")
     first, second = torch.randint(3, 97, (1, 4)), torch.randint(3, 97, (1, 3))
     with pytest.warns(UserWarning, match="packed sequences"):
         packed = model(

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_kernels.functional import prefix_attention
-from prefix_kernels.integrations.transformers.attention.call import read_call
+from prefix_kernels.integrations.transformers.attention.call import AttentionCall, read_call
 from prefix_kernels.integrations.transformers.attention.masks import (
     dense_prefix_mask,
     prefix_mask,
     visibility_of,
 )
+from prefix_kernels.integrations.transformers.attention.packed import packed_attention
 from prefix_kernels.integrations.transformers.attention.position_bias import with_position_bias
 from prefix_kernels.integrations.transformers.attention.torch_baseline import torch_attention_forward
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import prefix_of, record, rows_of
@@ -38,9 +39,21 @@ def prefix_attention_forward(
         The output ``[B, Sq, Hq, D]``, and None for the attention weights, which the kernels never form.
     """
     call = read_call(module, query, key, value, attention_mask, arguments)
+    record(module, call.key, call.value, call.prefixes)
+    packed = None if call.prefixes is None else call.prefixes.packed
+    out, lse = _attention_of_rows(call) if packed is None else packed_attention(call, packed)
+    if call.sinks is not None and lse is not None:
+        # The sink is one more term of the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of the rest is left.
+        share = torch.sigmoid(lse - call.sinks.to(lse.dtype).view(1, -1, 1))
+        out = (out * share.unsqueeze(-1)).to(out.dtype)
+    return out.transpose(1, 2), None
+
+
+def _attention_of_rows(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """``out`` ``[B, Hq, Sq, Dv]``, and ``lse`` ``[B, Hq, Sq]`` where the call needs it."""
+    module = call.module
     prefix_key, prefix_value = prefix_of(module, call.key, call.value, call.prefixes)
     prefix_ids, prefix_lens = rows_of(module, call.prefixes)
-    record(module, call.key, call.value, call.prefixes)
     seen = visibility_of(call)
     result = prefix_attention(
         call.query,
@@ -60,12 +73,7 @@ def prefix_attention_forward(
         return_lse=call.sinks is not None,
         window_includes_prefix=call.prefixes is not None and call.prefixes.window_includes_prefix,
     )
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    if call.sinks is not None and lse is not None:
-        # The sink is one more term of the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of the rest is left.
-        share = torch.sigmoid(lse - call.sinks.to(lse.dtype).view(1, -1, 1))
-        out = (out * share.unsqueeze(-1)).to(out.dtype)
-    return out.transpose(1, 2), None
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def register() -> None:

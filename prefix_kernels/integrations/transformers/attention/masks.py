@@ -140,8 +140,7 @@ def visibility_of(call: AttentionCall) -> Visibility:
             return Visibility(key, value, mask, False, (-1, -1))
         offset = _position_of_the_query(call.module, call.query, mask)
         return Visibility(key, value, mask, False, (window - 1, -1), offset)
-    causal = getattr(call.module, "is_causal", True) if call.is_causal is None else call.is_causal
-    window_size = (-1, -1) if window is None else (window - 1, 0 if causal else window - 1)
+    causal, window_size = rules_of(call)
     if mask is None:
         return Visibility(key, value, None, causal, window_size)
     # The mask ends with the last query. A static cache has room for more keys behind it; a sliding cache has dropped
@@ -150,6 +149,13 @@ def visibility_of(call: AttentionCall) -> Visibility:
     key, value = key[:, :, :end], value[:, :, :end]
     padding = mask[:, end - key.shape[2] :]
     return Visibility(key, value, padding[:, None, None, :], causal, window_size)
+
+
+def rules_of(call: AttentionCall) -> tuple[bool, tuple[int, int]]:
+    """Causality, and the window to the left and to the right, that ``call`` has beside its mask."""
+    causal = getattr(call.module, "is_causal", True) if call.is_causal is None else call.is_causal
+    window = call.sliding_window
+    return causal, (-1, -1) if window is None else (window - 1, 0 if causal else window - 1)
 
 
 def _position_of_the_query(module: nn.Module, query: Tensor, mask: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -13,6 +15,7 @@ from prefix_kernels.integrations.transformers.attention.interface import impleme
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.hooks.cached_stack import KEEPS_CACHE, install_cached
 from prefix_kernels.integrations.transformers.hooks.decoder_positions import register_decoder_shift
+from prefix_kernels.integrations.transformers.hooks.packed import PackedSequences, takes_packed_rows
 from prefix_kernels.integrations.transformers.hooks.positions import PositionShift, UnpackedHint, position_modules
 from prefix_kernels.integrations.transformers.hooks.relay import register_relay
 from prefix_kernels.integrations.transformers.hooks.shared_layers import SharedLayerHook
@@ -89,12 +92,19 @@ def install_hooks(
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
     _give_own_config(model)
     hooks = PrefixHooks([], model.config._attn_implementation)
-    implementation = implementation_name(config.attention, dense_masks=_needs_dense_masks(model, config))
+    dense_masks = _needs_dense_masks(model, config)
+    implementation = implementation_name(config.attention, dense_masks=dense_masks)
     _set_implementation(model, implementation)
     handles = hooks.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
+    sites, knows_rules = find_sites(model), config.attention == "prefix_kernels" and not dense_masks
+    packable = [stack for stack in layout.stacks if knows_rules and takes_packed_rows(stack, sites)]
+    owners = position_modules(model, packable)
+    for stack in packable:
+        packed_sequences = PackedSequences(stack, owners.get(stack))
+        handles.append(stack.register_forward_pre_hook(packed_sequences, with_kwargs=True))
     if config.position_offset == "peft":
-        handles += _move_positions(model, layout, source)
+        handles += _move_positions(model, layout, source, packable)
     for stack in layout.stacks:
         stack_hook = StackHook(stack, layout, config, source, implementation)
         handles.append(stack.register_forward_pre_hook(stack_hook, with_kwargs=True))
@@ -104,7 +114,7 @@ def install_hooks(
     for layer, attention in dict.fromkeys((site.layer, site.module) for site in layout.sites):
         if not hands_on_keywords(layer, attention):
             handles.append(register_relay(layer, attention))
-    for site in find_sites(model):
+    for site in sites:
         if (window := window_of_masks(site.module, site.stack)) is not None:
             setattr(site.module, WINDOW_ATTRIBUTE, window)
     for index, site in enumerate(layout.sites):
@@ -113,15 +123,22 @@ def install_hooks(
     return hooks
 
 
-def _move_positions(model: PreTrainedModel, layout: PrefixLayout, source: PrefixSource) -> list[RemovableHandle]:
-    """Let sequences begin behind their prefix, in the stacks that number the positions of tokens."""
+def _move_positions(
+    model: PreTrainedModel, layout: PrefixLayout, source: PrefixSource, packable: Sequence[nn.Module]
+) -> list[RemovableHandle]:
+    """Let sequences begin behind their prefix, in the stacks that number the positions of tokens.
+
+    Args:
+        packable: the stacks that take packed sequences.
+    """
     if model.config.is_encoder_decoder:
         decoders = {site.stack: None for site in layout.sites if site.role == DECODER}
         return register_decoder_shift(decoders, source)
     owners = position_modules(model, layout.stacks)
     handles = []
     for module in dict.fromkeys(owners.values()):
-        shift = PositionShift(module, source)
+        may_be_packed = any(stack in packable for stack, owner in owners.items() if owner is module)
+        shift = PositionShift(module, source, may_be_packed)
         handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
     others = [stack for stack in layout.stacks if stack not in owners]
     handles += register_decoder_shift(others, source)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_kernels.integrations.transformers.runtime.packed_rows import PACKED_ARGUMENT, told_packed_rows
 from prefix_kernels.integrations.transformers.runtime.selection import PREFIX_NAMES, PrefixSource, find_selection
 from prefix_kernels.integrations.transformers.structure.caches import CACHE_NAMES, past_length
 
@@ -41,8 +42,9 @@ class PositionShift:
     An instance, not a closure, so that ``copy.deepcopy`` and ``pickle`` of the model take it along.
     """
 
-    def __init__(self, backbone: nn.Module, source: PrefixSource) -> None:
+    def __init__(self, backbone: nn.Module, source: PrefixSource, may_be_packed: bool) -> None:
         self.source = source
+        self.may_be_packed = may_be_packed
         self.parameter_names = [
             parameter.name
             for parameter in inspect.signature(backbone.forward).parameters.values()
@@ -63,8 +65,8 @@ class PositionShift:
         self._move_positions(kwargs)
         return (), kwargs
 
-    def _shift(self, kwargs: dict[str, Any], batch: int) -> tuple[int | Tensor, int]:
-        """The shift, one for all or ``[batch, 1]``, and the largest."""
+    def _shift(self, kwargs: dict[str, Any], batch: int, length: int) -> tuple[int | Tensor, int]:
+        """The shift, one for all, ``[batch, 1]`` or, of packed sequences, ``[batch, length]``; and the largest."""
         selection = find_selection(kwargs, self.source)
         if selection is None:
             return self.source.shift, self.source.shift
@@ -72,7 +74,11 @@ class PositionShift:
         if not selection.shifts_positions:
             return 0, 0
         # Code compiled for one largest shift would be compiled again for another; there, the table itself refuses.
-        return selection.shifts_of(batch), 0 if torch.compiler.is_compiling() else selection.largest_shift
+        largest = 0 if torch.compiler.is_compiling() else selection.largest_shift
+        packed = kwargs.get(PACKED_ARGUMENT) or (told_packed_rows(kwargs) if self.may_be_packed else None)
+        if packed is None:
+            return selection.shifts_of(batch), largest
+        return selection.shifts_of(packed.count)[packed.of_tokens(batch, length), 0], largest
 
     def _move_positions(self, kwargs: dict[str, Any]) -> None:
         input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -80,7 +86,7 @@ class PositionShift:
         if tokens is None or (input_ids is not None and embeddings is not None):
             return  # the model says what is wrong
         length, device = tokens.shape[1], tokens.device
-        shift, largest = self._shift(kwargs, tokens.shape[0])
+        shift, largest = self._shift(kwargs, tokens.shape[0], length)
         if isinstance(shift, int) and shift == 0:
             return
         past = past_length(kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prefix_kernels.integrations.transformers.config import PrefixTuningConfig
 from prefix_kernels.integrations.transformers.runtime.call_prefixes import PREFIX_ARGUMENT, CallPrefixes
+from prefix_kernels.integrations.transformers.runtime.packed_rows import PACKED_ARGUMENT, PackedRows
 from prefix_kernels.integrations.transformers.runtime.relative_bias import (
     BankColumns,
     RelativeBias,
@@ -65,15 +66,18 @@ class StackHook:
         refuse_attention_weights("output_attentions", kwargs.get("output_attentions"))
         selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
+        packed: PackedRows | None = kwargs.pop(PACKED_ARGUMENT, None)
         recorded = self.source.context.recorded
         if recorded is not None:
             prefixes = CallPrefixes({}, recorded=recorded)
         elif selection is None:
             prefixes = CallPrefixes(self.source.pairs(stack), self.window_includes_prefix)
         else:
-            bank, ids = selection.bank(stack), selection.ids_of(batch_size(args, kwargs))
+            sequences = batch_size(args, kwargs) if packed is None else packed.count
+            bank, ids = selection.bank(stack), selection.ids_of(sequences)
             prefixes = CallPrefixes(bank.pairs, self.window_includes_prefix, ids, bank.lens)
         prefixes.counts_positions = self.counts_positions
+        prefixes.packed = packed
         if self.relative_bias is not None:
             prefixes.bias = self._position_bias(self.relative_bias, prefixes, selection, args, kwargs)
         self._detach_for_reentrant_checkpointing(prefixes)

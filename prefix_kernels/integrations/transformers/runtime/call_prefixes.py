@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from prefix_kernels.integrations.transformers.runtime.packed_rows import PackedRows
 from prefix_kernels.integrations.transformers.runtime.relative_bias import StackBias
 from prefix_kernels.integrations.transformers.structure.prefix_layout import PrefixPair
 
@@ -28,7 +29,7 @@ class CallPrefixes:
         pairs: ``(prefix_key, prefix_value)`` of each attention by its index among the sites: ``[Hkv, P, D]``, or with
             ``ids`` a bank ``[N, Hkv, P, D]``. Empty: the call has no prefixes.
         window_includes_prefix: of :class:`prefix_kernels.integrations.transformers.config.PrefixTuningConfig`.
-        ids: ``[B]`` or ``[B, M]``, the prefixes of the bank that each row sees; -1 is none.
+        ids: ``[B]`` or ``[B, M]``, the prefixes of the bank that each row, or packed sequence, sees; -1 is none.
         lens: the valid lengths ``[N]`` of each attention's bank, by its index among the sites.
         detached_from: what ``pairs`` were detached from, until their gradients have been given a way back (see
             :func:`prefix_kernels.integrations.transformers.hooks.stack.first_layer_hook`); otherwise None.
@@ -39,6 +40,8 @@ class CallPrefixes:
         inputs: arguments of the earlier calls of such layers; see
             :mod:`prefix_kernels.integrations.transformers.hooks.shared_layers`.
         recorded: gets the keys and values ``[B, Hkv, Sk, D]`` of the sequence, by site; None: they are not asked for.
+        packed: the sequences that lie one behind the other in the rows, each of which sees itself alone and has an
+            entry of its own in ``ids``; None: each row is one.
     """
 
     pairs: dict[int, PrefixPair]
@@ -51,6 +54,7 @@ class CallPrefixes:
     sites: dict[int, int] | None = None
     inputs: dict[int, list[StorageWeakRef | None]] = field(default_factory=dict)
     recorded: dict[int, PrefixPair] | None = None
+    packed: PackedRows | None = None
 
     def site_of(self, module: nn.Module) -> int | None:
         """The index of the attention ``module``, in this call of it, among the sites; None: it has no prefix."""

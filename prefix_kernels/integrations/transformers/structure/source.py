@@ -85,6 +85,15 @@ def relies_on_causal_mask(module: nn.Module, stack: nn.Module, decodes: bool) ->
     return "create_causal_mask" in source and (decodes or "create_bidirectional" not in source)
 
 
+def lays_masks_over(stack: nn.Module) -> bool:
+    """Return True if ``stack.forward`` lays a mask function of its own over the masks that Transformers makes."""
+    source = _source(type(stack).forward)
+    overlay = "use_bidirectional_attention"  # the only ground on which Gemma's text models do so
+    if f"if self.config.{overlay}:" in source and not getattr(module_config(stack), overlay, False):
+        return False
+    return "or_mask_function" in source or "and_mask_function" in source
+
+
 def hands_on_keywords(layer: nn.Module, attention: nn.Module) -> bool:
     """Return False if ``layer``, its ``attention`` or a module between them keeps keyword arguments to itself."""
     around = [part for part in layer.modules() if attention in part.modules()]
