@@ -209,13 +209,18 @@ def backward_flops(
     key_len: int
     needs: Sequence[bool]
     key_len, needs = rest[-2:]
-    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
     prefix_columns, sequence_columns = _columns(key_len, prefix_key, prefix_ids)
+    queries = batch * heads * q_len
+    return backward_flops_of_pairs(queries * prefix_columns, queries * sequence_columns, head_dim, dout[3], needs)
+
+
+def backward_flops_of_pairs(prefix: int, sequence: int, head_dim: int, value_dim: int, needs: Sequence[bool]) -> int:
+    """Floating-point operations of a backward pass over that many pairs of a query and a key."""
+    dquery, dkey, dvalue, dprefix_key, dprefix_value = needs
 
     def products(key_gradient: bool, value_gradient: bool) -> int:
         ds = dquery or key_gradient
         of_head_dim = (ds or value_gradient) + dquery + key_gradient
-        return of_head_dim * head_dim + (ds + value_gradient) * dout[3]
+        return of_head_dim * head_dim + (ds + value_gradient) * value_dim
 
-    prefix = prefix_columns * products(dprefix_key, dprefix_value)
-    return 2 * batch * heads * q_len * (prefix + sequence_columns * products(dkey, dvalue))
+    return 2 * (prefix * products(dprefix_key, dprefix_value) + sequence * products(dkey, dvalue))

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from prefix_kernels import ops
 
@@ -50,6 +52,69 @@ def _backward_fake(
 
 
 ops.register_autocast("packed_forward")
+
+
+def _lengths(starts: Tensor, longest: int, rows: int) -> list[int]:
+    """The lengths of packed sequences; of a tensor without values, as PyTorch's formulas have it, the longest's."""
+    if starts.device.type != "meta" and not isinstance(starts, FakeTensor):
+        lengths: list[int] = starts.diff().tolist()
+        return lengths
+    return [rows if longest < 0 else longest] * (starts.shape[0] - 1)
+
+
+def _pairs(query: Tensor, prefix_key: Tensor | None, key_rows: int, options: Sequence[Any]) -> tuple[int, int]:
+    """Pairs of a query and a prefix's key, and of a query and a sequence's; masks are not counted, as PyTorch does."""
+    starts_q, starts_k, cu_prefix_lens, prefix_ids, prefix_lens, *rest = options
+    q_lens = _lengths(starts_q, rest[2], query.shape[0])
+    k_lens = _lengths(starts_k, rest[3], key_rows)
+    heads, sequence = query.shape[1], sum(q * k for q, k in zip(q_lens, k_lens, strict=True))
+    if prefix_key is None:
+        return 0, heads * sequence
+    if cu_prefix_lens is not None:
+        lengths = _lengths(cu_prefix_lens, -1, prefix_key.shape[0])
+    else:
+        lengths = [prefix_key.shape[-2]] * (1 if prefix_key.dim() == 3 else prefix_key.shape[0])
+    if prefix_ids is None:
+        seen = lengths * len(q_lens) if len(lengths) == 1 else lengths
+    elif prefix_ids.device.type == "meta" or isinstance(prefix_ids, FakeTensor):
+        seen = [max(lengths, default=0) * prefix_ids[0].numel()] * len(q_lens)
+    else:
+        rows = prefix_ids.reshape(len(q_lens), -1).tolist()
+        seen = [sum(lengths[slot] for slot in row if slot >= 0) for row in rows]
+    return heads * sum(q * p for q, p in zip(q_lens, seen, strict=True)), heads * sequence
+
+
+@register_flop_formula(forward, get_raw=True)
+def _forward_flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *options: Any,
+    out_val: object = None,
+) -> int:
+    head_dims = query.shape[2] + value.shape[2]
+    return 2 * head_dims * sum(_pairs(query, prefix_key, key.shape[0], options))
+
+
+@register_flop_formula(backward, get_raw=True)
+def _backward_flops(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    *options: Any,
+    out_val: object = None,
+) -> int:
+    *rest, key_rows, needs = options
+    prefix, sequence = _pairs(query, prefix_value if prefix_key is None else prefix_key, key_rows, rest)
+    return ops.backward_flops_of_pairs(prefix, sequence, query.shape[2], dout.shape[2], needs)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

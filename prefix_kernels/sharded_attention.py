@@ -6,11 +6,12 @@ pass beyond what it takes to bring the other tensors into matching shards. See :
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 _BATCH, _HEADS = 0, 1
@@ -54,36 +55,10 @@ def sharded_attention(
         TypeError: another input is a DTensor, and the query is not.
         ValueError: the query is split over another dimension, or key/value heads do not divide over the processes.
     """
-    if not isinstance(query, DTensor):
-        raise TypeError(f"query: expected a DTensor like the other inputs, got {type(query).__name__}")
-    mesh = query.device_mesh
-    placements = [Replicate() if isinstance(p, Partial) else p for p in query.placements]
-    for dim, placement in enumerate(placements):
-        if placement not in (Replicate(), Shard(_BATCH), Shard(_HEADS)):
-            raise ValueError(
-                f"query: expected placements among Replicate(), Shard(0) (batch) and Shard(1) (heads), got {placement}"
-            )
-        if placement == Shard(_HEADS) and key.shape[1] % mesh.size(dim):
-            raise ValueError(
-                f"key: expected a number of heads that divides over {mesh.size(dim)} processes, got {key.shape[1]}"
-            )
+    mesh, placements = placements_of(query, key, {_BATCH: "batch", _HEADS: "heads"})
 
     def local(tensor: Tensor | None, batch_dim: int | None, heads_dim: int | None) -> Tensor | None:
-        """This process's part of a tensor with a batch and a heads dimension, where it has them."""
-        if tensor is None:
-            return None
-        split_dims: dict[Placement, int | None] = {Shard(_BATCH): batch_dim, Shard(_HEADS): heads_dim}
-        parts: list[Placement] = []
-        gradients: list[Placement] = []
-        for placement in placements:
-            dim = split_dims.get(placement)
-            parts.append(Replicate() if dim is None else Shard(dim))
-            # A tensor kept whole where the query is split gets a part of its gradient from every process.
-            partial = dim is None and placement != Replicate()
-            gradients.append(Partial() if partial else parts[-1])
-        if not isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return tensor.redistribute(mesh, parts).to_local(grad_placements=gradients)
+        return local_part(tensor, mesh, placements, {_BATCH: batch_dim, _HEADS: heads_dim})
 
     per_row = prefix_key is not None and prefix_key.dim() == 4 and prefix_ids is None
     prefix_dims = (0 if per_row else None, None if prefix_key is None else prefix_key.dim() - 3)
@@ -91,7 +66,7 @@ def sharded_attention(
         dims = [attn_mask.dim() - 4, attn_mask.dim() - 3]
         attn_mask = local(attn_mask, *(dim if dim >= 0 and attn_mask.shape[dim] > 1 else None for dim in dims))
     if dropout_p > 0.0:
-        dropout_seed = _seed_of_shard(dropout_seed, query, placements)
+        dropout_seed = seed_of_shard(dropout_seed, query, mesh, placements)
 
     result = attention(
         local(query, 0, 1),
@@ -131,7 +106,56 @@ def sharded_attention(
     return out, lse
 
 
-def _seed_of_shard(seed: Tensor | None, query: DTensor, placements: list[Placement]) -> Tensor:
+def placements_of(query: Tensor, key: Tensor, splits: Mapping[int, str]) -> tuple[DeviceMesh, list[Placement]]:
+    """The mesh of a sharded ``query``, and how it is split over each dimension of it.
+
+    Args:
+        splits: the dimensions of the query over which it may be split, and their names. In both, 1 is heads.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sharded_attention`.
+    """
+    if not isinstance(query, DTensor):
+        raise TypeError(f"query: expected a DTensor like the other inputs, got {type(query).__name__}")
+    mesh = query.device_mesh
+    placements = [Replicate() if isinstance(p, Partial) else p for p in query.placements]
+    for dim, placement in enumerate(placements):
+        if placement != Replicate() and placement not in [Shard(split) for split in splits]:
+            allowed = " and ".join(f"Shard({split}) ({name})" for split, name in splits.items())
+            raise ValueError(f"query: expected placements among Replicate(), {allowed}, got {placement}")
+        if placement == Shard(_HEADS) and key.shape[1] % mesh.size(dim):
+            raise ValueError(
+                f"key: expected a number of heads that divides over {mesh.size(dim)} processes, got {key.shape[1]}"
+            )
+    return mesh, placements
+
+
+def local_part(
+    tensor: Tensor | None, mesh: DeviceMesh, placements: Sequence[Placement], split_dims: Mapping[int, int | None]
+) -> Tensor | None:
+    """The part of ``tensor`` on this process.
+
+    Args:
+        placements: those of the query.
+        split_dims: for each dimension over which the query may be split, that of ``tensor`` which follows it, if any.
+    """
+    if tensor is None:
+        return None
+    parts: list[Placement] = []
+    gradients: list[Placement] = []
+    for placement in placements:
+        dim = split_dims.get(placement.dim) if isinstance(placement, Shard) else None
+        parts.append(Replicate() if dim is None else Shard(dim))
+        # A tensor kept whole where the query is split gets a part of its gradient from every process.
+        partial = dim is None and placement != Replicate()
+        gradients.append(Partial() if partial else parts[-1])
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return tensor.redistribute(mesh, parts).to_local(grad_placements=gradients)
+
+
+def seed_of_shard(seed: Tensor | None, query: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """A seed of dropout for this process, from that of the whole call; None: a new one."""
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     elif isinstance(seed, DTensor):
@@ -139,6 +163,6 @@ def _seed_of_shard(seed: Tensor | None, query: DTensor, placements: list[Placeme
     place = 0
     for dim, placement in enumerate(placements):
         if placement != Replicate():
-            place = place * query.device_mesh.size(dim) + query.device_mesh.get_local_rank(dim)
+            place = place * mesh.size(dim) + mesh.get_local_rank(dim)
     # Far apart for neighbours: an odd constant with about as many ones as zeros (2^64 over the golden ratio).
     return seed + place * -0x61C8864680B583EB

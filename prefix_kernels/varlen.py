@@ -100,6 +100,8 @@ def prefix_attention_varlen(
     ``prefix_ids[n]`` names, its ancestors in order. That is attention of a tree: a prompt and its responses, or turns
     that branch. The gradients of an ancestor's keys are summed over all that name it.
 
+    DTensors split over heads are taken too, see :func:`prefix_kernels.sharded_varlen.sharded_varlen`.
+
     Args:
         query: ``[Tq, Hq, D]``, D from 1 to 256; any strides with ``stride(-1) == 1``. float64, float32, bfloat16 or
             float16.
@@ -162,6 +164,28 @@ def prefix_attention_varlen(
         "dropout_seed": dropout_seed,
     }
     check_tensors({"query": query, "key": key, "value": value}, tensors)
+    if any(hasattr(x, "device_mesh") for x in (query, key, value, prefix_key, prefix_value)):
+        from prefix_kernels.sharded_varlen import sharded_varlen
+
+        return sharded_varlen(
+            *(prefix_attention_varlen, query, key, value, prefix_key, prefix_value),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            cu_prefix_lens=cu_prefix_lens,
+            prefix_ids=prefix_ids,
+            prefix_lens=prefix_lens,
+            query_offset=query_offset,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            window_size=window,
+            softcap=softcap,
+            return_lse=return_lse,
+            window_includes_prefix=window_includes_prefix,
+            dropout_seed=dropout_seed,
+        )
     if query.device.type not in ("cpu", "meta"):
         raise NotImplementedError(
             f"query: expected a tensor on a CPU, where prefix_attention_varlen runs, got one on {query.device}"

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import WORLD, assert_gradients_of_one, own_rows, run_on_two_processes
 
-from prefix_kernels import PrefixEncoder, prefix_attention
+from prefix_kernels import PrefixEncoder, prefix_attention, prefix_attention_varlen
 from prefix_kernels.distributed import PrefixParallel
 
 BATCH, HEADS = Shard(0), Shard(1)
@@ -109,6 +109,49 @@ def test_an_operator_call_on_shards_gives_the_result_of_the_whole(tmp_path: Path
 
 def test_the_split_on_shards_gives_the_result_of_the_whole(tmp_path: Path) -> None:
     run_on_two_processes(_check_sharded_calls_of_the_split, tmp_path)
+
+
+def _check_packed_shards() -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    starts = torch.tensor([0, 3, 3, 9])
+    bank = {"prefix_ids": torch.tensor([[1, -1], [0, 1], [0, -1]])}
+    prefixes = {
+        "one prefix": (torch.randn(2, 5, 8), torch.randn(2, 5, 6), {}),
+        "a bank": (torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6), bank | {"prefix_lens": torch.tensor([5, 3])}),
+        "a packed bank": (
+            torch.randn(7, 2, 8),
+            torch.randn(7, 2, 6),
+            bank | {"cu_prefix_lens": torch.tensor([0, 4, 7])},
+        ),
+    }
+    sequences = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 6)
+    for name, (prefix_key, prefix_value, options) in prefixes.items():
+        options = options | {"cu_seqlens_q": starts, "is_causal": True, "return_lse": True}
+        leaves = [x.detach().requires_grad_() for x in (*sequences, prefix_key, prefix_value)]
+        out, lse = prefix_attention_varlen(*leaves, **options)
+        (out.square().sum() + lse.sum()).backward()
+        for placement in (HEADS, Replicate()):
+            shards = [distribute_tensor(x.detach(), mesh, [Replicate()]) for x in leaves]
+            shards[:3] = [x.redistribute(placements=[placement]) for x in shards[:3]]
+            shards = [x.detach().requires_grad_() for x in shards]
+            got, got_lse = prefix_attention_varlen(*shards, **options)
+            assert got.placements == (placement,) and got.stride() == out.stride(), (name, placement)
+            (got.square().sum() + got_lse.sum()).full_tensor().backward()
+            ours = [got, got_lse, *(x.grad for x in shards)]
+            for shard, whole in zip(ours, [out, lse, *(x.grad for x in leaves)], strict=True):
+                assert torch.allclose(shard.full_tensor(), whole, rtol=1e-5, atol=1e-5), (name, placement)
+
+    rows = [distribute_tensor(torch.randn(4, 2, 8), mesh, [Shard(0)])] * 3
+    with pytest.raises(ValueError, match=r"query: expected placements among Replicate\(\), Shard\(1\) \(heads\), got"):
+        prefix_attention_varlen(*rows, cu_seqlens_q=torch.tensor([0, 4]))
+    ones = [distribute_tensor(torch.ones(64, 2, 8), mesh, [HEADS])] * 3
+    seeds = {"dropout_p": 0.5, "dropout_seed": torch.tensor([7])}
+    dropped = prefix_attention_varlen(*ones, cu_seqlens_q=torch.tensor([0, 64]), **seeds).full_tensor()
+    assert not torch.equal(dropped[:, 0], dropped[:, 1])
+
+
+def test_packed_sequences_on_shards_give_the_result_of_the_whole(tmp_path: Path) -> None:
+    run_on_two_processes(_check_packed_shards, tmp_path)
 
 
 def _check_mixed_and_refused() -> None:

@@ -6,8 +6,11 @@ import itertools
 
 import pytest
 import torch
+from helpers import lay_out, nan_filled
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_kernels import prefix_attention, prefix_attention_varlen
 from prefix_kernels.reference import prefix_attention_reference
@@ -299,3 +302,53 @@ def test_autocast_casts_the_sequences_and_not_the_prefix() -> None:
         out = prefix_attention_varlen(*leaves, starts(Q_LENS), starts(K_LENS))
     assert out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in gradients([out], leaves))
+
+
+def test_memory_around_the_sequences_is_neither_read_nor_kept() -> None:
+    """Results that are allocated full of NaN, from slices of tensors that are NaN everywhere else."""
+    arguments = inputs() | bank("packed")
+    kept = {name: x for name, x in arguments.items() if name not in NAMES}
+    options = {"cu_seqlens_q": starts(Q_LENS), "cu_seqlens_k": starts(K_LENS), "return_lse": True}
+    results = []
+    for layout in ("contiguous", "poisoned"):
+        # Rows are dimension 0 here, heads dimension 1.
+        leaves = [lay_out(arguments[name].transpose(0, 1), layout).transpose(0, 1).requires_grad_() for name in NAMES]
+        with nan_filled():
+            out, lse = prefix_attention_varlen(*leaves, **kept, **options, is_causal=True)
+            seen = lse.isfinite()
+            grads = torch.autograd.grad(out.sum() + lse[seen].sum(), leaves)
+        results.append([out, lse, *grads])
+    for plain, poisoned in zip(*results, strict=True):
+        assert not poisoned.isnan().any()
+        torch.testing.assert_close(poisoned, plain, rtol=0, atol=0)
+
+
+def test_flops_are_those_of_the_sequences_one_by_one() -> None:
+    arguments = inputs() | bank("packed")
+    leaves = {name: arguments[name].requires_grad_() for name in NAMES}
+    kept = {name: x for name, x in arguments.items() if name not in NAMES}
+    starts_of = {"cu_seqlens_q": starts(Q_LENS), "cu_seqlens_k": starts(K_LENS)}
+    with FlopCounterMode(display=False) as counter:
+        prefix_attention_varlen(**leaves, **kept, **starts_of).sum().backward()
+    expected = 0
+    rows = zip(leaves["query"].split(Q_LENS), leaves["key"].split(K_LENS), leaves["value"].split(K_LENS), strict=True)
+    for n, row in enumerate(rows):
+        alone = [x.detach().transpose(0, 1)[None].requires_grad_() for x in row]
+        prefix = [None if x is None else x.detach().requires_grad_() for x in prefix_of(arguments, n)]
+        with FlopCounterMode(display=False) as one:
+            prefix_attention(*alone, *prefix).sum().backward()
+        expected += one.get_total_flops()
+    assert counter.get_total_flops() == expected > 0
+
+
+@pytest.mark.parametrize("kind", ["none", "one for all", "one for each", "named", "packed"])
+def test_flops_of_tensors_without_values_are_those_of_the_longest(kind: str) -> None:
+    with FakeTensorMode() as mode:
+        arguments = {name: mode.from_tensor(x) for name, x in (inputs() | bank(kind)).items()}
+        lengths = {"cu_seqlens_q": starts(Q_LENS), "cu_seqlens_k": starts(K_LENS)}
+        longest = {"max_seqlen_q": max(Q_LENS), "max_seqlen_k": max(K_LENS)}
+        with FlopCounterMode(display=False) as counter:
+            prefix_attention_varlen(**arguments, **lengths, **longest)
+    prefix = {"none": 0, "one for all": 5, "one for each": 5, "named": 10, "packed": 2 * 154}[kind]
+    pairs = len(Q_LENS) * max(Q_LENS) * (max(K_LENS) + prefix)
+    assert counter.get_total_flops() == 2 * HEADS * (DIM + VALUE_DIM) * pairs
