@@ -36,6 +36,27 @@ __device__ __forceinline__ BlockRows rows_of_block(const AttentionParams& p, int
   return rows;
 }
 
+// Visited cells that follow one another in one segment.
+struct CellRun {
+  bool exists = false;
+  int segment = 0;
+  int column = 0;  // first column of the first cell
+
+  __device__ __forceinline__ CellRun() {}
+
+  // Looks at the visited cells [first, first + count). Those behind the last are taken for the sequence's.
+  __device__ __forceinline__ CellRun(const VisitedCells& cells, int first, int count) {
+    if (first >= cells.prefix_cells) {
+      exists = true;
+      column = cells.sequence_begin + (first - cells.prefix_cells) * kCell;
+    } else if (cells.prefixes.slots == 1 && first + count <= cells.prefix_cells) {
+      exists = true;
+      segment = 1;
+      column = (cells.prefix_begin + first) * kCell;
+    }
+  }
+};
+
 // The columns that all rows of a warp see, and those that any of them sees.
 struct WarpView {
   Span seen_by_all{0, 0};     // columns of the sequence
