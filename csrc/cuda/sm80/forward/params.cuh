@@ -34,7 +34,7 @@ struct ForwardTraits {
   static constexpr int kWarpRows = kCell * kRowBlocks;
   static constexpr int kRows = kWarps * kWarpRows;
   // The most blocks per SM that registers and shared memory allow without spills.
-  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kGeneral ? 3 : 2)
+  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kMayDrop ? 3 : 2)
                                       : kHeadDim == 32 ? 4
                                       : kHeadDim <= 96 ? 3
                                                        : 2;
