@@ -77,7 +77,7 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         softcap=4.0,
     ),
     "forward of a mask over the sequence": lambda: _half(
-        **CROSSING | {"prefix_len": 32, "is_causal": False},
+        **CROSSING | {"is_causal": False},
         attn_mask=torch.rand(150, generator=torch.Generator().manual_seed(1)),
     ),
     "forward of dropout": lambda: _half(

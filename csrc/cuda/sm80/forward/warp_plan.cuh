@@ -81,7 +81,8 @@ struct WarpView {
   __device__ __forceinline__ bool every_row_sees(const VisitedCells& cells, int begin, int end) const {
     const int from = cells.sequence_begin + (max(begin, cells.prefix_cells) - cells.prefix_cells) * kCell;
     const int to = cells.sequence_begin + (end - cells.prefix_cells) * kCell;
-    return end <= cells.count && min(end, cells.prefix_cells) <= prefix_cells_seen &&
+    const bool in_sequence = begin >= cells.prefix_cells;
+    return end <= cells.count && (in_sequence || min(end, cells.prefix_cells) <= prefix_cells_seen) &&
            (end <= cells.prefix_cells || (from >= seen_by_all.begin && to <= seen_by_all.end));
   }
 
