@@ -20,6 +20,7 @@ takes those with the most HMMA, which visit a full tile, and of these:
                       loops that copy rows, because a tile of whole prefixes is visible to every query
 
 Only general kernels have the middle three, and their plain path is that of a general kernel whose options are all off.
+Dropout kernels of the forward pass have dropout alone; their plain path is a tile that no row sees.
 
 Limits. A path need not be one that a call can take: branches on the same condition are chosen one by one. A predicated
 instruction counts as executed. Instructions behind an indirect branch (a switch over dtypes) are not counted, those of

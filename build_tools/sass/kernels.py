@@ -53,10 +53,10 @@ void print(const char* kernel, int d, int a, int b, int c, int e, int threads, i
          rows / pass_rows(d, threads), (rows + 31) / 32, scores);
 }
 
-template <int d, bool general, int blocks>
+template <int d, bool general, bool dropout, int blocks>
 void forward() {
-  using X = ForwardTraits<bfloat16, d, general, blocks>;
-  print("forward", d, general, blocks, 0, 0, X::kThreads, X::kSharedBytes, 1, X::kColumns,
+  using X = ForwardTraits<bfloat16, d, general, dropout, blocks>;
+  print("forward", d, general, dropout, blocks, 0, X::kThreads, X::kSharedBytes, 1, X::kColumns,
         X::kWarpRows * X::kColumns / 32);
 }
 template <int d, bool wide>
@@ -78,9 +78,9 @@ void rows() {
 }
 template <int d>
 void all() {
-  forward<d, false, 1>(); forward<d, true, 1>();
-  if constexpr (d <= 128) forward<d, false, 2>();
-  if constexpr (d <= 64) forward<d, true, 2>();
+  forward<d, false, false, 1>(); forward<d, false, true, 1>(); forward<d, true, false, 1>();
+  if constexpr (d <= 128) { forward<d, false, false, 2>(); forward<d, false, true, 2>(); }
+  if constexpr (d <= 64) forward<d, true, false, 2>();
   decode<d, false>(); decode<d, true>();
   columns<d, true, d <= 128, false, false>(); columns<d, true, d <= 128, true, false>();
   columns<d, false, true, false, false>(); columns<d, false, true, true, false>();
@@ -105,8 +105,8 @@ def kernel_constants(toolkit: CudaToolkit) -> dict[tuple[str, ...], Kernel]:
         key: tuple[str, ...] = (kind, d, a)
         on = [argument == "1" for argument in (a, b, c, e)]
         if kind == "forward":
-            key, name = (kind, d, a, b), "forward"
-            words = ["general" if on[0] else "plain", f"{16 * int(b)} rows a warp"]
+            key, name = (kind, d, a, b, c), "forward"
+            words = ["general" if on[0] else "dropout" if on[1] else "plain", f"{16 * int(c)} rows a warp"]
         elif kind == "decode":
             name, words = "decode", ["wide" if on[0] else "narrow"]
         elif kind == "columns":

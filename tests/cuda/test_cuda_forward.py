@@ -78,6 +78,7 @@ OPTIONS = {
     "mask that hides the sequence": {"attn_mask": torch.zeros(K_LEN, dtype=torch.bool)},
     "mask that hides everything": {"attn_mask": torch.zeros(PREFIX + K_LEN, dtype=torch.bool)},
     "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([-5])},
+    "softcap and dropout": {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": SEED},
     "everything dropped": {"dropout_p": 1.0, "dropout_seed": SEED},
     "one prefix for each row": {"num_prefixes": 2},
     "bank": {"num_prefixes": 3, "prefix_ids": torch.tensor([2, -1])},
@@ -269,6 +270,24 @@ def reads_once_per_batch(batch, group, q_len, head_dim, times=1):
     assert 0 < load().take_copied_bytes() - keys_and_values <= (parts + 1) * queries
 
 
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 192, 256])
+def test_dropout_in_every_head_dim(head_dim, slots):
+    """Tiles within the prefix, across the seam, within the sequence and at its end, for kernels of 64 and 128 rows."""
+    prefix_ids = torch.tensor([[1, 0], [0, -1]])[:, :slots]
+    shape = dict(q_len=LONG, k_len=K_LEN, prefix_len=112, head_dim=head_dim, num_prefixes=2, prefix_ids=prefix_ids)
+    check_forward(**shape, dropout_p=0.3, dropout_seed=SEED)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_mask_of_the_sequence_beside_tiles_of_the_prefix_alone(softcap, head_dim):
+    mask = some(K_LEN)
+    check_forward(q_len=LONG, k_len=K_LEN, prefix_len=150, head_dim=head_dim, attn_mask=mask, softcap=softcap)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("q_len", [LONG, 16])
 def test_the_kept_elements_are_the_reference_s_bit_for_bit(q_len, is_causal):
@@ -361,6 +380,30 @@ def test_padding_is_neither_visited_nor_loaded(shown, q_len, kind, mode):
     for name in ("key", "value"):
         call.inputs[name].nan_to_num_()
     check(call, needs=(), function=lambda *_, **__: (padded.out, padded.lse))
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "dropout_seed": SEED}, {"is_causal": True}], ids=str)
+def test_batch_rows_with_padding_beside_rows_with_holes(options, slots, kind):
+    columns = torch.arange(slots * 70 + K_LEN)
+    prefix, sequence = columns < slots * 70, columns - slots * 70
+    shown = torch.stack(
+        [
+            prefix & (columns < slots * 70 - 13) | (sequence >= 9) & (sequence < 130),
+            prefix & (columns >= 5) | (sequence >= 0),
+            columns % 50 != 3,
+            columns >= 0,
+            prefix,
+            columns < 0,
+        ]
+    )
+    bank = dict(num_prefixes=2, prefix_ids=torch.tensor([[1, 0]] * 6)[:, :slots], prefix_lens=torch.tensor([64, 69]))
+    mask = as_mask(shown[:, None, None], kind)
+    check_forward(
+        batch=6, q_heads=2, kv_heads=1, q_len=LONG, k_len=K_LEN, prefix_len=70, attn_mask=mask, **bank, **options
+    )
 
 
 @pytest.mark.parametrize("q_len", [LONG, DECODE])

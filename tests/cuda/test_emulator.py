@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from dataclasses import dataclass
 
 import emulated
@@ -184,3 +185,18 @@ def test_the_page_stops_at_the_line_that_it_shows() -> None:
     shown = re.search(rf"^    {number}\t(.*)$", page, flags=re.MULTILINE).group(1)
     lines = (emulated.CHECKOUT / "csrc" / "cuda" / file).read_text().splitlines()
     assert lines[int(number) - 1] == shown
+
+
+def test_an_object_is_made_again_when_its_source_changed_while_it_was_compiled(tmp_path, monkeypatch):
+    source, compiler = tmp_path / "kernels.cpp", tmp_path / "compiler"
+    source.write_text("int number = 1;\n")
+    # The first time, somebody saves another text while the compiler is at work.
+    compiler.write_text('#!/bin/sh\ng++ "$@" && if ! test -e saved; then touch saved; echo "//" >> kernels.cpp; fi\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(emulated, "CHECKOUT", tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    kernels = emulated.kernel_object(source, "fast", tmp_path / "objects")
+    kernels.compile(threading.Event())
+    assert (tmp_path / "saved").exists() and not kernels.is_current()
+    kernels.compile(threading.Event())
+    assert kernels.is_current()

@@ -76,6 +76,13 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         dropout_seed=torch.tensor([5]),
         softcap=4.0,
     ),
+    "forward of a mask over the sequence": lambda: _half(
+        **CROSSING | {"is_causal": False},
+        attn_mask=torch.rand(150, generator=torch.Generator().manual_seed(1)),
+    ),
+    "forward of dropout": lambda: _half(
+        **CROSSING | {"prefix_len": 32, "is_causal": False}, dropout_p=0.2, dropout_seed=torch.tensor([5])
+    ),
     "forward of odd rows": lambda: _half(q_len=33, k_len=40, head_dim=40, layout="poisoned"),
     "forward of a head dim of 40": lambda: _half(q_len=33, k_len=40, head_dim=40, layout="aligned"),
     "forward that sees nothing": lambda: _half(q_len=40, k_len=0, prefix_len=None),

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -109,14 +110,18 @@ class _Object:
         if stop.is_set() or self.is_current():
             return
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._record.unlink(missing_ok=True)
+        start = time.time()
         run = subprocess.run(self.command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             stop.set()
             raise EmulatedBuildError(f"{self.source.relative_to(CHECKOUT)}:\n{run.stderr}")
         # A make rule: "object: source header header", long lines continued by a backslash.
         rule = self.target.with_suffix(".d").read_text().replace("\\\n", " ")
-        digests = {file: _digest(CHECKOUT / file) for file in shlex.split(rule)[1:]}
-        digests = {str(CHECKOUT / file): digest for file, digest in digests.items()}
+        files = [CHECKOUT / file for file in shlex.split(rule)[1:]]
+        if any(file.stat().st_mtime > start for file in files):
+            return  # nobody knows which text of it the compiler read: without a record, the next build compiles again
+        digests = {str(file): _digest(file) for file in files}
         self._record.write_text(json.dumps({"command": shlex.join(self.command), "files": digests}))
 
     def key(self) -> str:

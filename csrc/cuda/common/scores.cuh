@@ -88,15 +88,6 @@ __device__ __forceinline__ void drop_elements(float (&left)[4], float (&right)[4
   }
 }
 
-// Sets both rows' dropped elements to zero; `row_cell` is the number of the block's 16 rows among the queries.
-__device__ __forceinline__ void drop_out(float (&left)[4], float (&right)[4], uint64_t seed, uint32_t threshold,
-                                         int row_cell, int64_t head, const Cell& cell, int lane) {
-  const PhiloxWords words = philox(seed, row_cell * 8 + lane / 4, cell.first / kCell * 4 + lane % 4,
-                                   static_cast<uint32_t>(head), static_cast<uint32_t>(cell.segment));
-  drop_elements(left, right, 0, words.word[0], words.word[1], threshold);
-  drop_elements(left, right, 2, words.word[2], words.word[3], threshold);
-}
-
 // Sets one row's dropped elements to zero, for blocks whose rows are not 16 consecutive queries.
 __device__ __forceinline__ void drop_out_row(float (&left)[4], float (&right)[4], int from, uint64_t seed,
                                              uint32_t threshold, int query, int64_t head, const Cell& cell, int lane) {

@@ -14,7 +14,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& params, float* 
                                             const typename Traits::Out& out, int warp_row, int lane) {
   using T = typename Traits::T;
   const AttentionParams& p = params.attention;
-  const float rescale = Traits::kGeneral ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
+  const float rescale = Traits::kMayDrop ? static_cast<float>(dropout_rescale(p.dropout_threshold)) : 1.0f;
 #pragma unroll
   for (int m = 0; m < Traits::kRowBlocks; ++m) {
 #pragma unroll

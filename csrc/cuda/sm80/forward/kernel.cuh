@@ -12,6 +12,7 @@
 // Scores stay in registers: a thread's accumulators of S, packed to 16 bits, are its operand of P V'.
 #pragma once
 
+#include "dropout.cuh"
 #include "epilogue.cuh"
 #include "load.cuh"
 #include "resume.cuh"
@@ -38,16 +39,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
 
   load_queries<Traits>(params, rows, thread);
   QueryOperand<Traits> query;
-  const uint64_t seed = Traits::kGeneral && p.dropout_threshold > 0 ? dropout_seed(p) : 0;
+  const WarpDropout dropout(p, rows, warp_row, lane);
   OnlineSoftmax<Traits::kRowBlocks, Traits::kGeneral> softmax;
   typename Traits::Out out;
   set_all(out, 0.0f);
-  if (p.extends) resume_rows<Traits>(params, rows, warp, lane, softmax, out);
+  if (!Traits::kDropout && p.extends) resume_rows<Traits>(params, rows, warp, lane, softmax, out);
 
   // Turn -1 only copies, so that every copy has one place in the code.
 #pragma unroll 1
   for (int j = -1; j < tiles; ++j) {
-    const int first_cell = j * kCells;
     ptx::cp_async_wait<1>();
     __syncthreads();  // all have key tile j, and none reads tile j - 1 any more
     if (j + 1 < tiles) load_keys<Traits>(params, rows, cells, j + 1, head_dim, thread);
@@ -58,23 +58,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) forwar
     typename Traits::Scores scores;
     unsigned seen = 0;  // one bit per cell of the tile that some row sees
     const KeyReader<Traits> key(Shared::keys(j), lane);
-    if (!Traits::kGeneral && j >= 0 && plan.view.every_row_sees(cells, first_cell, first_cell + kCells)) {
-      seen = (1u << kCells) - 1;
-      interior_scores(scores, query, query_reader, key);
-    } else if (j >= 0) {
-      seen = find_cells<Traits>(plan, p, cells, first_cell, lane);
-      if (Traits::kGeneral && params.shared_mask) {
-        seen &= ~load_shared_mask<Traits>(plan, p, rows, cells, first_cell, lane);
-      }
-      edge_scores(scores, params, plan, rows, seen, query, query_reader, key, warp_row, lane);
-    }
+    const CellRun run = Traits::kMayDrop ? CellRun(cells, j * kCells, kCells) : CellRun();
+    if (j >= 0) seen = tile_scores(scores, params, plan, j, run.exists, query, query_reader, key, warp_row, lane);
     if (seen != 0) softmax.update(scores, out, Traits::kGeneral ? kLog2E : params.scale_log2);
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // all have value tile j
     if (j + 1 < tiles) load_values<Traits>(params, rows, cells, j + 1, value_dim, thread);
     ptx::cp_async_commit();
-    add_values<Traits>(out, scores, plan.tile, seen, Shared::values(j), p, rows, seed, warp_row, lane);
+    if (Traits::kMayDrop && seen != 0 && (Traits::kDropout || p.dropout_threshold > 0)) {
+      drop_out_tile<Traits>(scores, dropout, run, plan.tile, seen, lane);
+    }
+    add_values<Traits>(out, scores, seen, Shared::values(j), lane);
   }
 
   ptx::cp_async_wait<0>();

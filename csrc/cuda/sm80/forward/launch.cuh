@@ -22,18 +22,18 @@ void launch_rows(ForwardParams& params, const Context& context) {
   launch(forward_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
 }
 
-template <typename T, int kHeadDim, bool kGeneral>
+template <typename T, int kHeadDim, bool kGeneral, bool kDropout>
 void launch_forward(ForwardParams& params, const Context& context) {
   // Twice the rows per warp, if the registers allow it, halve the reads from shared memory. The blocks, half as many,
   // must still keep every multiprocessor at work.
   constexpr int kRowBlocks = kHeadDim <= (kGeneral ? 64 : 128) ? 2 : 1;
-  using Large = ForwardTraits<T, kHeadDim, kGeneral, kRowBlocks>;
+  using Large = ForwardTraits<T, kHeadDim, kGeneral, kDropout, kRowBlocks>;
   const AttentionParams& p = params.attention;
   const int64_t blocks = (p.q_len + Large::kRows - 1) / Large::kRows * p.q_heads * p.batch;
   if (p.q_len > Large::kRows / 2 && blocks >= context.sm_count) {
     launch_rows<Large>(params, context);
   } else {
-    launch_rows<ForwardTraits<T, kHeadDim, kGeneral, 1>>(params, context);
+    launch_rows<ForwardTraits<T, kHeadDim, kGeneral, kDropout, 1>>(params, context);
   }
 }
 
@@ -54,11 +54,13 @@ void forward(const AttentionParams& p, const Context& context) {
 
   // The plain kernel divides the lse that it extends by scale, which must not overflow.
   const double least_scale = p.extends ? 1e-30 : 0.0;
-  const bool general = p.mask.data != nullptr || p.softcap > 0 || p.dropout_threshold > 0 || !(p.scale > least_scale);
+  const bool general = p.mask.data != nullptr || p.softcap > 0 || !(p.scale > least_scale);
   if (general) {
-    launch_forward<T, kHeadDim, true>(params, context);
+    launch_forward<T, kHeadDim, true, false>(params, context);
+  } else if (p.dropout_threshold > 0) {
+    launch_forward<T, kHeadDim, false, true>(params, context);
   } else {
-    launch_forward<T, kHeadDim, false>(params, context);
+    launch_forward<T, kHeadDim, false, false>(params, context);
   }
 }
 

@@ -21,22 +21,25 @@ struct ForwardParams {
   bool aligned_out;
 };
 
-template <typename Element, int kHeadDim_, bool kGeneral_, int kRowBlocks_>
+template <typename Element, int kHeadDim_, bool kGeneral_, bool kDropout_, int kRowBlocks_>
 struct ForwardTraits {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;     // mask, softcap, dropout or a scale that is not positive
+  static constexpr bool kGeneral = kGeneral_;  // mask, softcap or a scale that is not positive; dropout or not
+  static constexpr bool kDropout = kDropout_;  // dropout and none of these
+  static constexpr bool kMayDrop = kGeneral || kDropout;
   static constexpr int kRowBlocks = kRowBlocks_;  // 16-row blocks of a warp
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = kCell * kRowBlocks;
   static constexpr int kRows = kWarps * kWarpRows;
   // The most blocks per SM that registers and shared memory allow without spills.
-  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kGeneral ? 3 : 2)
+  static constexpr int kBlocksPerSM = kRowBlocks == 2  ? (kHeadDim == 32 && !kMayDrop ? 3 : 2)
                                       : kHeadDim == 32 ? 4
                                       : kHeadDim <= 96 ? 3
                                                        : 2;
-  static constexpr int kCells = kHeadDim <= 128 ? 4 : 2;
+  // Dropout at head dim 96 and 128 has tiles of half the columns: 32 rows a warp leave no registers for more scores.
+  static constexpr int kCells = kHeadDim <= (kDropout && kRowBlocks == 2 ? 64 : 128) ? 4 : 2;
   static constexpr int kColumns = kCells * kCell;
   static constexpr bool kQueryInRegisters = kHeadDim <= 64;
 

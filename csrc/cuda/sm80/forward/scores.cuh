@@ -1,6 +1,6 @@
 // The scores of one tile of keys: S = Q K'^T, final where Traits::kGeneral, else products whose scale is still to come.
 //
-//   interior tile  every row of the warp sees every column: products alone
+//   interior tile  every row of the warp sees every column, and no mask adds to it: products, then scale and softcap
 //   edge tile      cells that no row sees are left out, and columns hidden from a row are set to -inf
 //   general tile   an edge tile whose scores also get scale, softcap and mask
 #pragma once
@@ -65,6 +65,28 @@ __device__ __forceinline__ void interior_scores(typename Traits::Scores& scores,
   }
 }
 
+// Makes scores final that nothing hides and no mask adds to.
+template <int kRowBlocks, int kColumns>
+__device__ __forceinline__ void finish_interior(float (&scores)[kRowBlocks][kColumns][4], float scale, float softcap) {
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] *= scale;
+    }
+  }
+  if (!(softcap > 0)) return;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] = softcapped(scores[m][n][e], softcap);
+    }
+  }
+}
+
 // Notes the cells of a tile in the plan. One bit per cell: some row of the warp sees it.
 template <typename Traits>
 __device__ __forceinline__ unsigned find_cells(typename ForwardShared<Traits>::Plan& plan, const AttentionParams& p,
@@ -77,6 +99,11 @@ __device__ __forceinline__ unsigned find_cells(typename ForwardShared<Traits>::P
   const unsigned seen = __ballot_sync(kAllLanes, is_seen);
   __syncwarp();
   return seen;
+}
+
+// Tells if attn_mask has columns in the visited cells [first, end).
+__device__ __forceinline__ bool mask_covers(const AttentionParams& p, const VisitedCells& cells, int end) {
+  return p.mask.data != nullptr && (p.mask.prefix_columns > 0 || end > cells.prefix_cells);
 }
 
 // Notes in the plan a mask that all rows share, over the columns of a tile. One bit per cell: it is hidden altogether.
@@ -156,6 +183,30 @@ __device__ __forceinline__ void edge_scores(typename Traits::Scores& scores, con
       }
     }
   }
+}
+
+// Scores of tile j. One bit per cell: the cells that some row sees.
+template <typename Traits>
+__device__ __forceinline__ unsigned tile_scores(typename Traits::Scores& scores, const ForwardParams& params,
+                                                typename ForwardShared<Traits>::Plan& plan, int j, bool is_run,
+                                                const QueryOperand<Traits>& query,
+                                                const typename QueryOperand<Traits>::Reader& query_reader,
+                                                const KeyReader<Traits>& key, int warp_row, int lane) {
+  const AttentionParams& p = params.attention;
+  const VisitedCells& cells = plan.cells;
+  const int first_cell = j * Traits::kCells, end_cell = first_cell + Traits::kCells;
+  const bool is_seen_whole = plan.view.every_row_sees(cells, first_cell, end_cell);
+  if (is_seen_whole && (!Traits::kMayDrop || is_run) && !(Traits::kGeneral && mask_covers(p, cells, end_cell))) {
+    interior_scores(scores, query, query_reader, key);
+    if constexpr (Traits::kGeneral) finish_interior(scores, params.scale, params.softcap);
+    return (1u << Traits::kCells) - 1;
+  }
+  unsigned seen = find_cells<Traits>(plan, p, cells, first_cell, lane);
+  if (Traits::kGeneral && params.shared_mask) {
+    seen &= ~load_shared_mask<Traits>(plan, p, plan.rows, cells, first_cell, lane);
+  }
+  edge_scores(scores, params, plan, plan.rows, seen, query, query_reader, key, warp_row, lane);
+  return seen;
 }
 
 }  // namespace prefix_kernels::cuda::sm80

@@ -36,6 +36,27 @@ __device__ __forceinline__ BlockRows rows_of_block(const AttentionParams& p, int
   return rows;
 }
 
+// Visited cells that follow one another in one segment.
+struct CellRun {
+  bool exists = false;
+  int segment = 0;
+  int column = 0;  // first column of the first cell
+
+  __device__ __forceinline__ CellRun() {}
+
+  // Looks at the visited cells [first, first + count). Those behind the last are taken for the sequence's.
+  __device__ __forceinline__ CellRun(const VisitedCells& cells, int first, int count) {
+    if (first >= cells.prefix_cells) {
+      exists = true;
+      column = cells.sequence_begin + (first - cells.prefix_cells) * kCell;
+    } else if (cells.prefixes.slots == 1 && first + count <= cells.prefix_cells) {
+      exists = true;
+      segment = 1;
+      column = (cells.prefix_begin + first) * kCell;
+    }
+  }
+};
+
 // The columns that all rows of a warp see, and those that any of them sees.
 struct WarpView {
   Span seen_by_all{0, 0};     // columns of the sequence
@@ -60,7 +81,8 @@ struct WarpView {
   __device__ __forceinline__ bool every_row_sees(const VisitedCells& cells, int begin, int end) const {
     const int from = cells.sequence_begin + (max(begin, cells.prefix_cells) - cells.prefix_cells) * kCell;
     const int to = cells.sequence_begin + (end - cells.prefix_cells) * kCell;
-    return end <= cells.count && min(end, cells.prefix_cells) <= prefix_cells_seen &&
+    const bool in_sequence = begin >= cells.prefix_cells;
+    return end <= cells.count && (in_sequence || min(end, cells.prefix_cells) <= prefix_cells_seen) &&
            (end <= cells.prefix_cells || (from >= seen_by_all.begin && to <= seen_by_all.end));
   }
 
