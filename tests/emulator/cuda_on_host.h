@@ -86,6 +86,13 @@ T atomicAdd(T* address, T value, emulator::Where where = emulator::Where::curren
   return emulator::atomic_add(address, value, where);
 }
 
+// Adds 1, and comes back to 0 behind `limit`.
+inline unsigned atomicInc(unsigned* address, unsigned limit, emulator::Where where = emulator::Where::current()) {
+  return emulator::atomic_increment(address, limit, where);
+}
+
+inline void __threadfence() { emulator::fence(); }
+
 [[noreturn]] inline void __trap(emulator::Where where = emulator::Where::current()) { emulator::trap(where); }
 
 template <typename T>
