@@ -23,6 +23,7 @@ void launch_decode(const AttentionParams& p, const Context& context) {
   params.aligned_value = has_aligned_chunks(p.value, p.value_dim);
   params.aligned_prefix_key = has_aligned_chunks(p.prefix_key, p.head_dim);
   params.aligned_prefix_value = has_aligned_chunks(p.prefix_value, p.value_dim);
+  params.plain = p.mask.data == nullptr && !(p.softcap > 0) && p.dropout_threshold == 0;
   params.rows_per_entry = static_cast<int>(p.q_len * (p.q_heads / p.kv_heads));
   params.blocks_per_entry = (params.rows_per_entry + Traits::kRows - 1) / Traits::kRows;
 

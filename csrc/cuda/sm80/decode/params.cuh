@@ -27,6 +27,7 @@ struct DecodeParams {
   int sequence_parts;    // parts of each sequence
   int parts;             // parts of a row: prefix_slots * prefix_parts + sequence_parts
   int prefix_blocks;     // blocks of prefixes, which come first in the grid
+  bool plain;            // neither mask nor softcap nor dropout
   float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
   Share* partial_share;  // [batch * q_heads * q_len, parts]
   bool aligned_query;    // results of has_aligned_chunks
