@@ -12,11 +12,12 @@
 //
 // A part is cut into cells of 16 columns; each of the block's warps has its own ring of cells in flight. The rows are
 // cut into tiles of 16, one to a warp. If there are fewer tiles than warps, the warps of one tile divide the cells
-// among them, each with its own softmax. The results of warps are merged in the block, those of blocks by merge_kernel,
-// both in fixed order.
+// among them, each with its own softmax. The results of warps are merged in the block, those of blocks by the last of
+// them to arrive or by merge_kernel, all in fixed order.
 #pragma once
 
 #include "../../common/softmax.cuh"
+#include "merge.cuh"
 #include "ring.cuh"
 #include "warp_results.cuh"
 
@@ -96,7 +97,8 @@ __device__ __forceinline__ void add_decoded(float (&out)[1][2 * Traits::kHeadDim
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM)
+    decode_kernel(const __grid_constant__ DecodeParams params) {
   using T = typename Traits::T;
   using Ring = DecodeRing<Traits>;
   constexpr int kWarps = Traits::kWarps, kStages = Traits::kStages;
@@ -176,6 +178,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   WarpResults<Traits>::keep(softmax, out, warp_shares, warp, lane);
   __syncthreads();
   WarpResults<Traits>::merge(params, part, rows, warp_shares, tiles, thread);
+  if (params.merges)
+    merge_last<Traits>(params, rows, part.entries, part.row_count, part.kv_head, part.first_row, thread);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

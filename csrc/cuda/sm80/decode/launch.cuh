@@ -6,9 +6,19 @@
 #include "../../launch.h"
 #include "kernel.cuh"
 #include "launch.h"
-#include "merge.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
+
+// Tells if the last block to arrive merges the parts of its rows, which are `rows` at most; otherwise a second kernel
+// does. A block has 16 rows per warp, the second kernel one: for few rows, the block's threads load no more partial
+// results each than its do, one after another. For many rows each thread makes more loads, of which four are under way
+// at once; at 0.2 us from the L2 cache, 48 of them take the 2 to 3 us of another launch. Modelled, not measured.
+template <typename Traits>
+bool merges_itself(int64_t rows, int64_t parts) {
+  constexpr int64_t kMoreLoads = 48;
+  const int64_t of_block = (rows * (Traits::kHeadDim / 4) + Traits::kThreads - 1) / Traits::kThreads;
+  return parts == 1 || (of_block - Traits::kHeadDim / kWarpSize) * parts <= kMoreLoads;
+}
 
 template <typename Traits>
 void launch_decode(const AttentionParams& p, const Context& context) {
@@ -48,7 +58,15 @@ void launch_decode(const AttentionParams& p, const Context& context) {
   params.partial_share =
       static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
   const int64_t blocks = params.prefix_blocks + p.batch * blocks_per_part * params.sequence_parts;
+  const int64_t entries_of_block = params.prefix_parts > 0 ? std::min(per_block, entries) : 1;
+  const int64_t rows_of_block = std::min<int64_t>(Traits::kRows, entries_of_block * params.rows_per_entry);
+  params.merges = merges_itself<Traits>(rows_of_block, params.parts);
+  if (params.merges && params.parts > 1) {
+    params.arrivals = context.counters(static_cast<size_t>(p.batch * blocks_per_part));
+    params.merges = params.arrivals != nullptr;
+  }
   launch(decode_kernel<Traits>, grid_of(blocks), dim3(Traits::kThreads), Traits::kSharedBytes, context.stream, params);
+  if (params.merges) return;
   constexpr int kMergeThreads = 128, kMergeRows = kMergeThreads / kWarpSize;
   launch(merge_kernel<Traits>, grid_of((rows + kMergeRows - 1) / kMergeRows), dim3(kMergeThreads), 0, context.stream,
          params);

@@ -30,6 +30,8 @@ struct DecodeParams {
   bool plain;            // neither mask nor softcap nor dropout
   float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
   Share* partial_share;  // [batch * q_heads * q_len, parts]
+  bool merges;           // the last block to arrive merges the parts; otherwise merge_kernel does
+  unsigned* arrivals;    // [batch, kv_heads, blocks_per_entry], zero between launches; null if every row has one part
   bool aligned_query;    // results of has_aligned_chunks
   bool aligned_key;
   bool aligned_value;
