@@ -22,10 +22,11 @@ struct Context {
   unsigned* counters(size_t count) const { return counters_in(owner, count); }
 
   void* (*allocate_in)(void* owner, size_t bytes) = nullptr;
-  unsigned* (*counters_in)(void* owner, size_t count) = nullptr;
   void* owner = nullptr;
 
   int max_grid_yz = 65535;  // blocks of a grid along y, and along z, at most
+
+  unsigned* (*counters_in)(void* owner, size_t count) = nullptr;
 };
 
 }  // namespace prefix_kernels::cuda

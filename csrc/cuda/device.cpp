@@ -58,13 +58,10 @@ struct Device::Guard {
 
 Device::Device(const at::Tensor& tensor) : guard_(std::make_unique<Guard>(tensor.device())), like_(tensor) {
   const Capabilities gpu = capabilities_of(tensor.device());
-  context_ = {gpu.architecture,
-              gpu.sm_count,
-              gpu.shared_bytes,
-              c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream(),
-              &Device::allocate,
-              &Device::counters,
-              this};
+  context_ = {gpu.architecture,  gpu.sm_count,
+              gpu.shared_bytes,  c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream(),
+              &Device::allocate, this};
+  context_.counters_in = &Device::counters;
 }
 
 Device::~Device() = default;

@@ -56,7 +56,8 @@ struct Device::Guard {};
 
 Device::Device(const at::Tensor& tensor) : like_(tensor) {
   check_architecture("8.0;9.0+PTX", architecture / 10, architecture % 10, "the emulated GPU");
-  context_ = {architecture, sm_count, shared_bytes(), nullptr, &Device::allocate, &Device::counters, this, max_grid_yz};
+  context_ = {architecture, sm_count, shared_bytes(), nullptr, &Device::allocate, this, max_grid_yz};
+  context_.counters_in = &Device::counters;
   emulator::clear_globals();
 }
 

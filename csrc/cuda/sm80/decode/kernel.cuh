@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM)
   Share* const warp_shares = shared.template at<typename Traits::SharePiece>();
 
   DecodePart part = part_of_block<Traits>(params, blockIdx.x);
+  check_prefixes_of_row(p, part.is_prefix ? part.entry / static_cast<int>(p.prefix_slots) : part.entry);
   const int per_block = max(1, kRows / params.rows_per_entry);
   part.entries = part.is_prefix ? gather_entries(p, part.entry, per_block, lane, warp == 0 ? entries : nullptr) : 1;
   if (part.entries == 0) return;
@@ -136,6 +137,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM)
   const auto load = [&](int i) { Ring::load(params, part, warp, lane, i); };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load(i);
+
+  // Lengths of prefixes that no row has, too: by now the first cells are on their way.
+  if (!part.is_prefix) {
+    const int64_t block = static_cast<int>(blockIdx.x) - params.prefix_blocks;
+    check_prefix_lengths(p, block * Traits::kThreads + thread,
+                         (static_cast<int64_t>(gridDim.x) - params.prefix_blocks) * Traits::kThreads);
+  }
 
   uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][4];
   ptx::cp_async_wait<kStages - 1>();

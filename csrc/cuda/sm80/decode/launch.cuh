@@ -10,9 +10,10 @@
 namespace prefix_kernels::cuda::sm80 {
 
 // Tells if the last block to arrive merges the parts of its rows, which are `rows` at most; otherwise a second kernel
-// does. A block has 16 rows per warp, the second kernel one: for few rows, the block's threads load no more partial
-// results each than its do, one after another. For many rows each thread makes more loads, of which four are under way
-// at once; at 0.2 us from the L2 cache, 48 of them take the 2 to 3 us of another launch. Modelled, not measured.
+// does. There a warp has one row, and a thread loads kHeadDim / 32 floats of each part; here it loads as many chunks of
+// four floats as there are rows for it. Where those are not more, a launch is saved and nothing lost, however many
+// parts there are. Of more loads four are under way at once: at 0.2 us from the L2 cache, 48 of them take the 2 to 3 us
+// of another launch. Modelled, not measured.
 template <typename Traits>
 bool merges_itself(int64_t rows, int64_t parts) {
   constexpr int64_t kMoreLoads = 48;
@@ -58,7 +59,8 @@ void launch_decode(const AttentionParams& p, const Context& context) {
   params.partial_share =
       static_cast<Share*>(context.allocate(static_cast<size_t>(rows * params.parts) * sizeof(Share)));
   const int64_t blocks = params.prefix_blocks + p.batch * blocks_per_part * params.sequence_parts;
-  const int64_t entries_of_block = params.prefix_parts > 0 ? std::min(per_block, entries) : 1;
+  const bool shares = p.num_prefixes == 1 || p.prefix_ids != nullptr;
+  const int64_t entries_of_block = params.prefix_parts > 0 && shares ? std::min(per_block, entries) : 1;
   const int64_t rows_of_block = std::min<int64_t>(Traits::kRows, entries_of_block * params.rows_per_entry);
   params.merges = merges_itself<Traits>(rows_of_block, params.parts);
   if (params.merges && params.parts > 1) {
