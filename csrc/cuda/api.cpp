@@ -1,7 +1,6 @@
 #include "api.h"
 
 #include "../results.h"
-#include "check_range.h"
 #include "device.h"
 #include "dispatch.h"
 #include "merge.h"
@@ -23,12 +22,10 @@ struct DeviceIntegers {
     if (args.prefix_ids.has_value() && p.prefix_slots > 0) {
       ids = to_int64(*args.prefix_ids);
       p.prefix_ids = data(ids, "prefix_ids");
-      check_range({p.prefix_ids, ids.numel(), -1, p.num_prefixes - 1, "prefix_ids"}, device.context());
     }
     if (args.prefix_lens.has_value() && p.prefix_slots > 0) {
       lens = to_int64(*args.prefix_lens);
       p.prefix_lens = data(lens, "prefix_lens");
-      check_range({p.prefix_lens, lens.numel(), 0, p.prefix_len, "prefix_lens"}, device.context());
     }
     if (args.query_offsets.has_value()) {
       offsets = to_int64(*args.query_offsets).clamp(-kMaxPosition, kMaxPosition);

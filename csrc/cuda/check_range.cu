@@ -1,6 +1,7 @@
-#include <cstdio>
+#include <algorithm>
 
 #include "check_range.h"
+#include "common/check_range.cuh"
 #include "launch.h"
 
 namespace prefix_kernels::cuda {
@@ -9,26 +10,21 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 1024;
 
-__global__ void check_range_kernel(const RangeCheck check) {
+__global__ void check_prefixes_kernel(const AttentionParams p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < check.count; i += step) {
-    const int64_t x = check.data[i];
-    if (x < check.least || x > check.most) {
-      printf("prefix_attention: %s: expected values from %lld to %lld, got %lld at flat index %lld\n", check.name,
-             static_cast<long long>(check.least), static_cast<long long>(check.most), static_cast<long long>(x),
-             static_cast<long long>(i));
-      __trap();
-    }
-  }
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = first; p.prefix_ids != nullptr && i < p.batch * p.prefix_slots; i += step) check_prefix_id(p, i);
+  check_prefix_lengths(p, first, step);
 }
 
 }  // namespace
 
-void check_range(const RangeCheck& check, const Context& context) {
-  if (check.count == 0) return;
-  const int64_t blocks = (check.count + kThreads - 1) / kThreads;
-  launch(check_range_kernel, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)), dim3(kThreads), 0,
-         context.stream, check);
+void check_prefixes(const AttentionParams& p, const Context& context) {
+  const int64_t ids = p.prefix_ids != nullptr ? p.batch * p.prefix_slots : 0;
+  const int64_t count = std::max(ids, p.prefix_lens != nullptr ? p.num_prefixes : 0);
+  if (count == 0) return;
+  const int64_t blocks = std::min(kMaxBlocks, (count + kThreads - 1) / kThreads);
+  launch(check_prefixes_kernel, grid_of(blocks), dim3(kThreads), 0, context.stream, p);
 }
 
 }  // namespace prefix_kernels::cuda

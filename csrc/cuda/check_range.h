@@ -1,21 +1,13 @@
-// The range check of integers in device memory.
+// The range check of the numbers and lengths of prefixes, ahead of kernels that read them unchecked.
 #pragma once
 
-#include <cstdint>
-
+#include "../attention_params.h"
 #include "context.h"
 
 namespace prefix_kernels::cuda {
 
-struct RangeCheck {
-  const int64_t* data;  // [count]
-  int64_t count;
-  int64_t least;
-  int64_t most;
-  char name[16];  // name of the argument, for the message
-};
-
-// Prints the argument, what was expected and what came, and traps, as torch does for an index out of range.
-void check_range(const RangeCheck& check, const Context& context);
+// Launches a kernel that, at a value of p.prefix_ids or p.prefix_lens out of range, prints the argument, what was
+// expected and what came, and traps, as torch does for an index out of range. The decode kernel checks them itself.
+void check_prefixes(const AttentionParams& p, const Context& context);
 
 }  // namespace prefix_kernels::cuda

@@ -18,10 +18,15 @@ struct Context {
   // Device memory, 256-byte aligned and not initialised, for kernels launched on `stream` until the operator returns.
   void* allocate(size_t bytes) const { return allocate_in(owner, bytes); }
 
+  // Counters that are zero and that a kernel launched on `stream` leaves zero; null if there are not so many.
+  unsigned* counters(size_t count) const { return counters_in(owner, count); }
+
   void* (*allocate_in)(void* owner, size_t bytes) = nullptr;
   void* owner = nullptr;
 
   int max_grid_yz = 65535;  // blocks of a grid along y, and along z, at most
+
+  unsigned* (*counters_in)(void* owner, size_t count) = nullptr;
 };
 
 }  // namespace prefix_kernels::cuda

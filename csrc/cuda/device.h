@@ -31,6 +31,7 @@ class Device {
   struct Guard;
 
   static void* allocate(void* owner, size_t bytes);
+  static unsigned* counters(void* owner, size_t count);
 
   std::unique_ptr<Guard> guard_;
   at::Tensor like_;  // tensor on whose device workspaces are allocated

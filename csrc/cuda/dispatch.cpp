@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "check_range.h"
 #include "padding.h"
 #include "simt/simt.h"
 #include "sm80/backward/launch.h"
@@ -38,14 +39,21 @@ bool uses_decode_kernel(const AttentionParams& p, const Context& context) {
 
 template <DType kDType>
 void forward_sm80(AttentionParams p, const Context& context) {
-  find_padding(p, context);
   const bool few_queries = uses_decode_kernel(p, context);
+  if (!few_queries) check_prefixes(p, context);
+  find_padding(p, context);
   with_head_dim(std::max(p.head_dim, p.value_dim), [&](auto head_dim) {
     if (few_queries)
       sm80::decode<kDType, head_dim>(p, context);
     else
       sm80::forward<kDType, head_dim>(p, context);
   });
+}
+
+template <typename T>
+void forward_simt(const AttentionParams& p, const Context& context) {
+  check_prefixes(p, context);
+  simt::forward<T>(p, context);
 }
 
 template <DType kDType>
@@ -63,9 +71,9 @@ void backward_sm80(BackwardParams b, const Context& context) {
 void dispatch_forward(const AttentionParams& p, const Context& context) {
   switch (p.query.dtype) {
     case DType::kFloat64:
-      return simt::forward<double>(p, context);
+      return forward_simt<double>(p, context);
     case DType::kFloat32:
-      return simt::forward<float>(p, context);
+      return forward_simt<float>(p, context);
     case DType::kBFloat16:
       return forward_sm80<DType::kBFloat16>(p, context);
     case DType::kFloat16:
@@ -74,6 +82,7 @@ void dispatch_forward(const AttentionParams& p, const Context& context) {
 }
 
 void dispatch_backward(const BackwardParams& b, const Context& context) {
+  check_prefixes(b.forward, context);
   switch (b.forward.query.dtype) {
     case DType::kFloat64:
       return simt::backward<double>(b, context);

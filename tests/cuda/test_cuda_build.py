@@ -84,15 +84,19 @@ def find_built(toolkit: CudaToolkit, source: str, folder: Path) -> Unit | None:
 
 
 def spilling_kernels(report: str) -> dict[str, int]:
-    """Name of every kernel that spills, by ptxas's report, and how many bytes it stores or loads."""
-    spills = {}
-    for name, architecture, stored, loaded in re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+    """Every kernel, and every function that one calls, that spills, by ptxas's report; how many bytes at most."""
+    spills: dict[str, int] = {}
+    architecture = ""
+    for entry, name, stored, loaded in re.findall(
+        r"Compiling entry function '\w+' for '(\w+)'"
+        r"|Function properties for (\w+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
         report,
-        re.S,
     ):
-        if size := max(int(stored), int(loaded)):
-            spills[f"{name} for {architecture}"] = size
+        if entry:
+            architecture = entry
+        elif size := max(int(stored), int(loaded)):
+            key = f"{name} for {architecture}"
+            spills[key] = max(size, spills.get(key, 0))
     return spills
 
 

@@ -250,6 +250,71 @@ def test_decoding_reads_each_row_of_keys_and_values_once_per_batch(batch, group,
     reads_once_per_batch(batch, group, q_len, head_dim)
 
 
+# Calls whose rows have several parts, or one.
+MERGED = {
+    "long sequence": dict(q_len=1, k_len=900, q_heads=4, kv_heads=2, prefix_len=None),
+    "several queries, causal": dict(q_len=5, k_len=300, q_heads=6, kv_heads=2, prefix_len=290, is_causal=True),
+    "more rows than a block has": dict(
+        batch=1, q_heads=5, kv_heads=1, q_len=14, k_len=290, prefix_len=20, is_causal=True
+    ),
+    "one prefix for all": dict(batch=17, q_heads=2, kv_heads=1, q_len=1, k_len=20, prefix_len=300),
+    "one prefix for all, in a wide block": dict(batch=21, q_heads=5, kv_heads=1, q_len=1, k_len=20, prefix_len=300),
+    "several prefixes a row, the same one twice": dict(
+        batch=3,
+        q_len=2,
+        k_len=280,
+        prefix_len=270,
+        num_prefixes=2,
+        prefix_ids=torch.tensor([[0, 0, 1], [-1, 1, 0], [-1, -1, -1]]),
+        prefix_lens=torch.tensor([270, 3]),
+    ),
+    "padding and dropout": dict(
+        batch=2, q_len=2, k_len=600, attn_mask=some(2, 1, 1, 600) < 0.8, dropout_p=0.2, dropout_seed=SEED
+    ),
+    "one part": dict(q_len=1, k_len=100, prefix_len=None),
+    "nothing to see": dict(q_len=1, k_len=0, prefix_len=None),
+    "odd head dim": dict(q_len=1, k_len=600, head_dim=36, layout="poisoned"),
+    "head dim 256": dict(q_len=2, k_len=600, head_dim=256, prefix_len=130),
+}
+
+
+@pytest.mark.parametrize("shape", MERGED.values(), ids=MERGED)
+def test_the_last_block_to_arrive_merges_the_bits_of_the_second_kernel(shape):
+    """Again and again, as a graph replays it: each launch leaves the counters zero."""
+    call = make_call(**dict(dtype=torch.float16, layout="aligned", head_dim=64, with_dlse=False) | shape)
+    load().device(80, MANY, counters=0)
+    expected = run(call, emulated_prefix_attention, needs=())
+    load().device(80, MANY)
+    for seed in range(4):
+        got = run(call, partial(emulated_prefix_attention, seed=seed), needs=())
+        for name, tensor in got.tensors().items():
+            assert torch.equal(tensor, getattr(expected, name)), (name, seed)
+    check(call, needs=(), function=emulated_prefix_attention)
+
+
+BANK = dict(prefix_len=290, num_prefixes=3, prefix_ids=torch.tensor([2, 0]), prefix_lens=torch.tensor([9, 0, 290]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "counters", "launches"),
+    [
+        (dict(k_len=600), 1024, 1),
+        (dict(k_len=600), 0, 2),
+        (dict(k_len=600), 7, 2),  # one fewer than batch rows and key heads
+        (dict(k_len=600, **BANK), 1024, 1),
+        (dict(k_len=100, prefix_len=None), 0, 1),  # one part
+        (dict(q_len=LONG, **BANK), 1024, 2),
+        (dict(batch=16, q_heads=8, kv_heads=2, k_len=3000, prefix_len=600), 1024, 2),  # 64 rows of 13 parts
+    ],
+    ids=["few parts", "no counters", "too few counters", "a bank", "one part", "a bank, many queries", "many parts"],
+)
+def test_the_kernels_that_a_call_launches(shape, counters, launches):
+    load().device(80, MANY, counters=counters)
+    load().take_launches()
+    check_forward(**dict(batch=2, q_heads=4, q_len=1) | shape)
+    assert load().take_launches() == launches
+
+
 def test_decoding_with_less_shared_memory_reads_a_prefix_twice_for_many_rows():
     load().device(80, FEW)
     reads_once_per_batch(32, 4, 1, 128)
@@ -487,5 +552,53 @@ CHECKED = {
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
 def test_check_mode_finds_nothing(shape, seed):
-    load("check").device(80, FEW if seed == 1 else MANY)
+    load("check").device(80, FEW if seed == 1 else MANY, counters=0 if seed == 3 else 1024)
     check_forward(mode="check", seed=seed, **shape)
+
+
+@pytest.mark.parametrize("q_len", [DECODE, LONG])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prefix_ids": [0, 3]}, "prefix_ids: expected values from -1 to 2, got 3 at flat index 1"),
+        ({"prefix_ids": [-2, 0]}, "prefix_ids: expected values from -1 to 2, got -2 at flat index 0"),
+        ({"prefix_ids": [[0, -1], [2, 9]]}, "prefix_ids: expected values from -1 to 2, got 9 at flat index 3"),
+        ({"prefix_lens": [5, 300, 2]}, "prefix_lens: expected values from 0 to 290, got 300 at flat index 1"),
+        ({"prefix_lens": [5, 7, -1]}, "prefix_lens: expected values from 0 to 290, got -1 at flat index 2"),
+    ],
+    ids=["id too large", "id too small", "id of a second slot", "length too large", "length of a prefix of no row"],
+)
+@pytest.mark.parametrize("mode", ["fast", "check"])
+def test_integers_out_of_range_are_refused_on_the_device(mode, changed, message, q_len, capfd):
+    """Whether a kernel checks what it reads or another one runs ahead of it."""
+    integers = {"prefix_ids": [0, 1], "prefix_lens": [5, 290, 2]} | changed
+    call = make_call(
+        q_len=q_len,
+        k_len=40,
+        prefix_len=290,
+        num_prefixes=3,
+        head_dim=64,
+        dtype=torch.float16,
+        **{name: torch.tensor(values) for name, values in integers.items()},
+    )
+    load(mode).device(80, MANY)
+    for seed in range(3):
+        with pytest.raises(RuntimeError, match="trap at"):
+            emulated_prefix_attention(*call.inputs.values(), **call.options, mode=mode, seed=seed)
+        # What a kernel prints stands in the buffer of the C library.
+        load(mode).emulator.fflush(None)
+        assert f"prefix_attention: {message}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("q_len", [DECODE, LONG])
+def test_the_backward_pass_checks_the_integers_again(q_len, capfd):
+    ids = torch.tensor([2, 0])
+    call = make_call(q_len=q_len, k_len=40, head_dim=64, dtype=torch.float16, **BANK | {"prefix_ids": ids})
+    inputs = [tensor.requires_grad_() for tensor in call.inputs.values()]
+    out = emulated_prefix_attention(*inputs, **call.options)
+    ids.numpy()[1] = 3  # unseen by autograd
+    with pytest.raises(RuntimeError, match="trap at"):
+        out.sum().backward()
+    load().emulator.fflush(None)
+    expected = "prefix_attention: prefix_ids: expected values from -1 to 2, got 3 at flat index 1"
+    assert expected in capfd.readouterr().out

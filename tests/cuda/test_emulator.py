@@ -91,6 +91,16 @@ def test_a_tree_in_shared_memory_and_atomics_of_blocks_give_the_sum(mode: str, s
     assert result.output.item() == source.sum().item()
 
 
+@modes
+@seeds
+def test_the_last_block_to_arrive_adds_what_all_blocks_wrote(mode: str, seed: int) -> None:
+    source = torch.randn(64)
+    result = run("last_block_adds", source, 2, mode=mode, seed=seed)
+    assert result.report == ""
+    # The order of the sum is that of the blocks' numbers, whichever arrives last.
+    assert result.output.tolist() == [run("last_block_adds", source, 2, mode="fast").output[0].item(), 0.0]
+
+
 def test_blocks_on_two_host_threads_give_the_same_sum() -> None:
     source = torch.randint(-9, 9, (600,)).float()
     _library("fast").prefix_kernels_emulator_threads(2)

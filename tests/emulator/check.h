@@ -23,6 +23,7 @@ EMULATOR_HOOK(void begin_launch(const Launch& launch))
 EMULATOR_HOOK(void begin_block(int threads, dim3 index))
 EMULATOR_HOOK(void block_barrier())
 EMULATOR_HOOK(void warp_barrier(int warp, uint32_t lanes))
+EMULATOR_HOOK(void fence(const Lane& lane))
 EMULATOR_HOOK(void read(const Lane& lane, const void* address, size_t bytes, Where where))
 EMULATOR_HOOK(void atomic(const Lane& lane, const void* address, size_t bytes, Where where))
 // Between these two nobody may touch the bytes of shared memory that an asynchronous copy is going to fill.

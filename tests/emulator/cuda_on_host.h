@@ -19,6 +19,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
 #define __constant__ static const
@@ -85,6 +86,13 @@ template <typename T>
 T atomicAdd(T* address, T value, emulator::Where where = emulator::Where::current()) {
   return emulator::atomic_add(address, value, where);
 }
+
+// Adds 1, and comes back to 0 behind `limit`.
+inline unsigned atomicInc(unsigned* address, unsigned limit, emulator::Where where = emulator::Where::current()) {
+  return emulator::atomic_increment(address, limit, where);
+}
+
+inline void __threadfence() { emulator::fence(); }
 
 [[noreturn]] inline void __trap(emulator::Where where = emulator::Where::current()) { emulator::trap(where); }
 

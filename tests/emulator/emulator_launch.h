@@ -46,6 +46,8 @@ void clear_globals();
 extern "C" {
 // The order of blocks, warps and lanes: 0 is their natural order, every other number is another random one.
 __attribute__((visibility("default"))) void prefix_kernels_emulator_seed(uint64_t seed);
+// Kernels that were launched since the last call.
+__attribute__((visibility("default"))) int64_t prefix_kernels_emulator_take_launches();
 // Host threads over which the blocks of a launch are spread; check mode uses one.
 __attribute__((visibility("default"))) void prefix_kernels_emulator_threads(int count);
 }

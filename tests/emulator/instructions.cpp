@@ -80,6 +80,20 @@ double atomic_add(double* address, double value, Where where) { return add(addre
 int atomic_add(int* address, int value, Where where) { return add(address, value, where); }
 unsigned atomic_add(unsigned* address, unsigned value, Where where) { return add(address, value, where); }
 
+unsigned atomic_increment(unsigned* address, unsigned limit, Where where) {
+  check::atomic(*current_lane, address, sizeof(unsigned), where);
+  const std::atomic_ref<unsigned> number(*address);
+  unsigned old = number;
+  while (!number.compare_exchange_weak(old, old >= limit ? 0 : old + 1)) {
+  }
+  return old;
+}
+
+void fence() {
+  check::fence(*current_lane);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
 void copy_async(void* shared, const void* global, bool valid, Where where) {
   current_block->copies(*current_lane).issue(shared, global, valid, where);
 }

@@ -24,6 +24,8 @@ float atomic_add(float* address, float value, Where where);
 double atomic_add(double* address, double value, Where where);
 int atomic_add(int* address, int value, Where where);
 unsigned atomic_add(unsigned* address, unsigned value, Where where);
+unsigned atomic_increment(unsigned* address, unsigned limit, Where where);
+void fence();
 
 void copy_async(void* shared, const void* global, bool valid, Where where);
 void commit_copies();

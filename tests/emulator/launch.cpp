@@ -18,6 +18,7 @@ namespace {
 
 uint64_t seed = 0;
 int host_threads = 1;
+std::atomic<int64_t> launches{0};
 
 // A block's stacks and shared memory are kept from launch to launch.
 Block& this_threads_block() {
@@ -70,6 +71,7 @@ void run_block(const Launch& launch, uint64_t linear) {
 
 void run(const Launch& launch) {
   require_launchable(launch);
+  ++launches;
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock_launch(one_launch_at_a_time);
   const FaultHandlers fault_handlers;
@@ -117,4 +119,5 @@ void clear_globals() {}
 }  // namespace emulator
 
 void prefix_kernels_emulator_seed(uint64_t seed) { emulator::seed = seed; }
+int64_t prefix_kernels_emulator_take_launches() { return emulator::launches.exchange(0); }
 void prefix_kernels_emulator_threads(int count) { emulator::host_threads = count < 1 ? 1 : count; }

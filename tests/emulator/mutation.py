@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Files of csrc/cuda.
 FORWARD_KERNEL, COLUMNS, ROWS = "sm80/forward/kernel.cuh", "sm80/backward/columns.cuh", "sm80/backward/rows.cuh"
 FORWARD_LOAD, FORWARD_EPILOGUE = "sm80/forward/load.cuh", "sm80/forward/epilogue.cuh"
+DECODE_MERGE = "sm80/decode/merge.cuh"
 COLUMNS_BLOCK = "sm80/backward/columns_block.cuh"
 # Units that are compiled.
 FORWARD = ("forward_float16_64",)

@@ -213,6 +213,33 @@ def test_a_cuda_graph_replays_forward_and_backward(option, dtype, backend):
         torch.testing.assert_close(got, want, **tolerance)
 
 
+def test_decoding_gives_the_same_bits_on_streams_side_by_side_and_from_graphs():
+    """Blocks count themselves in; calls that run at the same time do not share the counters."""
+    call = gpu_call("decode", dtype=torch.bfloat16)
+
+    def step():
+        return prefix_attention(*call.inputs.values(), **call.options)
+
+    expected = step()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    graphs = [torch.cuda.CUDAGraph() for _ in streams]
+    outs = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs.append(step())
+    eager = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                eager.append(step())
+    torch.cuda.synchronize()
+    for out in [*outs, *eager]:
+        assert torch.equal(out, expected)
+
+
 def test_the_current_stream_is_used():
     call = gpu_call("causal", dtype=torch.bfloat16)
     inputs = list(call.inputs.values())
@@ -270,11 +297,14 @@ def test_partial_attentions_merge(sample, dtype):
     check_merge(make_parts(**sample, dtype=dtype, device=DEVICE), merge, merge_backward)
 
 
-def test_an_id_out_of_range_is_refused_on_the_device():
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("q_len", [4, 300])
+def test_an_id_out_of_range_is_refused_on_the_device(q_len, dtype):
     """In a process of its own: a trap leaves the device unusable."""
     code = (
         "import torch, prefix_kernels\n"
-        "x, prefix = torch.randn(2, 1, 4, 8, device='cuda'), torch.randn(3, 1, 5, 8, device='cuda')\n"
+        f"x = torch.randn(2, 1, {q_len}, 8, device='cuda', dtype=torch.{dtype})\n"
+        f"prefix = torch.randn(3, 1, 5, 8, device='cuda', dtype=torch.{dtype})\n"
         "ids = torch.tensor([0, 3], device='cuda')\n"
         "prefix_kernels.prefix_attention(x, x, x, prefix, prefix, prefix_ids=ids)\n"
         "torch.cuda.synchronize()\n"

@@ -240,7 +240,13 @@ class Library:
         take.restype = ctypes.c_int64
         return take()
 
-    def device(self, architecture: int, sm_count: int, max_grid_yz: int = 65535) -> None:
+    def take_launches(self) -> int:
+        """Kernels that were launched since the last call."""
+        take = self.emulator.prefix_kernels_emulator_take_launches
+        take.restype = ctypes.c_int64
+        return take()
+
+    def device(self, architecture: int, sm_count: int, max_grid_yz: int = 65535, counters: int = 1024) -> None:
         """Set the GPU that the host code sees.
 
         Args:
@@ -248,8 +254,10 @@ class Library:
             sm_count: number of multiprocessors.
             max_grid_yz: the most blocks along y, and along z, of a grid. With few of them a warp of the float32 and
                 float64 kernels takes several rows, as on a GPU in a batch of more than 65,535.
+            counters: how many a call gets for blocks that count themselves in; with fewer than it asks for, the
+                decode kernel's parts are merged by a second kernel.
         """
-        self.emulator.prefix_kernels_emulated_device(architecture, sm_count, max_grid_yz)
+        self.emulator.prefix_kernels_emulated_device(architecture, sm_count, max_grid_yz, counters)
 
 
 def load(mode: str = "fast") -> Library:

@@ -113,6 +113,7 @@ struct Attempt {
       refuse("byte " + std::to_string(offset) + " of '" + found->name + "', which nobody has written");
     }
     require_no_conflict(*found->shadow, offset, "'" + found->name + "' byte " + std::to_string(offset));
+    if (kind == Kind::kAtomic) state().clocks.atomic(address, lane.thread);
   }
 };
 
@@ -154,6 +155,8 @@ void begin_block(int threads, dim3) {
 void block_barrier() { state().clocks.block_barrier(); }
 
 void warp_barrier(int warp, uint32_t lanes) { state().clocks.warp_barrier(warp, lanes); }
+
+void fence(const Lane& lane) { state().clocks.fence(lane.thread); }
 
 void read(const Lane& lane, const void* address, size_t bytes, Where where) {
   access(lane, Kind::kRead, address, bytes, 1, place_of(where));

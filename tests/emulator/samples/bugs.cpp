@@ -53,6 +53,57 @@ __global__ void sum_across_blocks(const Params p) {
   if (thread() == 0) results(p)[0] += floats(p)[blockIdx.x];  // BUG sum_across_blocks
 }
 
+// Every block writes 16 numbers, and the last to arrive adds them up: what is wrong is a fence or a barrier on the way.
+// `share` writes the numbers, `arrive` counts, `add` reads them.
+template <typename Share, typename Arrive, typename Add>
+void add_in_last_block(const Params& p, Share share, Arrive arrive, Add add) {
+  auto* shared = reinterpret_cast<unsigned*>(emulator::shared_memory());
+  if (thread() % 4 == 0) share(16 * static_cast<int>(blockIdx.x) + thread() / 4);
+  arrive([&] { shared[0] = atomicInc(reinterpret_cast<unsigned*>(results(p) + 1), gridDim.x - 1); });
+  __syncthreads();
+  if (shared[0] != gridDim.x - 1 || thread() != 40) return;
+  float total = 0.0f;
+  for (int i = 0; i < 16 * static_cast<int>(gridDim.x); ++i) total += add(i);
+  results(p)[0] = total;
+}
+
+__global__ void no_fence_before_arrival(const Params p) {
+  const auto share = [&](int i) { p.workspace[i] = floats(p)[i]; };  // BUG no_fence_before_arrival
+  const auto arrive = [](auto count) {
+    __syncthreads();
+    if (thread() == 0) {
+      count();
+      __threadfence();
+    }
+  };
+  add_in_last_block(p, share, arrive, [&](int i) { return p.workspace[i]; });  // BUG no_fence_before_arrival
+}
+
+__global__ void no_fence_after_arrival(const Params p) {
+  const auto share = [&](int i) { p.workspace[i] = floats(p)[i]; };  // BUG no_fence_after_arrival
+  const auto arrive = [](auto count) {
+    __syncthreads();
+    if (thread() == 0) {
+      __threadfence();
+      count();
+    }
+  };
+  add_in_last_block(p, share, arrive, [&](int i) { return p.workspace[i]; });  // BUG no_fence_after_arrival
+}
+
+// A fence of one thread does not speak for those that it has not met yet.
+__global__ void no_barrier_before_fence(const Params p) {
+  const auto share = [&](int i) { p.workspace[i] = floats(p)[i]; };  // BUG no_barrier_before_fence
+  const auto arrive = [](auto count) {
+    if (thread() == 0) {
+      __threadfence();
+      count();
+      __threadfence();
+    }
+  };
+  add_in_last_block(p, share, arrive, [&](int i) { return p.workspace[i]; });  // BUG no_barrier_before_fence
+}
+
 __global__ void two_warps_one_output(const Params p) {
   results(p)[thread() % 32] = floats(p)[thread()];  // BUG two_warps_one_output
 }
@@ -229,6 +280,9 @@ const Sample kBugs[] = {
     {"shuffle_for_barrier", &shuffle_for_barrier, 1, 32, 128},
     {"overwritten_while_read", &overwritten_while_read, 1, 64, 256},
     {"sum_across_blocks", &sum_across_blocks, 3, 32, 128},
+    {"no_fence_before_arrival", &no_fence_before_arrival, 4, 64, 256},
+    {"no_fence_after_arrival", &no_fence_after_arrival, 4, 64, 256},
+    {"no_barrier_before_fence", &no_barrier_before_fence, 4, 64, 256},
     {"two_warps_one_output", &two_warps_one_output, 1, 64, 256},
     {"unwritten_shared", &unwritten_shared, 1, 64, 256},
     {"unwritten_workspace", &unwritten_workspace, 1, 64, 256},

@@ -27,6 +27,28 @@ __global__ void sum(const Params p) {
   if (t == 0) atomicAdd(results(p), partial[0]);
 }
 
+// output[0] = the sum of the input: every block writes 16 numbers, and the last to arrive adds those of all blocks in
+// their order. The counter of arrivals, the bits of output[1], is zero again at the end.
+__global__ void last_block_adds(const Params p) {
+  auto* shared = reinterpret_cast<unsigned*>(emulator::shared_memory());
+  const int t = static_cast<int>(threadIdx.x), numbers = 16 * static_cast<int>(gridDim.x);
+  if (t % 4 == 0) {
+    const int i = 16 * static_cast<int>(blockIdx.x) + t / 4;
+    p.workspace[i] = floats(p)[i];
+  }
+  __syncthreads();
+  if (t == 0) {
+    __threadfence();
+    shared[0] = atomicInc(reinterpret_cast<unsigned*>(results(p) + 1), gridDim.x - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  if (shared[0] != gridDim.x - 1 || t != 40) return;
+  float total = 0.0f;
+  for (int i = 0; i < numbers; ++i) total += p.workspace[i];
+  results(p)[0] = total;
+}
+
 // Eight rows of 32: what each lane gets from every kind of shuffle and vote.
 __global__ void exchanges(const Params p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -108,6 +130,7 @@ const Sample kGood[] = {
     {"add_one", &add_one, 3, 64, 0},
     {"too many threads", &add_one, 1, 2048, 0},
     {"sum", &sum, 5, 128, 128 * sizeof(float)},
+    {"last_block_adds", &last_block_adds, 4, 64, sizeof(unsigned)},
     {"exchanges", &exchanges, 1, 32, 0},
     {"neighbours", &neighbours, 1, 96, 96 * sizeof(float)},
     {"products float16", &products<half>, 1, 32, 1024},

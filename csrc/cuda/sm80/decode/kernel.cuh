@@ -12,22 +12,37 @@
 //
 // A part is cut into cells of 16 columns; each of the block's warps has its own ring of cells in flight. The rows are
 // cut into tiles of 16, one to a warp. If there are fewer tiles than warps, the warps of one tile divide the cells
-// among them, each with its own softmax. The results of warps are merged in the block, those of blocks by merge_kernel,
-// both in fixed order.
+// among them, each with its own softmax. The results of warps are merged in the block, those of blocks by the last of
+// them to arrive or by merge_kernel, all in fixed order.
 #pragma once
 
 #include "../../common/softmax.cuh"
+#include "merge.cuh"
 #include "ring.cuh"
 #include "warp_results.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
-// S = Q K'^T of a tile of rows and a cell of `count` keys from column `first` on, final and in natural units.
+// The columns that every row of a tile sees, and to whose scores nothing is done but scaling; none in calls with a
+// mask, softcap or dropout. All lanes of a warp call it.
+__device__ __forceinline__ Span find_plain_columns(const DecodeParams& params, const DecodeRow* rows, int tile,
+                                                   int lane) {
+  Span seen = rows[tile * kCell + lane % kCell].seen;
+#pragma unroll
+  for (int distance = kCell / 2; distance > 0; distance /= 2) {
+    seen.begin = max(seen.begin, __shfl_xor_sync(kAllLanes, seen.begin, distance));
+    seen.end = min(seen.end, __shfl_xor_sync(kAllLanes, seen.end, distance));
+  }
+  return params.plain ? seen : Span{0, 0};
+}
+
+// S = Q K'^T of a tile of rows and a cell of `count` keys from column `first` on, final and in natural units. `plain`:
+// the cell lies in the tile's plain columns.
 template <typename Traits, int kQueryBlocks>
 __device__ __forceinline__ void decode_scores(float (&scores)[1][2][4], const DecodeParams& params,
                                               const DecodeRow* rows, int tile, const typename Traits::T* key_cell,
                                               uint32_t (&query_blocks)[kQueryBlocks][4], int first, int count,
-                                              int lane) {
+                                              bool plain, int lane) {
   using T = typename Traits::T;
   const AttentionParams& p = params.attention;
   set_all(scores, 0.0f);
@@ -40,6 +55,11 @@ __device__ __forceinline__ void decode_scores(float (&scores)[1][2][4], const De
     if constexpr (!Traits::kQueryInRegisters) query.load(query_blocks[0], 0, k);
     mma_block<T>(scores[0][0], scores[0][1], query_blocks[Traits::kQueryInRegisters ? k : 0], b);
   }
+  if (plain) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) scores[0][e / 4][e % 4] *= params.scale;
+    return;
+  }
 #pragma unroll
   for (int half_row = 0; half_row < 2; ++half_row) {
     const DecodeRow& row = rows[tile * kCell + half_row * 8 + lane / 4];
@@ -50,13 +70,14 @@ __device__ __forceinline__ void decode_scores(float (&scores)[1][2][4], const De
   }
 }
 
-// out += P V' of the same tile and cell; elements of P are dropped before, if any are.
+// out += P V' of the same tile and cell; elements of P are dropped before, if any are, which a plain cell does without.
 template <typename Traits>
 __device__ __forceinline__ void add_decoded(float (&out)[1][2 * Traits::kHeadDim / kCell][4], float (&scores)[1][2][4],
                                             const AttentionParams& p, uint64_t seed, const DecodeRow* rows, int tile,
-                                            const typename Traits::T* value_cell, int first, int count, int lane) {
+                                            const typename Traits::T* value_cell, int first, int count, bool plain,
+                                            int lane) {
   using T = typename Traits::T;
-  if (p.dropout_threshold > 0) {
+  if (!plain && p.dropout_threshold > 0) {
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       const DecodeRow& row = rows[tile * kCell + half_row * 8 + lane / 4];
@@ -76,7 +97,8 @@ __device__ __forceinline__ void add_decoded(float (&out)[1][2 * Traits::kHeadDim
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode_kernel(const DecodeParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM)
+    decode_kernel(const __grid_constant__ DecodeParams params) {
   using T = typename Traits::T;
   using Ring = DecodeRing<Traits>;
   constexpr int kWarps = Traits::kWarps, kStages = Traits::kStages;
@@ -91,6 +113,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   Share* const warp_shares = shared.template at<typename Traits::SharePiece>();
 
   DecodePart part = part_of_block<Traits>(params, blockIdx.x);
+  check_prefixes_of_row(p, part.is_prefix ? part.entry / static_cast<int>(p.prefix_slots) : part.entry);
   const int per_block = max(1, kRows / params.rows_per_entry);
   part.entries = part.is_prefix ? gather_entries(p, part.entry, per_block, lane, warp == 0 ? entries : nullptr) : 1;
   if (part.entries == 0) return;
@@ -115,6 +138,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load(i);
 
+  // Lengths of prefixes that no row has, too: by now the first cells are on their way.
+  if (!part.is_prefix) {
+    const int64_t block = static_cast<int>(blockIdx.x) - params.prefix_blocks;
+    check_prefix_lengths(p, block * Traits::kThreads + thread,
+                         (static_cast<int64_t>(gridDim.x) - params.prefix_blocks) * Traits::kThreads);
+  }
+
   uint32_t query_blocks[Traits::kQueryInRegisters ? kBlocksOfHead : 1][4];
   ptx::cp_async_wait<kStages - 1>();
   __syncthreads();  // the queries are there
@@ -126,6 +156,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   }
 
   const uint64_t seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
+  const Span plain_columns = find_plain_columns(params, rows, tile, lane);
   OnlineSoftmax<1, true> softmax;
   float out[1][2 * kBlocksOfHead][4];
   set_all(out, 0.0f);
@@ -142,11 +173,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
     for (int ring = cell_lane; ring < kWarps; ring += cell_lanes) {
       const int first = Ring::first_column(part, ring, i), count = min(kCell, part.end - first);
       if (count <= 0 || tile * kCell >= part.row_count) break;
+      const bool plain = first >= plain_columns.begin && first + kCell <= plain_columns.end;
       T* const cell = pin_to_register(Ring::stage(ring, i));
       float scores[1][2][4];
-      decode_scores<Traits>(scores, params, rows, tile, cell, query_blocks, first, count, lane);
+      decode_scores<Traits>(scores, params, rows, tile, cell, query_blocks, first, count, plain, lane);
       softmax.update(scores, out, kLog2E);
-      add_decoded<Traits>(out, scores, p, seed, rows, tile, cell + Ring::kValues, first, count, lane);
+      add_decoded<Traits>(out, scores, p, seed, rows, tile, cell + Ring::kValues, first, count, plain, lane);
     }
   }
   ptx::cp_async_wait<0>();
@@ -154,6 +186,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) decode
   WarpResults<Traits>::keep(softmax, out, warp_shares, warp, lane);
   __syncthreads();
   WarpResults<Traits>::merge(params, part, rows, warp_shares, tiles, thread);
+  if (params.merges)
+    merge_last<Traits>(params, rows, part.entries, part.row_count, part.kv_head, part.first_row, thread);
 }
 
 }  // namespace prefix_kernels::cuda::sm80

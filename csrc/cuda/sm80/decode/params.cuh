@@ -27,8 +27,11 @@ struct DecodeParams {
   int sequence_parts;    // parts of each sequence
   int parts;             // parts of a row: prefix_slots * prefix_parts + sequence_parts
   int prefix_blocks;     // blocks of prefixes, which come first in the grid
+  bool plain;            // neither mask nor softcap nor dropout
   float* partial_out;    // [batch * q_heads * q_len, parts, kHeadDim]
   Share* partial_share;  // [batch * q_heads * q_len, parts]
+  bool merges;           // the last block to arrive merges the parts; otherwise merge_kernel does
+  unsigned* arrivals;    // [batch, kv_heads, blocks_per_entry], zero between launches; null if every row has one part
   bool aligned_query;    // results of has_aligned_chunks
   bool aligned_key;
   bool aligned_value;

@@ -1,6 +1,7 @@
 // The work of one block of the decode kernel: a part of the columns of a prefix or sequence, for the rows that need it.
 #pragma once
 
+#include "../../common/check_range.cuh"
 #include "entries.cuh"
 #include "params.cuh"
 
@@ -71,6 +72,7 @@ __device__ __forceinline__ DecodeRow describe_row(const DecodeParams& params, co
   row.query = of_entry / group;
   row.head = of.kv_head * group + of_entry % group;
   row.segment = of.is_prefix ? 1 + taken % slots : 0;
+  if (of.is_prefix) check_prefixes_of_row(p, row.batch);
   const PrefixSlots prefixes(p, row.batch);
   const QueryView view(p, prefixes, row.query + row_query_offset(p, row.batch));
   row.seen = view.sequence;
