@@ -2,7 +2,9 @@
 
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "block.h"
 #include "check.h"
@@ -79,6 +81,19 @@ float atomic_add(float* address, float value, Where where) { return add(address,
 double atomic_add(double* address, double value, Where where) { return add(address, value, where); }
 int atomic_add(int* address, int value, Where where) { return add(address, value, where); }
 unsigned atomic_add(unsigned* address, unsigned value, Where where) { return add(address, value, where); }
+
+int load_relaxed(const int* address, Where where) { return add(const_cast<int*>(address), 0, where); }
+
+void wait_for_value(const int* address, int value, Where where) {
+  constexpr auto kLongest = std::chrono::seconds(5);
+  const auto begin = std::chrono::steady_clock::now();
+  while (load_relaxed(address, where) != value) {
+    if (std::chrono::steady_clock::now() - begin > kLongest)
+      current_block->fail("wait at " + text(where) + " by " + name_of(*current_lane) + " for " + std::to_string(value) +
+                          ": no block wrote it, got " + std::to_string(load_relaxed(address, where)));
+    std::this_thread::yield();
+  }
+}
 
 void copy_async(void* shared, const void* global, bool valid, Where where) {
   current_block->copies(*current_lane).issue(shared, global, valid, where);

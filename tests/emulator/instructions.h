@@ -24,6 +24,9 @@ float atomic_add(float* address, float value, Where where);
 double atomic_add(double* address, double value, Where where);
 int atomic_add(int* address, int value, Where where);
 unsigned atomic_add(unsigned* address, unsigned value, Where where);
+int load_relaxed(const int* address, Where where);
+// Blocks that run at the same time may write the value; fails if none has within seconds.
+void wait_for_value(const int* address, int value, Where where);
 
 void copy_async(void* shared, const void* global, bool valid, Where where);
 void commit_copies();

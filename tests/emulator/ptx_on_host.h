@@ -52,7 +52,10 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 }
 
 inline int load_relaxed(const int* address, Where where = Where::current()) {
-  return emulator::atomic_add(const_cast<int*>(address), 0, where);
+  return emulator::load_relaxed(address, where);
+}
+inline void wait_for_value(const int* address, int value, Where where = Where::current()) {
+  emulator::wait_for_value(address, value, where);
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }

@@ -80,6 +80,12 @@ __device__ __forceinline__ int load_relaxed(const int* address) {
   return value;
 }
 
+// Waits until another block has written `value` there.
+__device__ __forceinline__ void wait_for_value(const int* address, int value) {
+  while (load_relaxed(address) != value) {
+  }
+}
+
 // 2^x to 2 ulp; 2^-inf is 0. Subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -2,8 +2,8 @@
 //
 //   dV' = P^T dO      dK' = scale dS^T Q      dQ = scale dS K'
 //
-// A block owns kBlockN columns of one segment of one kv head, as in the columns kernel, and visits every query tile that
-// sees them. S and dP are formed once:
+// A block owns kBlockN columns of one segment of one kv head, as in the columns kernel, and visits every query tile
+// that sees them. S and dP are formed once:
 //
 //   keys, values of the block     in shared memory; operands of S and dP in registers where there is room
 //   query, dout tiles             two stages of shared memory, filled by cp.async while the other is at work
@@ -36,8 +36,8 @@ __device__ __forceinline__ void load_columns(const OnePassBlock<Traits>& block, 
   value.take(block.shared.columns(1, 0) + block.score_column() * Traits::kHeadDim, block.lane);
 }
 
-// Stores a warp's sums of one gradient, times `factor`: to the gradient, or to the split's own place if the splits' sums
-// are still to be added. `dim`: the gradient's head dim.
+// Stores a warp's sums of one gradient, times `factor`: to the gradient, or to the split's own place if the splits'
+// sums are still to be added. `dim`: the gradient's head dim.
 template <typename Traits>
 __device__ __forceinline__ void store_gradient(const OnePassBlock<Traits>& block, const OnePassSums<Traits>& sums,
                                                Gradient gradient, int dim, float* partial, float factor) {
@@ -68,10 +68,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_one_pass(const O
   const Shared shared{{shared_memory()}};
   shared.declare();
   if (thread == 0) {
+    shared.turn(1).count = nullptr;  // no visit before the first
     const int ticket = atomicAdd(params.turns.tickets, 1);
-    shared.owner() = columns_owner(params.columns, Traits::kBlockN,
-                                   block_of_ticket(ticket, params.columns.prefix_blocks, params.sequence_blocks,
-                                                   params.columns.sequence_tiles));
+    shared.owner() = columns_owner(
+        params.columns, Traits::kBlockN,
+        block_of_ticket(ticket, params.columns.prefix_blocks, params.sequence_blocks, params.columns.sequence_tiles));
   }
   __syncthreads();
   const OnePassBlock<Traits> block{params.columns, params.turns, shared, shared.owner(), thread, thread % kWarpSize};
@@ -88,27 +89,27 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_one_pass(const O
     fetch_queries(block, first_tiles, 0, arriving);
     describe_queries(block, first_tiles, 0, arriving);
     describe_turn(block, first_tiles, 0);
-    int* passing = nullptr;  // the turn to pass on
-    bool more = true;
-    for (int stage = 0; more; stage = 1 - stage) {
+    int stage = 0;
+    for (bool more = true; more; stage = 1 - stage) {
       ptx::cp_async_wait<0>();
       __syncthreads();
       const Tiles& next = shared.info(stage).next;
       more = !next.done();
       if (more) fetch_queries(block, next, 1 - stage, arriving);
       form_weights(block, key, value, stage);
+      // The other stage still describes the visit before this one.
+      int* const passing = thread == 0 ? shared.turn(1 - stage).count : nullptr;
       __syncthreads();
-      if (thread == 0 && passing != nullptr) pass_turn(passing);
+      if (passing != nullptr) pass_turn(passing);
       add_columns(block, dkey, dvalue, stage);
       add_queries(block, stage);
-      passing = shared.turn(stage).count;
       if (more) {
         describe_queries(block, next, 1 - stage, arriving);
         describe_turn(block, next, 1 - stage);
       }
     }
     __syncthreads();
-    if (thread == 0) pass_turn(passing);
+    if (thread == 0) pass_turn(shared.turn(1 - stage).count);
   }
   if (block.adds_dvalue())
     store_gradient(block, dvalue, block.owner.is_prefix ? kDPrefixValue : kDValue, static_cast<int>(p.value_dim),
@@ -137,7 +138,8 @@ __global__ void __launch_bounds__(Traits::kThreads) finish_dquery(const FinishPa
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int tile = static_cast<int>(blockIdx.x) % params.tiles;
   const int64_t batch_head = blockIdx.x / params.tiles;
-  const float* from = params.sums + static_cast<int64_t>(blockIdx.x) * (Traits::kBlockM * Traits::kHeadDim) + threadIdx.x;
+  const float* from =
+      params.sums + static_cast<int64_t>(blockIdx.x) * (Traits::kBlockM * Traits::kHeadDim) + threadIdx.x;
   OnePassQuery<Traits> sums;
 #pragma unroll
   for (int i = 0; i < Traits::kQueryRows * Traits::kQueryColumns / 2; ++i)

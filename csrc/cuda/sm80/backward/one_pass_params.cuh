@@ -6,6 +6,10 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
+// The head dims that have a one-pass kernel.
+template <int kHeadDim>
+inline constexpr bool kHasOnePass = kHeadDim == 64 || kHeadDim == 96 || kHeadDim == 128;
+
 struct OnePassParams {
   ColumnsParams columns;
   int64_t sequence_blocks;

@@ -32,14 +32,20 @@ struct OnePassBlock {
   }
 
   // The warp's first row and column of S and dP, of dK and dV, and its first row and column of dQ.
-  __device__ __forceinline__ int score_row() const { return warp() % Traits::kScoreRowWarps * Traits::kScoreRows * kCell; }
+  __device__ __forceinline__ int score_row() const {
+    return warp() % Traits::kScoreRowWarps * Traits::kScoreRows * kCell;
+  }
   __device__ __forceinline__ int score_column() const {
     return warp() / Traits::kScoreRowWarps * Traits::kScoreColumns * kCell;
   }
   __device__ __forceinline__ int sum_row() const { return warp() % Traits::kSumRowWarps * Traits::kSumRows * kCell; }
   __device__ __forceinline__ int sum_column() const { return warp() / Traits::kSumRowWarps * Traits::kSumColumns; }
-  static __device__ __forceinline__ int query_row(int warp) { return warp % Traits::kQueryRowWarps * Traits::kQueryRows * kCell; }
-  static __device__ __forceinline__ int query_column(int warp) { return warp / Traits::kQueryRowWarps * Traits::kQueryColumns; }
+  static __device__ __forceinline__ int query_row(int warp) {
+    return warp % Traits::kQueryRowWarps * Traits::kQueryRows * kCell;
+  }
+  static __device__ __forceinline__ int query_column(int warp) {
+    return warp / Traits::kQueryRowWarps * Traits::kQueryColumns;
+  }
 };
 
 template <typename Traits>
@@ -103,8 +109,8 @@ __device__ __forceinline__ void form_weights(const OnePassBlock<Traits>& block, 
       queries.reference[v] = info.reference[first_row + resident_row(v)];
       queries.delta[v] = info.delta[first_row + resident_row(v)];
     }
-    const bool full = first_column >= info.begin[first_row + kCell - 1] &&
-                      first_column + kColumns * kCell <= info.end[first_row];
+    const bool full =
+        first_column >= info.begin[first_row + kCell - 1] && first_column + kColumns * kCell <= info.end[first_row];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const auto hides = [&](int query, int key) {
@@ -140,19 +146,20 @@ __device__ __forceinline__ void add_queries(const OnePassBlock<Traits>& block, i
   using T = typename Traits::T;
   const Turn& turn = block.shared.turn(stage);
   // The count is read ahead of the product. Nothing is added before the branch on it is taken.
-  int count = block.lane == 0 ? ptx::load_relaxed(turn.count) : 0;
+  const int count = block.lane == 0 ? ptx::load_relaxed(turn.count) : 0;
   OnePassQuery<Traits> dquery;
   multiply<T, Traits::kBlockN, Traits::kHeadDim, Traits::kQueryRows, Traits::kQueryColumns>(
       dquery, block.shared.weights(1) + block.query_row(block.warp()) * Traits::kBlockN, block.shared.columns(0, 0),
       block.query_column(block.warp()) / kCell, block.lane);
   if (block.lane == 0) {
-    while (count != turn.rank) count = ptx::load_relaxed(turn.count);
+    if (count != turn.rank) ptx::wait_for_value(turn.count, turn.rank);
   }
   __syncwarp();
   float* const sums = turn.sums + block.thread;
 #pragma unroll
   for (int i = 0; i < Traits::kQueryRows * Traits::kQueryColumns / 2; ++i) {
-    atomicAdd(sums + i * Traits::kThreads, dquery[i / (Traits::kQueryColumns / 2)][i / 4 % (Traits::kQueryColumns / 8)][i % 4]);
+    atomicAdd(sums + i * Traits::kThreads,
+              dquery[i / (Traits::kQueryColumns / 2)][i / 4 % (Traits::kQueryColumns / 8)][i % 4]);
   }
 }
 
