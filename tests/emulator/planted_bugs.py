@@ -21,6 +21,7 @@ from mutation import (
     padding,
 )
 from planted_extend import EXTEND
+from planted_one_pass import ONE_PASS
 from planted_value_dims import HEAD_DIMS
 
 KEY_BARRIER = (
@@ -302,9 +303,9 @@ MEMORY = [
     backward(
         "columns: a tile copied over the end of its memory",
         "sm80/backward/columns_stage.cuh",
-        """  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+        """  copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
-        """  copy_rows<T, kHeadDim, kBlockM + kCell, kBackwardThreads, true>(
+        """  copy_rows<T, kHeadDim, kBlockM + kCell, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
     ),
     backward(
@@ -430,4 +431,4 @@ MERGING = [
     merge("the gradient of lse without its mean", "(dot - mean + arriving)", "(dot + arriving)"),
 ]
 
-MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND, *MERGING]
+MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND, *MERGING, *ONE_PASS]
