@@ -86,7 +86,7 @@ T atomicAdd(T* address, T value, emulator::Where where = emulator::Where::curren
   return emulator::atomic_add(address, value, where);
 }
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence() { emulator::thread_fence(); }
 
 [[noreturn]] inline void __trap(emulator::Where where = emulator::Where::current()) { emulator::trap(where); }
 

@@ -82,6 +82,8 @@ double atomic_add(double* address, double value, Where where) { return add(addre
 int atomic_add(int* address, int value, Where where) { return add(address, value, where); }
 unsigned atomic_add(unsigned* address, unsigned value, Where where) { return add(address, value, where); }
 
+void thread_fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 int load_relaxed(const int* address, Where where) { return add(const_cast<int*>(address), 0, where); }
 
 void wait_for_value(const int* address, int value, Where where) {

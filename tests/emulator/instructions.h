@@ -24,6 +24,7 @@ float atomic_add(float* address, float value, Where where);
 double atomic_add(double* address, double value, Where where);
 int atomic_add(int* address, int value, Where where);
 unsigned atomic_add(unsigned* address, unsigned value, Where where);
+void thread_fence();
 int load_relaxed(const int* address, Where where);
 // Blocks that run at the same time may write the value; fails if none has within seconds.
 void wait_for_value(const int* address, int value, Where where);
