@@ -54,7 +54,8 @@ class BlockReader {
     const int across = kQuarters == Quarters::kDown ? lane / 16 : lane / 8 % 2;
     const int row = lane % 8 + 8 * down;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns_[i] = pin_to_register(tile + Tile::offset(row, 2 * (first_column + i) + across));
+    for (int i = 0; i < kColumns; ++i)
+      columns_[i] = pin_to_register(tile + Tile::offset(row, 2 * (first_column + i) + across));
   }
 
   __device__ __forceinline__ void load(uint32_t (&r)[4], int block_row, int block_column) const {
