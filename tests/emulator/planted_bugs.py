@@ -305,7 +305,7 @@ MEMORY = [
         "sm80/backward/columns_stage.cuh",
         """  copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
-        """  copy_rows<T, kHeadDim, kBlockM + kCell, Traits::kThreads, true>(
+        """  copy_rows<T, kHeadDim, kBlockM + 2 * kCell, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
     ),
     backward(
