@@ -27,8 +27,8 @@ instruction counts as executed. Instructions behind an indirect branch (a switch
 a called function by its best path. Counts are instructions, not cycles.
 
 The table's rows of FlashAttention-2 were counted once, in the same way, from the sm_80 code of PyTorch 2.14.1's
-libtorch_cuda.so: whole loops, which hold no seldom executed code. Its backward kernel forms five products in one pass;
-ours form seven, four for columns and three for rows.
+libtorch_cuda.so: whole loops, which hold no seldom executed code. Its backward kernel forms five products in one pass,
+as does ours of that name; those for columns and for rows form seven together, four and three.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {tuple(row[name] for name in identity[:5]) for row in rows}
         old = read_table() if TABLE.is_file() else []
         kept = [row for row in old if tuple(row[name] for name in identity[:5]) not in known]
-        order = ["forward", "decode", "backward columns", "backward rows", "backward"]
+        order = ["forward", "decode", "backward columns", "backward rows", "backward one pass", "backward"]
         _write_table(
             sorted(
                 [*kept, *new.values()],

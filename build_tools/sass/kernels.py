@@ -16,7 +16,7 @@ class Kernel:
     """A kernel's constants, as its header computes them.
 
     Attributes:
-        name: ``forward``, ``decode``, ``backward columns`` or ``backward rows``.
+        name: ``forward``, ``decode``, ``backward columns``, ``backward rows`` or ``backward one pass``.
         variant: template arguments beside dtype and head dim, in words.
         threads, shared_bytes: of a block.
         stage_trips: iterations of the hot loop in one stage; 1 if a stage is one iteration.
@@ -39,6 +39,7 @@ class Kernel:
 _CONSTANTS = """
 #include <cstdio>
 #include "csrc/cuda/sm80/backward/columns.cuh"
+#include "csrc/cuda/sm80/backward/one_pass.cuh"
 #include "csrc/cuda/sm80/backward/rows.cuh"
 #include "csrc/cuda/sm80/decode/params.cuh"
 #include "csrc/cuda/sm80/forward/params.cuh"
@@ -77,6 +78,12 @@ void rows() {
         X::kBlockN, 8 * X::kTiles);
 }
 template <int d>
+void one_pass() {
+  using X = OnePassTraits<bfloat16, d>;
+  print("one_pass", d, 0, 0, 0, 0, X::kThreads, OnePassShared<X>::kBytes, 1, X::kBlockM,
+        X::kBlockM * X::kBlockN / X::kThreads);
+}
+template <int d>
 void all() {
   forward<d, false, false, 1>(); forward<d, false, true, 1>(); forward<d, true, false, 1>();
   if constexpr (d <= 128) { forward<d, false, false, 2>(); forward<d, false, true, 2>(); }
@@ -86,6 +93,7 @@ void all() {
   columns<d, false, true, false, false>(); columns<d, false, true, true, false>();
   if constexpr (d <= 128) { columns<d, true, true, false, true>(); columns<d, true, true, true, true>(); }
   rows<d, false>(); rows<d, true>();
+  if constexpr (kHasOnePass<d>) one_pass<d>();
 }
 int main() { all<32>(); all<64>(); all<96>(); all<128>(); all<192>(); all<256>(); }
 """
@@ -113,6 +121,8 @@ def kernel_constants(toolkit: CudaToolkit) -> dict[tuple[str, ...], Kernel]:
             sums = " ".join(word for word, wanted in zip(("dK", "dV"), on, strict=False) if wanted)
             key, name = (kind, d, a, b, c, e), "backward columns"
             words = ["general" if on[2] else "plain", sums, *(["delta"] if on[3] else [])]
+        elif kind == "one_pass":
+            key, name, words = (kind, d), "backward one pass", ["plain"]
         else:
             name, words = "backward rows", ["general" if on[0] else "plain"]
         kernels[key] = Kernel(name, int(d), ", ".join(words), *map(int, numbers))
@@ -122,7 +132,7 @@ def kernel_constants(toolkit: CudaToolkit) -> dict[tuple[str, ...], Kernel]:
 def template_arguments(symbol: str) -> tuple[str, ...] | None:
     """The key of `kernel_constants` for a mangled name; None for kernels without tensor cores."""
     kinds = {"forward_kernel": "forward", "decode_kernel": "decode", "backward_columns": "columns"}
-    kinds["backward_rows"] = "rows"
+    kinds |= {"backward_rows": "rows", "backward_one_pass": "one_pass"}
     for function, kind in kinds.items():
         if f"{len(function)}{function}I" in symbol and "4sm80" in symbol:
             return kind, *(number for _, number in re.findall(r"L([ib])(\d+)E", symbol))

@@ -72,12 +72,34 @@ OPTIONS = {
 }
 
 
+# Options that only two passes over the scores serve.
+GENERAL = {name for name, option in OPTIONS.items() if option.keys() & {"attn_mask", "softcap", "dropout_p"}}
+GENERAL |= {name for name, option in OPTIONS.items() if "window_includes_prefix" in option}
+
+
 def backward_call(**shape):
     defaults = dict(batch=BATCH, q_heads=HEADS, kv_heads=2, q_len=Q_LEN, k_len=K_LEN, prefix_len=PREFIX)
     return make_call(**defaults | dict(head_dim=64, dtype=torch.float16, layout="contiguous") | shape)
 
 
-check_emulated = partial(check, function=emulated_prefix_attention)
+def compiled_head_dim(call):
+    return next(d for d in HEAD_DIMS if d >= max(call.inputs["query"].shape[-1], call.dout.shape[-1]))
+
+
+def takes_one_pass(call):
+    """Whether the kernels form all gradients of the call in one pass over the scores, on a GPU like the A100."""
+    options = {name for name, option in call.options.items() if option is not None and option is not False}
+    general = {"attn_mask", "softcap", "dropout_p", "window_includes_prefix"}
+    return compiled_head_dim(call) in (64, 96, 128) and not options & general
+
+
+def check_emulated(call, needs=None, **options):
+    """Check all gradients and, of calls that take one pass for them, also those of the kernels for fewer."""
+    function = partial(emulated_prefix_attention, **options)
+    check(call, needs=needs, function=function)
+    if needs is None and takes_one_pass(call):
+        for part in (("query",), tuple(name for name in call.names if name != "query")):
+            check(call, needs=part, function=function)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
@@ -209,6 +231,25 @@ def test_columns_that_none_of_the_queries_see_are_not_visited(options, unseen, r
     assert torch.equal(got[:, :, rows], expected[:, :, rows])
 
 
+@pytest.mark.parametrize(
+    "options, queries, columns",
+    [({"is_causal": True}, slice(0, 128), slice(128, 260)), ({"window_size": (3, 0)}, slice(192, 260), slice(0, 128))],
+    ids=["causal", "window"],
+)
+def test_tiles_that_do_not_see_each_other_do_not_meet_in_one_pass(options, queries, columns):
+    call = backward_call(q_len=260, k_len=260, with_dlse=False, **options)
+    expected = run(call, emulated_prefix_attention).grads
+    saved = {name: tensor.clone() for name, tensor in call.inputs.items()}, call.dout.clone()
+    call.inputs["query"][:, :, queries] = call.dout[:, :, queries] = torch.nan
+    grads = run(call, emulated_prefix_attention).grads
+    for name in ("key", "value"):
+        assert torch.equal(grads[name][:, :, columns], expected[name][:, :, columns]), name
+    call.inputs, call.dout = saved
+    call.inputs["key"][:, :, columns] = call.inputs["value"][:, :, columns] = torch.nan
+    got = run(call, emulated_prefix_attention).grads["query"]
+    assert torch.equal(got[:, :, queries], expected["query"][:, :, queries])
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_query_tiles_of_rows_that_hide_a_prefix_are_not_visited(slots):
     shown = torch.arange(slots * 70) < torch.tensor([[slots * 70], [(slots - 1) * 70]])
@@ -253,20 +294,90 @@ def test_prefixes_split_over_blocks(name, needs, many_multiprocessors):
     check_emulated(call, needs=needs)
 
 
+def copied_bytes(call, needs):
+    """What cp.async reads in the backward pass; a kernel that forms more products from one tile reads less."""
+    run(call, emulated_prefix_attention, needs=())
+    load().take_copied_bytes()
+    run(call, emulated_prefix_attention, needs=())
+    forward = load().take_copied_bytes()
+    run(call, emulated_prefix_attention, needs=needs)
+    return load().take_copied_bytes() - forward
+
+
+SEQUENCE = ("query", "key", "value")
+
+
+@pytest.mark.parametrize(
+    ("one_pass", "needs", "shape", "architecture"),
+    [
+        *((head_dim in (64, 96, 128), INPUT_NAMES, {"head_dim": head_dim}, 80) for head_dim in HEAD_DIMS),
+        *((head_dim == 64, INPUT_NAMES, {"head_dim": head_dim}, 86) for head_dim in (64, 96, 128)),
+        (True, INPUT_NAMES, {"head_dim": 128}, 90),
+        (True, INPUT_NAMES, {"head_dim": 24, "value_dim": 64}, 80),
+        *((True, needs, {}, 80) for needs in SUBSETS if needs[:3] == SEQUENCE),
+        # Prefixes of several blocks of columns: for shorter ones alone, out is copied as well.
+        *((False, needs, {"prefix_len": 150}, 80) for needs in SUBSETS if "query" in needs and needs[:3] != SEQUENCE),
+        *((name not in GENERAL, INPUT_NAMES, option, 80) for name, option in OPTIONS.items()),
+    ],
+)
+def test_one_pass_over_the_scores_or_two(one_pass, needs, shape, architecture):
+    call = backward_call(**{"q_len": 40} | shape if "attn_mask" not in shape else shape)
+    load().device(architecture, 4)
+    try:
+        apart = [copied_bytes(call, part) for part in (("query",), tuple(name for name in needs if name != "query"))]
+        together = copied_bytes(call, needs)
+    finally:
+        load().device(80, 4)
+    # Two passes copy for all gradients what they copy for the queries' and for the others.
+    assert (together == sum(apart)) != one_pass, (together, apart)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("subset", [subset for subset in SUBSETS if subset[:3] == SEQUENCE], ids="+".join)
+def test_sets_of_gradients_in_one_pass(subset, head_dim):
+    ids = torch.tensor([[2, 0, 2], [-1, 1, 2]])
+    bank = dict(num_prefixes=3, prefix_ids=ids, prefix_lens=torch.tensor([20, 5, 150]), prefix_len=150)
+    check_emulated(backward_call(head_dim=head_dim, q_len=33, k_len=40, **bank), needs=subset)
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in GENERAL])
+def test_many_tiles_in_one_pass(option, many_multiprocessors):
+    """Several blocks of columns add to every tile of queries, in an order that they must agree on."""
+    options = {**OPTIONS[option], "prefix_len": 150}
+    if "prefix_lens" in options:
+        options["prefix_lens"] = torch.tensor([150, 3, 129])
+    call = backward_call(q_heads=2, q_len=200, k_len=300, **options)
+    check(call, function=emulated_prefix_attention)
+
+
 @pytest.mark.parametrize("option", ["causal", "composed bank", "all at once"])
 def test_gradients_repeat_bit_for_bit(option, many_multiprocessors):
     """Whatever the order of blocks and warps."""
-    call = backward_call(**OPTIONS[option])
+    call = backward_call(**OPTIONS[option] | ({} if option == "all at once" else {"q_len": 150, "k_len": 300}))
     expected = run(call, emulated_prefix_attention).tensors()
     for seed in (1, 2):
         for name, tensor in run(call, partial(emulated_prefix_attention, seed=seed)).tensors().items():
             assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("option", ["causal", "composed bank"])
+def test_blocks_that_run_at_the_same_time_add_in_the_same_order(option):
+    """Blocks of one pass wait for each other's turns, whichever starts first."""
+    call = backward_call(q_len=130, k_len=600, **OPTIONS[option])
+    expected = run(call, emulated_prefix_attention).tensors()
+    load().threads(4)
+    try:
+        for seed in range(4):
+            for name, tensor in run(call, partial(emulated_prefix_attention, seed=seed)).tensors().items():
+                assert torch.equal(tensor, expected[name]), name
+    finally:
+        load().threads(1)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("option", ["causal", "composed bank", "all at once"])
 def test_no_races_or_stray_accesses(option, seed, many_multiprocessors):
-    check(backward_call(**OPTIONS[option]), function=partial(emulated_prefix_attention, mode="check", seed=seed))
+    check_emulated(backward_call(**OPTIONS[option]), mode="check", seed=seed)
 
 
 @pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
@@ -274,4 +385,4 @@ def test_no_races_or_stray_accesses(option, seed, many_multiprocessors):
 @pytest.mark.parametrize("head_dim", [32, 128, 192, 256])
 def test_no_races_or_stray_accesses_in_every_head_dim(head_dim, layout, prefix_dtype):
     call = backward_call(head_dim=head_dim, q_heads=2, q_len=17, k_len=70, layout=layout, prefix_dtype=prefix_dtype)
-    check(call, function=partial(emulated_prefix_attention, mode="check", seed=3))
+    check_emulated(call, mode="check", seed=3)

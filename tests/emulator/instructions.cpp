@@ -2,7 +2,9 @@
 
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "block.h"
 #include "check.h"
@@ -92,6 +94,19 @@ unsigned atomic_increment(unsigned* address, unsigned limit, Where where) {
 void fence() {
   check::fence(*current_lane);
   std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+int load_relaxed(const int* address, Where where) { return add(const_cast<int*>(address), 0, where); }
+
+void wait_for_value(const int* address, int value, Where where) {
+  constexpr auto kLongest = std::chrono::seconds(5);
+  const auto begin = std::chrono::steady_clock::now();
+  while (load_relaxed(address, where) != value) {
+    if (std::chrono::steady_clock::now() - begin > kLongest)
+      current_block->fail("wait at " + text(where) + " by " + name_of(*current_lane) + " for " + std::to_string(value) +
+                          ": no block wrote it, got " + std::to_string(load_relaxed(address, where)));
+    std::this_thread::yield();
+  }
 }
 
 void copy_async(void* shared, const void* global, bool valid, Where where) {

@@ -26,6 +26,9 @@ int atomic_add(int* address, int value, Where where);
 unsigned atomic_add(unsigned* address, unsigned value, Where where);
 unsigned atomic_increment(unsigned* address, unsigned limit, Where where);
 void fence();
+int load_relaxed(const int* address, Where where);
+// Blocks that run at the same time may write the value; fails if none has within seconds.
+void wait_for_value(const int* address, int value, Where where);
 
 void copy_async(void* shared, const void* global, bool valid, Where where);
 void commit_copies();

@@ -21,7 +21,9 @@ from mutation import (
     merge,
     padding,
 )
+from planted_decode import DECODING
 from planted_extend import EXTEND
+from planted_one_pass import ONE_PASS
 from planted_value_dims import HEAD_DIMS
 
 KEY_BARRIER = (
@@ -298,9 +300,9 @@ MEMORY = [
     backward(
         "columns: a tile copied over the end of its memory",
         "sm80/backward/columns_stage.cuh",
-        """  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+        """  copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
-        """  copy_rows<T, kHeadDim, kBlockM + kCell, kBackwardThreads, true>(
+        """  copy_rows<T, kHeadDim, kBlockM + 2 * kCell, Traits::kThreads, true>(
       block.shared.tile(stage, 0)""",
     ),
     backward(
@@ -434,54 +436,6 @@ ARITHMETIC = [
     ),
 ]
 
-LAST_BLOCKS = [
-    decode(
-        "a block counts itself in before all of it has written",
-        "  __syncthreads();                         // all results of the block are written\n",
-        "",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "no fence before a block counts itself in",
-        "    __threadfence();  // others see the block's results before they see that it has arrived\n",
-        "",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "no fence behind the count",
-        "    __threadfence();  // and what is read from here on is not older than the arrivals that were seen\n",
-        "",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "a counter that is not zero again",
-        "atomicInc(params.arrivals + counter, blocks - 1)",
-        "atomicAdd(params.arrivals + counter, 1u)",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "rows merged before their last part has come",
-        "is_last[i / kQuads / params.rows_per_entry]",
-        "is_last[0]",
-        "decode of a shared prefix",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "the blocks of prefixes are not counted",
-        "prefix_of_row(p, batch, slot) >= 0 ? params.prefix_parts : 0;",
-        "0;",
-        file=DECODE_MERGE,
-    ),
-    decode(
-        "all key heads count in one",
-        "(batch * p.kv_heads + kv_head) * params.blocks_per_entry",
-        "batch * p.kv_heads * params.blocks_per_entry",
-        file=DECODE_MERGE,
-    ),
-    decode("a cell whose end no row sees is plain", "first + kCell <= plain_columns.end", "first < plain_columns.end"),
-    decode("cells under a mask are plain", "params.plain ? seen : Span{0, 0}", "seen", "decode of padding"),
-]
-
 MERGING = [
     merge(
         "a sum over lanes that one lane alone comes to",
@@ -502,4 +456,6 @@ MERGING = [
     merge("the gradient of lse without its mean", "(dot - mean + arriving)", "(dot + arriving)"),
 ]
 
-MUTATIONS = [*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND, *LAST_BLOCKS, *MERGING]
+MUTATIONS = [
+    *(*BARRIERS, *COPIES, *EDGES, *MEMORY, *ARITHMETIC, *HEAD_DIMS, *EXTEND, *DECODING, *MERGING, *ONE_PASS),
+]

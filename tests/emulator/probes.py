@@ -9,6 +9,8 @@ from helpers import Call, make_call
 from merge_samples import Parts, make_parts
 
 ALL = ("query", "key", "value", "prefix_key", "prefix_value")
+# Plain calls that want these form S and dP twice; those that want ALL in one pass.
+TWO_PASSES = ("query", "key", "prefix_key", "prefix_value")
 
 # The seam in the first tile, the diagonal through several, the last rows and columns in the middle of a cell.
 CROSSING = {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 70, "k_len": 150, "prefix_len": 20, "is_causal": True}
@@ -31,6 +33,19 @@ def _shown() -> torch.Tensor:
 
 # Values wider than queries and keys, beside all of which lies NaN.
 WIDE_VALUES = {"q_heads": 2, "kv_heads": 1, "k_len": 40, "prefix_len": 20, "head_dim": 24, "value_dim": 64}
+
+# Two blocks of columns of each segment, one of whose prefixes a row names twice and another does not fill.
+BANK = {
+    "batch": 2,
+    "q_heads": 2,
+    "kv_heads": 1,
+    "q_len": 33,
+    "k_len": 140,
+    "prefix_len": 140,
+    "num_prefixes": 3,
+    "prefix_ids": torch.tensor([[2, 0, 2], [-1, 1, 2]]),
+    "prefix_lens": torch.tensor([20, 5, 140]),
+}
 
 # The first ten queries see nothing of the sequence, and the last row of the batch nothing else.
 EXTENDING = {
@@ -92,7 +107,7 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "forward of a float32 prefix": lambda: _half(**FLOAT32_PREFIX, q_len=20),
     "forward of an odd float32 prefix": lambda: _half(**FLOAT32_PREFIX | {"layout": "poisoned"}, q_len=20),
     "decode of a float32 prefix": lambda: _half(**FLOAT32_PREFIX, q_len=2),
-    "backward of a float32 prefix": lambda: _half(ALL, **FLOAT32_PREFIX, q_len=20),
+    "backward of a float32 prefix": lambda: _half(TWO_PASSES, **FLOAT32_PREFIX, q_len=20),
     "forward of padding": lambda: _half(**PADDING, q_len=70, attn_mask=_shown()),
     "decode of many heads": lambda: _half(
         batch=1, q_heads=5, kv_heads=1, q_len=14, k_len=90, prefix_len=20, is_causal=True
@@ -109,8 +124,8 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
         num_prefixes=2,
         prefix_ids=torch.tensor([[1, -1], [0, 1]]),
     ),
-    "backward": lambda: _half(ALL, **CROSSING),
-    "backward of a window": lambda: _half(ALL, **CROSSING, window_size=(40, 0)),
+    "backward": lambda: _half(TWO_PASSES, **CROSSING),
+    "backward of a window": lambda: _half(TWO_PASSES, **CROSSING, window_size=(40, 0)),
     "backward with every option": lambda: _half(
         ALL,
         **CROSSING,
@@ -124,15 +139,18 @@ PROBES: dict[str, Callable[[], tuple[Call, tuple[str, ...]]]] = {
     "backward of many rows to one prefix": lambda: _half(
         ("prefix_key", "prefix_value"), batch=5, q_heads=2, kv_heads=1, q_len=70, k_len=20, prefix_len=20
     ),
-    "backward of a few columns": lambda: _half(ALL, batch=2, q_heads=2, q_len=17, k_len=9, prefix_len=5),
-    "backward of odd rows": lambda: _half(ALL, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
+    "backward of a few columns": lambda: _half(TWO_PASSES, batch=2, q_heads=2, q_len=17, k_len=9, prefix_len=5),
+    "backward of odd rows": lambda: _half(TWO_PASSES, q_len=33, k_len=40, head_dim=40, layout="poisoned"),
+    "backward in one pass": lambda: _half(ALL, **CROSSING),
+    "backward in one pass of wide values": lambda: _half(ALL, **WIDE_VALUES, q_len=33),
+    "backward in one pass of a bank": lambda: _half(ALL, **BANK),
     "forward of wide values": lambda: _half(**WIDE_VALUES, q_len=33),
     "forward that extends": lambda: _half(**EXTENDING, q_len=70, prefix_len=20),
     "forward of a tiny scale that extends": lambda: _half(q_len=40, k_len=20, scale=1e-40),
     "forward of wide values that extends": lambda: _half(**WIDE_VALUES, q_len=33),
     "float32 that extends": lambda: (make_call(**EXTENDING, q_len=20, prefix_len=20, layout="aligned"), ()),
     "decode of wide values": lambda: _half(**WIDE_VALUES, q_len=2),
-    "backward of wide values": lambda: _half(ALL, **WIDE_VALUES, q_len=33),
+    "backward of wide values": lambda: _half(TWO_PASSES, **WIDE_VALUES, q_len=33),
     "float32 of wide values": lambda: (make_call(**WIDE_VALUES, q_len=20, layout="aligned"), ALL),
     "float32": lambda: (
         make_call(batch=2, q_heads=2, kv_heads=1, q_len=20, k_len=45, prefix_len=5, is_causal=True, layout="aligned"),

@@ -51,6 +51,13 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   emulator::multiply_16x8x16(d, a, b, true, where);
 }
 
+inline int load_relaxed(const int* address, Where where = Where::current()) {
+  return emulator::load_relaxed(address, where);
+}
+inline void wait_for_value(const int* address, int value, Where where = Where::current()) {
+  emulator::wait_for_value(address, value, where);
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float tanh_approx(float x) { return std::tanh(x); }

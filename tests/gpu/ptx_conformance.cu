@@ -75,6 +75,23 @@ __global__ void mma_16816(const Bytes bytes) {
   memcpy(bytes.out + 16 * lane(), d, sizeof(d));
 }
 
+// in: 32 ints. out: those of each lane's neighbour, which has stored them there.
+template <bool kWaits>
+__global__ void read_neighbour(const Bytes bytes) {
+  int* const stored = reinterpret_cast<int*>(bytes.out);
+  int own;
+  read_lane(&own, bytes.in);
+  stored[lane() ^ 1] = own;
+  const int other = __shfl_xor_sync(~0u, own, 1);
+  __syncwarp();
+  if constexpr (kWaits)
+    ptx::wait_for_value(stored + lane(), other);
+  else
+    own = ptx::load_relaxed(stored + lane());
+  __syncwarp();
+  stored[lane()] = kWaits ? other : own;
+}
+
 // in, out: 32 floats.
 __global__ void exp2_approx(const Bytes bytes) {
   float x;
@@ -89,10 +106,15 @@ struct Named {
 };
 
 const Named kKernels[] = {
-    {"cp_async_16", cp_async_16},        {"cp_async_wait", cp_async_wait},
-    {"ldmatrix_x4", ldmatrix_x4<false>}, {"ldmatrix_x4_trans", ldmatrix_x4<true>},
-    {"mma_16816_half", mma_16816<half>}, {"mma_16816_bfloat16", mma_16816<bfloat16>},
+    {"cp_async_16", cp_async_16},
+    {"cp_async_wait", cp_async_wait},
+    {"ldmatrix_x4", ldmatrix_x4<false>},
+    {"ldmatrix_x4_trans", ldmatrix_x4<true>},
+    {"mma_16816_half", mma_16816<half>},
+    {"mma_16816_bfloat16", mma_16816<bfloat16>},
     {"exp2_approx", exp2_approx},
+    {"load_relaxed", read_neighbour<false>},
+    {"wait_for_value", read_neighbour<true>},
 };
 
 constexpr size_t kSharedBytes = 1024;

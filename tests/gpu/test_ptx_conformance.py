@@ -25,6 +25,8 @@ INSTRUCTIONS = (
     "mma_16816_half",
     "mma_16816_bfloat16",
     "exp2_approx",
+    "load_relaxed",
+    "wait_for_value",
 )
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -129,6 +131,9 @@ def case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         result = d.double() + a.double() @ b.double()
         data = torch.cat([as_bytes(d_fragments(d)), as_bytes(a_fragments(a)), as_bytes(b_fragments(b))])
         return data, d_fragments(result).float().flatten()
+    if name in ("load_relaxed", "wait_for_value"):
+        values = torch.randint(2**30, (32,), dtype=torch.int32)
+        return as_bytes(values), as_bytes(values.view(16, 2).flip(1))
     values = torch.cat([torch.tensor([0.0, 1.0, -1.0, -torch.inf, 127.0, -150.0]), 20 * torch.randn(26)])
     return as_bytes(values), torch.exp2(values)
 

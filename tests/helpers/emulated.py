@@ -234,6 +234,10 @@ class Library:
         """The order of blocks, warps and lanes: 0 is the natural one, every other number another random one."""
         self.emulator.prefix_kernels_emulator_seed(ctypes.c_uint64(seed))
 
+    def threads(self, count: int) -> None:
+        """Spread the blocks of a launch over so many threads of the host; check mode uses one."""
+        self.emulator.prefix_kernels_emulator_threads(ctypes.c_int(count))
+
     def take_copied_bytes(self) -> int:
         """What ``cp.async`` read from global memory since the last call, in bytes."""
         take = self.emulator.prefix_kernels_emulator_take_copied_bytes

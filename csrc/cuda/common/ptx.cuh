@@ -73,6 +73,19 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// An int in global memory that other blocks write, as it stands at this moment.
+__device__ __forceinline__ int load_relaxed(const int* address) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Waits until another block has written `value` there.
+__device__ __forceinline__ void wait_for_value(const int* address, int value) {
+  while (load_relaxed(address) != value) {
+  }
+}
+
 // 2^x to 2 ulp; 2^-inf is 0. Subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -47,13 +47,15 @@ class BlockReader {
   using Tile = SharedTile<kHeadDim>;
 
  public:
-  __device__ __forceinline__ BlockReader(const T* tile, int lane_number) {
+  // `first_column`: the block column of the tile that becomes the reader's column 0.
+  __device__ __forceinline__ BlockReader(const T* tile, int lane_number, int first_column = 0) {
     const int lane = pin_to_register(lane_number);
     const int down = kQuarters == Quarters::kDown ? lane / 8 % 2 : lane / 16;
     const int across = kQuarters == Quarters::kDown ? lane / 16 : lane / 8 % 2;
     const int row = lane % 8 + 8 * down;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns_[i] = pin_to_register(tile + Tile::offset(row, 2 * i + across));
+    for (int i = 0; i < kColumns; ++i)
+      columns_[i] = pin_to_register(tile + Tile::offset(row, 2 * (first_column + i) + across));
   }
 
   __device__ __forceinline__ void load(uint32_t (&r)[4], int block_row, int block_column) const {

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) backward_columns(const Co
   const int thread = threadIdx.x;
   const Shared shared{{shared_memory()}};
   shared.declare();
-  if (thread == 0) shared.owner() = columns_owner(params, Traits::kBlockN);
+  if (thread == 0) shared.owner() = columns_owner(params, Traits::kBlockN, blockIdx.x);
   __syncthreads();
   const ColumnsBlock<Traits> block{params, shared, shared.owner(), thread, thread % kWarpSize};
 

@@ -8,12 +8,11 @@
 
 namespace prefix_kernels::cuda::sm80 {
 
-// The columns that this block of the launch owns.
-__device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& params, int block_n) {
+// The columns that block number `block` of the launch owns.
+__device__ __forceinline__ ColumnsOwner columns_owner(const ColumnsParams& params, int block_n, int64_t block) {
   const AttentionParams& p = params.b.forward;
   const int heads = static_cast<int>(p.kv_heads);
   ColumnsOwner owner;
-  int64_t block = blockIdx.x;
   owner.is_prefix = block < params.prefix_blocks;
   if (owner.is_prefix) {
     owner.splits = params.splits;
@@ -76,14 +75,14 @@ struct ColumnsSums {
 };
 
 // Starts to copy the block's rows of one operand, the keys (0) or the values (1).
-template <typename Traits>
-__device__ __forceinline__ void copy_columns(const ColumnsBlock<Traits>& block, const Operand& x, bool aligned,
-                                             int which, int dim) {
+template <typename Block>
+__device__ __forceinline__ void copy_columns(const Block& block, const Operand& x, bool aligned, int which, int dim) {
+  using Traits = typename Block::Traits;
   const ColumnsOwner& owner = block.owner;
   const HeadRows source(x, owner.index, owner.kv_head, aligned);
 #pragma unroll
   for (int part = 0; part < Traits::kBlockN / Traits::kBlockM; ++part) {
-    copy_rows<typename Traits::T, Traits::kHeadDim, Traits::kBlockM, kBackwardThreads, false>(
+    copy_rows<typename Traits::T, Traits::kHeadDim, Traits::kBlockM, Traits::kThreads, false>(
         block.shared.columns(which, part), source, owner.first + part * Traits::kBlockM, owner.length, dim);
   }
 }

@@ -33,6 +33,7 @@ struct ColumnsTraits {
   static constexpr bool kWantsDKey = kWantsDKey_, kWantsDValue = kWantsDValue_, kGeneral = kGeneral_;
   static constexpr bool kFusesDelta = kFusesDelta_;
 
+  static constexpr int kThreads = kBackwardThreads;
   static constexpr int kTiles = kHeadDim <= 64 ? 2 : 1;    // blocks of 16 columns of a warp
   static constexpr int kWarpN = kTiles * kCell;            // columns of a warp
   static constexpr int kBlockN = kBackwardWarps * kWarpN;  // columns of a block

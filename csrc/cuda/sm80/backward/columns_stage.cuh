@@ -15,10 +15,10 @@ struct ArrivingQuery {
 };
 
 // Starts to copy the current visit of `tiles` into a stage.
-template <typename Traits>
-__device__ __forceinline__ void fetch_queries(const ColumnsBlock<Traits>& block,
-                                              const typename ColumnsBlock<Traits>::Tiles& tiles, int stage,
+template <typename Block>
+__device__ __forceinline__ void fetch_queries(const Block& block, const typename Block::Tiles& tiles, int stage,
                                               ArrivingQuery& arriving) {
+  using Traits = typename Block::Traits;
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim, kBlockM = Traits::kBlockM;
   const AttentionParams& p = block.attention();
@@ -27,12 +27,12 @@ __device__ __forceinline__ void fetch_queries(const ColumnsBlock<Traits>& block,
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int q_len = static_cast<int>(p.q_len);
   const int first = tiles.first_query(), batch = tiles.batch, h = tiles.head();
-  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+  copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
       block.shared.tile(stage, 0), HeadRows(p.query, batch, h, aligned.query), first, q_len, head_dim);
-  copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+  copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
       block.shared.tile(stage, 1), HeadRows(b.dout, batch, h, aligned.dout), first, q_len, value_dim);
   if constexpr (Traits::kFusesDelta) {
-    copy_rows<T, kHeadDim, kBlockM, kBackwardThreads, true>(
+    copy_rows<T, kHeadDim, kBlockM, Traits::kThreads, true>(
         block.shared.tile(stage, 2), HeadRows(p.out, batch, h, aligned.out), first, q_len, value_dim);
   }
   ptx::cp_async_commit();
@@ -48,10 +48,10 @@ __device__ __forceinline__ void fetch_queries(const ColumnsBlock<Traits>& block,
 }
 
 // Writes the numbers of the current visit of `tiles` into its stage, and the visit that follows it.
-template <typename Traits>
-__device__ __forceinline__ void describe_queries(const ColumnsBlock<Traits>& block,
-                                                 const typename ColumnsBlock<Traits>::Tiles& tiles, int stage,
+template <typename Block>
+__device__ __forceinline__ void describe_queries(const Block& block, const typename Block::Tiles& tiles, int stage,
                                                  const ArrivingQuery& arrived) {
+  using Traits = typename Block::Traits;
   constexpr int kBlockM = Traits::kBlockM;
   const AttentionParams& p = block.attention();
   const int thread = block.thread, q_len = static_cast<int>(p.q_len);
@@ -77,8 +77,8 @@ __device__ __forceinline__ void describe_queries(const ColumnsBlock<Traits>& blo
     info.mask = mask_row(p, tiles.batch, tiles.head(), first, tiles.segment);
     info.seed = p.dropout_threshold > 0 ? dropout_seed(p) : 0;
   }
-  if (thread >= kBackwardThreads - kWarpSize) {
-    typename ColumnsBlock<Traits>::Tiles next = tiles;
+  if (thread >= Traits::kThreads - kWarpSize) {
+    typename Block::Tiles next = tiles;
     next.next(p);
     if (block.lane == 0) info.next = next;
   }
@@ -100,7 +100,7 @@ __device__ __forceinline__ float row_product(const T* x, const T* y, int row, in
 // Adds rowsum(dout * out) to the stage's -dlse.
 template <typename Traits>
 __device__ __forceinline__ void fuse_delta(const ColumnsBlock<Traits>& block, int stage) {
-  constexpr int kLanes = kBackwardThreads / Traits::kBlockM;
+  constexpr int kLanes = Traits::kThreads / Traits::kBlockM;
   const int row = block.thread / kLanes, lane_of_row = block.thread % kLanes;
   float sum = row_product<typename Traits::T, Traits::kHeadDim, kLanes>(block.shared.tile(stage, 1),
                                                                         block.shared.tile(stage, 2), row, lane_of_row);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../../common/rows.cuh"
+#include "turns.cuh"
 
 namespace prefix_kernels::cuda::sm80 {
 
@@ -17,6 +18,7 @@ struct DeltaParams {
   int64_t q_len;
   int value_dim;
   bool aligned_chunks;  // has_aligned_chunks of both out and dout
+  Turns turns;          // cleared, unless sums is null
 };
 
 inline constexpr int kDeltaThreads = 128;
@@ -66,6 +68,10 @@ __global__ void __launch_bounds__(kDeltaThreads) row_delta(const DeltaParams par
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (params.turns.sums != nullptr && row < params.rows) {
+    clear_turns<kHeadDim, kLanes>(params.turns, row / params.q_len, static_cast<int>(row % params.q_len),
+                                  static_cast<int>(params.q_len), lane);
+  }
   if (row < params.rows && lane == 0) params.delta[row] = sum - (params.dlse != nullptr ? params.dlse[row] : 0.0f);
 }
 
