@@ -26,6 +26,7 @@ from prefix_kernels.integrations.transformers.model import (
     remove_prefix,
     save_prefix_model,
 )
+from prefix_kernels.integrations.transformers.sharing import share_prefixes, unshare_prefixes
 from prefix_kernels.integrations.transformers.tasks.api import (
     active_prefix,
     delete_named_prefix,
@@ -54,5 +55,7 @@ __all__ = [
     "save_prefix_model",
     "select_prefixes",
     "set_prefix",
+    "share_prefixes",
+    "unshare_prefixes",
     "use_prefixes",
 ]

@@ -69,7 +69,7 @@ class PrefixHooks:
                 if name in vars(module):
                     delattr(module, name)
         if self.attn_implementation is not None:
-            _set_implementation(model, self.attn_implementation)
+            set_implementation(model, self.attn_implementation)
 
 
 def install_hooks(
@@ -90,11 +90,11 @@ def install_hooks(
         refuse_uncachable(model, layout, config)
         return PrefixHooks(install_cached(model, layout, source), None)
     refuse_attention_weights("model.config.output_attentions", model.config.output_attentions)
-    _give_own_config(model)
+    give_own_config(model)
     hooks = PrefixHooks([], model.config._attn_implementation)
-    dense_masks = _needs_dense_masks(model, config)
+    dense_masks = needs_dense_masks(model, config)
     implementation = implementation_name(config.attention, dense_masks=dense_masks)
-    _set_implementation(model, implementation)
+    set_implementation(model, implementation)
     handles = hooks.handles
     handles += [stack.register_forward_pre_hook(UnpackedHint(stack), with_kwargs=True) for stack in layout.stacks]
     sites, knows_rules = find_sites(model), config.attention == "prefix_kernels" and not dense_masks
@@ -152,7 +152,7 @@ def _move_positions(
     return handles
 
 
-def _needs_dense_masks(model: PreTrainedModel, config: PrefixTuningConfig) -> bool:
+def needs_dense_masks(model: PreTrainedModel, config: PrefixTuningConfig) -> bool:
     """Return True if masks have to say everything, because some attention is not told causality or its window."""
     # Attentions without a prefix go through the same function.
     sites = find_sites(model)
@@ -176,7 +176,7 @@ def _needs_dense_masks(model: PreTrainedModel, config: PrefixTuningConfig) -> bo
     )
 
 
-def _set_implementation(model: PreTrainedModel, name: str) -> None:
+def set_implementation(model: PreTrainedModel, name: str) -> None:
     model.set_attn_implementation(name)
     # The stacks of T5 have copies of its config, which Transformers before 5.23 leaves as they are.
     for module in model.modules():
@@ -184,7 +184,7 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
             module.config._attn_implementation = name
 
 
-def _give_own_config(model: PreTrainedModel) -> None:
+def give_own_config(model: PreTrainedModel) -> None:
     """Replace, in all submodules, the model's config and those inside it by one copy."""
     copies: dict[int, object] = {}
     copy.deepcopy(model.config, copies)

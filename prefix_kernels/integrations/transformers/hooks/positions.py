@@ -53,7 +53,7 @@ class PositionShift:
         table = find_position_table(backbone)
         # OPT's table has rows before the first position, and padding has no positions of its own.
         self.num_positions = None if table is None else table.num_embeddings - getattr(table, "offset", 0)
-        self.counts_tokens = table is not None and _takes_padding(table)
+        self.counts_tokens = table is not None and takes_padding(table)
         # RoBERTa and its relatives number their positions from the padding token's id on, and padding not at all.
         embeddings = getattr(backbone, "embeddings", None)
         self.padding_aware = embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
@@ -96,7 +96,7 @@ class PositionShift:
             pad = self.padding_aware.padding_idx
             positions = self.padding_aware.create_position_ids_from_input_ids(input_ids, pad, past + shift)
         elif self.counts_tokens:
-            positions = self._moved(_count_tokens(kwargs.get("attention_mask"), past, length, device), shift)
+            positions = self._moved(count_tokens(kwargs.get("attention_mask"), past, length, device), shift)
         else:
             first = 0 if self.padding_aware is None else self.padding_aware.padding_idx + 1
             positions = torch.arange(length, device=device).unsqueeze(0) + (past + shift + first)
@@ -123,18 +123,18 @@ class PositionShift:
 def find_position_table(backbone: nn.Module) -> nn.Embedding | None:
     """The learned table of absolute positions, or None for a model without one (rotary, relative)."""
     for name, module in backbone.named_modules():
-        is_table = name.split(".")[-1] in POSITION_TABLES or _takes_padding(module)
+        is_table = name.split(".")[-1] in POSITION_TABLES or takes_padding(module)
         if isinstance(module, nn.Embedding) and is_table:
             return module
     return None
 
 
-def _takes_padding(table: nn.Module) -> bool:
+def takes_padding(table: nn.Module) -> bool:
     """Return True if the positions of a table are counted along the padding mask (OPT)."""
     return isinstance(table, nn.Embedding) and "attention_mask" in inspect.signature(table.forward).parameters
 
 
-def _count_tokens(padding: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
+def count_tokens(padding: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
     """Positions of tokens that are not padding, from 0 on; padding has -1."""
     if padding is None or padding.dim() != 2:
         return (torch.arange(length, device=device) + past).unsqueeze(0)

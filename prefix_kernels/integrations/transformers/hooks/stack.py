@@ -67,6 +67,8 @@ class StackHook:
         selection = find_selection(kwargs, self.source)
         kwargs.pop(PREFIX_NAMES, None)
         packed: PackedRows | None = kwargs.pop(PACKED_ARGUMENT, None)
+        if packed is None and PREFIX_ARGUMENT in kwargs:
+            packed = kwargs[PREFIX_ARGUMENT].packed  # of a model that share_prefixes had before its prefix
         recorded = self.source.context.recorded
         if recorded is not None:
             prefixes = CallPrefixes({}, recorded=recorded)

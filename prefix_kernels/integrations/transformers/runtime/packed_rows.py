@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_kernels.integrations.transformers.runtime.prefix_tree import PrefixTree
 from prefix_kernels.integrations.transformers.structure.caches import past_length
 
 # The keyword argument with which the hooks of a stack hand a PackedRows to each other.
@@ -26,10 +27,13 @@ class PackedRows:
         starts: int32 or int64 ``[N + 1]``, from 0 to ``B * S``: sequence n is the tokens ``starts[n] : starts[n + 1]``
             of the rows, one row behind the other.
         longest: the length of the longest sequence; None: not known on the host.
+        tree: the batch whose common beginnings the sequences are, each of which then sees those before it; None: each
+            sees itself alone.
     """
 
     starts: Tensor
     longest: int | None = None
+    tree: PrefixTree | None = None
 
     @property
     def count(self) -> int:
