@@ -83,6 +83,20 @@ def test_sst2_under_accelerate_launch_shares_the_batches_and_reports_once(tmp_pa
     assert (tmp_path / "task.safetensors").is_file()
 
 
+def test_grpo_trains_alike_with_shared_prompts_and_computes_fewer_tokens(tmp_path: Path) -> None:
+    sizes = ["--groups", "2", "--group-size", "3", "--prompt-length", "20", "--response-length", "4", "--steps", "2"]
+    result = run("grpo.py", *sizes, "--output-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    table = table_of(result.stdout, columns=2)
+    assert table["tokens computed per update"] == ["144", "64"]
+    for name in ("mean reward, first update", "mean reward, last update"):
+        assert table[name][0] == table[name][1]
+    assert "Largest difference of a mean reward: 0.0000." in result.stdout
+    assert is_png(tmp_path / "grpo.png")
+    refused = run("grpo.py", "--group-size", "1", "--output-dir", str(tmp_path))
+    assert refused.returncode != 0 and "--group-size: expected at least 2 responses" in refused.stderr
+
+
 def test_the_sentences_shipped_are_balanced_and_distinct() -> None:
     rows = {
         name: [line.split("\t") for line in (EXAMPLES / "data" / f"{name}.tsv").read_text().splitlines()[1:]]
