@@ -35,8 +35,8 @@ HEAD_DIMS = [
     ),
     decode(
         "out stored by the queries' head dim",
-        "column < p.value_dim;",
-        "column < p.head_dim;",
+        "column + i < params_.attention.value_dim)",
+        "column + i < params_.attention.head_dim)",
         "decode of wide values",
         file="sm80/decode/merge.cuh",
     ),
