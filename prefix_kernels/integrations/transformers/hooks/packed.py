@@ -32,7 +32,8 @@ def takes_packed_rows(stack: nn.Module, sites: Sequence[AttentionSite]) -> bool:
     layers = {id(site.layer) for site in inside}
     lists = [child for child in stack.children() if isinstance(child, nn.ModuleList)]
     mixes_by_attention_alone = any(layers == {id(layer) for layer in child} for child in lists)
-    chunked = getattr(module_config(stack), "attention_chunk_size", None) is not None
+    # Not every stack has a config; attentions have.
+    chunked = any(getattr(module_config(site.module), "attention_chunk_size", None) is not None for site in inside)
     crosses = any(site.role == CROSS for site in inside)
     return mixes_by_attention_alone and not chunked and not crosses and not lays_masks_over(stack)
 
