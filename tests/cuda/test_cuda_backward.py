@@ -87,7 +87,7 @@ def compiled_head_dim(call):
 
 
 def takes_one_pass(call):
-    """Whether the kernels form all gradients of the call in one pass over the scores, on a GPU like the A100."""
+    """Return True if the kernels form all gradients of the call in one pass over the scores, on a GPU like the A100."""
     options = {name for name, option in call.options.items() if option is not None and option is not False}
     general = {"attn_mask", "softcap", "dropout_p", "window_includes_prefix"}
     return compiled_head_dim(call) in (64, 96, 128) and not options & general
@@ -295,7 +295,7 @@ def test_prefixes_split_over_blocks(name, needs, many_multiprocessors):
 
 
 def copied_bytes(call, needs):
-    """What cp.async reads in the backward pass; a kernel that forms more products from one tile reads less."""
+    """Return the bytes that cp.async reads in the backward pass: fewer, where one tile serves more products."""
     run(call, emulated_prefix_attention, needs=())
     load().take_copied_bytes()
     run(call, emulated_prefix_attention, needs=())

@@ -463,7 +463,7 @@ def test_check_mode_finds_nothing(shape, seed):
 )
 @pytest.mark.parametrize("mode", ["fast", "check"])
 def test_integers_out_of_range_are_refused_on_the_device(mode, changed, message, q_len, capfd):
-    """Whether a kernel checks what it reads or another one runs ahead of it."""
+    """Decoding checks the integers that it reads; ahead of other forward kernels another kernel does."""
     integers = {"prefix_ids": [0, 1], "prefix_lens": [5, 290, 2]} | changed
     call = make_call(
         q_len=q_len,

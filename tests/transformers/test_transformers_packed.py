@@ -14,6 +14,7 @@ from family_checks import Family, prepared, tables
 from named_tasks import Tasks
 from tiny_models import tiny_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorWithFlattening
 
 from prefix_kernels.integrations.transformers import (
@@ -23,7 +24,7 @@ from prefix_kernels.integrations.transformers import (
     select_prefixes,
 )
 from prefix_kernels.integrations.transformers.attention import masks
-from prefix_kernels.integrations.transformers.runtime.packed_rows import found_packed_rows
+from prefix_kernels.integrations.transformers.runtime.packed_rows import found_packed_rows, told_packed_rows
 
 LENGTHS = (7, 1, 5)
 # What a batch may tell: positions that restart, where each sequence begins, or both.
@@ -229,6 +230,15 @@ def test_a_model_that_numbers_its_tokens_by_itself_refuses_lengths() -> None:
     get_prefix_model(model, PrefixTuningConfig(num_virtual_tokens=5))
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected a model that takes position_ids, got BartDecoder"):
         model(**flattened(sequences(), "cu_seq_lens"), use_cache=False)
+
+
+def test_on_a_gpu_positions_that_restart_become_a_mask_and_lengths_alone_are_refused() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        starts = torch.zeros(4, dtype=torch.int32, device="cuda")
+    told = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    assert told_packed_rows(told | {"position_ids": torch.arange(3)[None]}) is None
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected a tensor on a CPU, .* got cuda"):
+        told_packed_rows(told)
 
 
 def test_a_cache_of_earlier_tokens_is_refused_with_lengths() -> None:

@@ -1,4 +1,4 @@
-// Which accesses happened before which: barriers order the threads of a block, fences and atomics two blocks.
+// The order in which accesses happened: barriers order the threads of a block, fences and atomics two blocks.
 //
 // Time is counted in epochs: one ends at every __syncthreads() and with every block. Accesses of the same block in
 // different epochs are ordered; so are two of one thread. Within an epoch only __syncwarp() orders lanes of a warp:

@@ -103,7 +103,7 @@ class ShareRows:
         return f"{others[0]} has values for its tokens" if others else None
 
     def _keeps_cache(self, stack: nn.Module, given: Mapping[str, Any]) -> bool:
-        """In training nobody reads a cache that was not asked for."""
+        """Return True if the call would hand out a cache; in training, only where one was asked for."""
         asked = given.get("use_cache")
         if asked is None:
             return not torch.is_grad_enabled() and bool(getattr(module_config(stack), "use_cache", False))

@@ -40,8 +40,8 @@ class CallPrefixes:
         inputs: arguments of the earlier calls of such layers; see
             :mod:`prefix_kernels.integrations.transformers.hooks.shared_layers`.
         recorded: gets the keys and values ``[B, Hkv, Sk, D]`` of the sequence, by site; None: they are not asked for.
-        packed: the sequences that lie one behind the other in the rows, each of which sees itself alone and has an
-            entry of its own in ``ids``; None: each row is one.
+        packed: the sequences that lie one behind the other in the rows, each with an entry of its own in ``ids``;
+            None: each row is one.
     """
 
     pairs: dict[int, PrefixPair]

@@ -16,7 +16,7 @@ from prefix_kernels.integrations.transformers.structure.caches import past_lengt
 PACKED_ARGUMENT = "packed_rows"
 # The keyword arguments that DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds to a batch.
 _STARTS = ("cu_seq_lens_q", "cu_seq_lens_k")
-_LONGEST = ("max_length_q", "max_length_k")
+_LONGEST = "max_length_q"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,10 @@ class PackedRows:
 def told_packed_rows(inputs: Mapping[str, Any]) -> PackedRows | None:
     """Read the packed sequences that the named ``inputs`` of a call tell by ``cu_seq_lens_q``, if any.
 
+    On a GPU there are none where ``position_ids`` tell the same: Transformers makes a mask of those.
+
     Raises:
-        NotImplementedError: they are not on a CPU.
+        NotImplementedError: they are not on a CPU, and there are no ``position_ids``.
         ValueError: there are also a mask or a cache, or lengths of keys that are not those of the queries.
     """
     starts, starts_k = (inputs.get(name) for name in _STARTS)
@@ -65,6 +67,8 @@ def told_packed_rows(inputs: Mapping[str, Any]) -> PackedRows | None:
         got = tuple(None if x is None else list(x.shape) for x in (starts, starts_k))
         raise ValueError(f"cu_seq_lens_q, cu_seq_lens_k: expected int32 or int64 [N + 1] for both, got {got}")
     if starts.device.type not in ("cpu", "meta"):
+        if inputs.get("position_ids") is not None:
+            return None
         raise NotImplementedError(
             f"cu_seq_lens_q: expected a tensor on a CPU, where packed sequences are attended to, got {starts.device}; "
             "position_ids that restart say the same by a mask"
@@ -76,7 +80,7 @@ def told_packed_rows(inputs: Mapping[str, Any]) -> PackedRows | None:
     past = past_length(inputs)
     if isinstance(past, int) and past > 0:
         raise ValueError(f"past_key_values: expected no tokens with cu_seq_lens_q, got {past}")
-    longest = inputs.get(_LONGEST[0])
+    longest = inputs.get(_LONGEST)
     return PackedRows(starts, longest if isinstance(longest, int) else None)
 
 
